@@ -1,0 +1,38 @@
+"""The records that cross borders between the parts of prism_mcore: small, frozen, with shapes in the comments."""
+
+# b sequences in a micro-batch, s tokens in a sequence, t = b * s tokens in all, row after row
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch of packed documents, computed on the CPU by the loader, so that no device waits for a length.
+
+    Two sequences of four tokens, documents isolated, the first sequence holding two documents of 3 and 1 tokens:
+
+        tokens       [[5, 6, 7, 9], [3, 4, 8, 2]]
+        labels       [[6, 7, 9, 1], [4, 8, 2, 6]]      # the next token of the corpus, always a valid id
+        loss_mask    [[1, 1, 0, 0], [1, 1, 1, 0]]      # 0 where the label is in another document (or masked by the corpus)
+        position_ids [[0, 1, 2, 0], [0, 1, 2, 3]]      # restart at each document
+        seq_idx      [[0, 0, 0, 1], [2, 2, 2, 2]]      # which document of the micro-batch
+        cu_seqlens   [0, 3, 4, 8, 8, 8, 8, 8, 8]       # document i is tokens[cu_seqlens[i]:cu_seqlens[i + 1]] of the t
+        max_seqlen   4
+        num_tokens   5                                 # labels that count: loss_mask.sum()
+
+    With `data.document_mask=false` every row is one document: cu_seqlens holds the multiples of s, positions run 0..s-1,
+    and labels count across document borders.
+    """
+
+    tokens: Tensor | None  # [b, s] int64; None on ranks that embed nothing (all but the first pipeline stage)
+    labels: Tensor | None  # [b, s] int64; None on ranks that compute no loss (all but the last pipeline stage)
+    loss_mask: Tensor | None  # [b, s] bool; None where labels is None
+    position_ids: Tensor  # [b, s] int64
+    seq_idx: Tensor  # [b, s] int32
+    cu_seqlens: Tensor  # [b*s + 1] int32 (documents isolated) or [b + 1]; fixed length, padded with b*s; has every multiple of s
+    max_seqlen: int  # longest document, tokens
+    num_tokens: int  # labels that count; 0 where labels is None
+    source_ids: Tensor  # [b] int32: index into data.sources
+    sample_ids: Tensor  # [b] int64: index of each sequence in the run's global order

@@ -1,0 +1,49 @@
+"""Installs prism_mcore and its kernels; exact tested versions are in constraints.txt."""
+
+from setuptools import setup
+
+EXTRAS = {
+    # With a GPU: the kernels' compiler and Transformer Engine's FP8, attention and fused layers.
+    "gpu": ["triton", "transformer-engine[pytorch]"],
+    "dali": ["nvidia-dali-cuda120"],
+    # Verifiable rewards.
+    "rl": ["math-verify", "reasoning-gym"],
+    # What the demo corpus is made of.
+    "demo": ["reasoning-gym", "periodictable"],
+    "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-psutil"],
+}
+
+setup(
+    name="prism_mcore",
+    version="0.1.0",
+    description="Mid-training, RL, evaluation and analysis of open 3-24B dense and hybrid language models on megatron-core",
+    python_requires=">=3.11",
+    # kernels/ itself is not a package: one called "kernels" at the root shadows the one transformers imports.
+    package_dir={"prism_mcore": "prism_mcore", "prism_kernels": "kernels/prism_kernels"},
+    packages=[
+        "prism_mcore",
+        "prism_mcore.data",
+        "prism_mcore.model",
+        "prism_mcore.train",
+        "prism_mcore.plan",
+        "prism_kernels",
+    ],
+    install_requires=[
+        "torch>=2.11",
+        "megatron-core==0.16.1",
+        "numpy",
+        "psutil",  # megatron-core's checkpoint writer needs it and does not declare it
+        "safetensors",
+        "tokenizers",
+        "transformers",
+        "pydantic>=2",
+        "PyYAML",
+        "rich",
+        "tensorboard",
+        "matplotlib",
+        "jinja2",
+        "pyarrow",  # parquet corpora
+        "zstandard",  # .jsonl.zst corpora
+    ],
+    extras_require=EXTRAS,
+)
