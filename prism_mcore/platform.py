@@ -1,0 +1,281 @@
+"""Device and process start-up, and the one place that makes megatron-core run without CUDA.
+
+`start()` is the first thing every entry script and every test rank calls. Where `torch.cuda.is_available()` is true it
+picks the device and starts the process group, nothing else. Where it is false it first applies the patches below:
+megatron-core 0.16.1 names "cuda" in some 250 places, and the patches let all of them mean the CPU. They can all go
+when megatron-core takes its device from its caller. `torch.cuda.is_available()` goes on returning False, so that other
+libraries in the process (transformers, torch itself) keep their own CPU paths.
+"""
+
+import contextlib
+import ctypes
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# A collective that waits longer than this ends the run. A killed peer is noticed at once (its sockets close); this bound
+# is for a peer that hangs. Nothing between two collectives of a run may take longer than this on any rank.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+CPU = torch.device("cpu")
+
+_FACTORIES = (
+    "arange empty empty_like empty_strided eye full full_like linspace ones ones_like rand rand_like randint"
+    " randint_like randn randn_like randperm tensor as_tensor zeros zeros_like"
+).split()
+_NEW_METHODS = "new_empty new_full new_ones new_tensor new_zeros".split()
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
+_patched = False
+
+
+def start(threads: int | None = None, timeout: timedelta = COLLECTIVE_TIMEOUT) -> torch.device:
+    """Choose this rank's device and start the default process group; calling it again changes nothing.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them; without
+    RANK the process is a group of one. threads: torch's threads on a CPU; by default this rank's share of the cores.
+    """
+    device = _cuda_device() if torch.cuda.is_available() else _cpu_device(threads)
+    if not dist.is_initialized():
+        _init_process_group(device, timeout)
+    return device
+
+
+def shutdown() -> None:
+    """End the default process group and every group made from it; does nothing where none was started."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _cuda_device() -> torch.device:
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _cpu_device(threads: int | None) -> torch.device:
+    # More threads than cores compete for them: two ranks with two threads each on two cores ran 4x slower.
+    cores = len(os.sched_getaffinity(0))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    torch.set_num_threads(threads or max(1, cores // local_ranks))
+    patch_megatron()
+    return CPU
+
+
+def _init_process_group(device: torch.device, timeout: timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    device_id = device if device.type == "cuda" else None
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    else:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
+        )
+
+
+def patch_megatron() -> None:
+    """Make megatron-core run on a CPU; does nothing where CUDA is available or when called again."""
+    global _patched
+    if _patched or torch.cuda.is_available():
+        return
+    _patched = True
+    _keep_freed_memory()
+    _redirect_device_arguments()
+    _make_torch_cuda_inert()
+    with warnings.catch_warnings():
+        # "Transformer Engine and Apex are not installed": true, expected, and printed a dozen times per rank.
+        warnings.simplefilter("ignore")
+        import megatron.core  # noqa: F401
+        import megatron.core.optimizer  # noqa: F401
+    _patch_rng()
+    _patch_jit_fuser()
+    _patch_tensor_types()
+
+
+def _keep_freed_memory() -> None:
+    """Tell malloc never to hand big blocks back to the kernel: page faults cost 5-8% of a training step."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to tune
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+def _redirect_device_arguments() -> None:
+    """Upstream: `torch.zeros(..., device="cuda")`, `tensor.to("cuda")`, `tensor.cuda()`, `module.cuda()`.
+
+    Wrapping the functions that take a device gives the same numbers as a TorchFunctionMode, which taxes every operation
+    by 1.4 us (6-17% of a small step).
+    """
+
+    def redirect(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def redirected(*args: Any, **kwargs: Any) -> Any:
+            if "device" in kwargs and _is_cuda(kwargs["device"]):
+                kwargs["device"] = CPU
+            return function(*args, **kwargs)
+
+        return redirected
+
+    def redirect_to(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def redirected(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if args and _is_cuda(args[0]):
+                args = (CPU, *args[1:])
+            if "device" in kwargs and _is_cuda(kwargs["device"]):
+                kwargs["device"] = CPU
+            return function(self, *args, **kwargs)
+
+        return redirected
+
+    for name in _FACTORIES:
+        setattr(torch, name, redirect(getattr(torch, name)))
+    for name in _NEW_METHODS:
+        setattr(torch.Tensor, name, redirect(getattr(torch.Tensor, name)))
+    torch.Tensor.to = redirect_to(torch.Tensor.to)  # type: ignore[method-assign]
+    torch.nn.Module.to = redirect_to(torch.nn.Module.to)  # type: ignore[method-assign]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+class _Inert:
+    """Stands in for torch.cuda.Stream and torch.cuda.Event: work on a CPU is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def record_event(self, event: object = None) -> "_Inert":
+        return self
+
+    def record(self, stream: object = None) -> None: ...
+
+    def wait(self, stream: object = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> "_Inert":
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def _make_torch_cuda_inert() -> None:
+    """Upstream calls these without asking whether there is a CUDA device."""
+    stream = _Inert()
+    inert: dict[str, Any] = {
+        "current_device": lambda: CPU,  # is only ever passed on as `device=`
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
+        "Stream": _Inert,
+        "Event": _Inert,
+        "stream": lambda stream: contextlib.nullcontext(stream),
+        "set_stream": lambda stream: None,
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "reset_peak_memory_stats": lambda device=None: None,
+    }
+    for name, value in inert.items():
+        setattr(torch.cuda, name, value)
+
+
+def _patch_rng() -> None:
+    """The CPU's default generator plays the part of the CUDA generator.
+
+    Upstream: `tensor_parallel.random` forks torch.cuda's generator so that ranks draw different or equal numbers on
+    purpose. `torch.manual_seed` calls `torch.cuda.manual_seed_all`, which therefore stays as it is.
+    """
+    from megatron.core.tensor_parallel import random
+
+    def get_state(device: object = "cuda") -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: object = "cuda") -> None:
+        torch.set_rng_state(new_state)
+
+    def seed(seed: int) -> None:
+        torch.default_generator.manual_seed(int(seed))  # not torch.manual_seed: endless recursion
+
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state = get_state  # type: ignore[assignment]
+        module.set_rng_state = set_state  # type: ignore[assignment]
+        module.manual_seed = seed  # type: ignore[assignment]
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    # `fork` warns when the CPU generator moves inside it; here that is what it is for.
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
+
+
+def _patch_jit_fuser() -> None:
+    """Upstream decorates small functions with torch.compile, which on a CPU wants a C++ compiler and takes seconds.
+
+    Modules that are already imported get the plain functions back, later ones never see torch.compile.
+    """
+    from megatron.core import jit
+
+    jit.disable_jit_fuser()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core"):
+            for attribute, value in list(vars(module).items()):
+                plain = getattr(value, "_torchdynamo_orig_callable", None)
+                if plain is not None:
+                    setattr(module, attribute, plain)
+
+
+def _patch_tensor_types() -> None:
+    """Upstream sorts parameters by `param.type()` and knows only 'torch.cuda.*Tensor'; goes when it asks for the dtype.
+
+    `Tensor.type` says so inside the functions that ask, and nowhere else.
+    """
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+    for owner, name in (
+        (distrib_optimizer.DistributedOptimizer, "__init__"),
+        (optimizer.Float16OptimizerWithFloat16Params, "__init__"),
+        (clip_grads, "clip_grad_by_total_norm_fp32"),
+        (optimizer, "clip_grad_by_total_norm_fp32"),
+    ):
+        setattr(owner, name, _with_cuda_types(getattr(owner, name)))
+
+
+def _with_cuda_types(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with _cuda_types():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def _cuda_types() -> Iterator[None]:
+    plain = torch.Tensor.type
+
+    def cuda_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return plain(self, dtype, *args, **kwargs)
+        return plain(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = cuda_type  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = plain  # type: ignore[method-assign]
