@@ -142,7 +142,7 @@ def init_groups(settings: ParallelSettings, seed: int = 0, timeout: timedelta = 
 
 
 def destroy_groups() -> None:
-    """Destroy what `init_groups` made, so that another layout can be made in the same processes; every rank calls it."""
+    """Destroy what `init_groups` made, so that the same processes can form another layout; every rank calls it."""
     from megatron.core import parallel_state as mpu
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 

@@ -21,17 +21,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A collective that waits longer than this ends the run. A killed peer is noticed at once (its sockets close); this bound
-# is for a peer that hangs. Nothing between two collectives of a run may take longer than this on any rank.
+# A collective that waits longer than this ends the run. A killed peer is noticed at once (its sockets close); this
+# bound is for a peer that hangs. Nothing between two collectives of a run may take longer than this on any rank.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 CPU = torch.device("cpu")
 
-_FACTORIES = (
-    "arange empty empty_like empty_strided eye full full_like linspace ones ones_like rand rand_like randint"
-    " randint_like randn randn_like randperm tensor as_tensor zeros zeros_like"
-).split()
-_NEW_METHODS = "new_empty new_full new_ones new_tensor new_zeros".split()
+# fmt: off
+_FACTORIES = [
+    "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "ones",
+    "ones_like", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm", "tensor", "zeros",
+    "zeros_like",
+]
+# fmt: on
+_NEW_METHODS = ["new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -94,7 +97,6 @@ def patch_megatron() -> None:
     with warnings.catch_warnings():
         # "Transformer Engine and Apex are not installed": true, expected, and printed a dozen times per rank.
         warnings.simplefilter("ignore")
-        import megatron.core  # noqa: F401
         import megatron.core.optimizer  # noqa: F401
     _patch_rng()
     _patch_jit_fuser()
@@ -146,10 +148,10 @@ def _redirect_device_arguments() -> None:
         setattr(torch, name, redirect(getattr(torch, name)))
     for name in _NEW_METHODS:
         setattr(torch.Tensor, name, redirect(getattr(torch.Tensor, name)))
-    torch.Tensor.to = redirect_to(torch.Tensor.to)  # type: ignore[method-assign]
-    torch.nn.Module.to = redirect_to(torch.nn.Module.to)  # type: ignore[method-assign]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.Tensor.to = redirect_to(torch.Tensor.to)
+    torch.nn.Module.to = redirect_to(torch.nn.Module.to)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
 
 class _Inert:
@@ -216,9 +218,9 @@ def _patch_rng() -> None:
         torch.default_generator.manual_seed(int(seed))  # not torch.manual_seed: endless recursion
 
     for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state = get_state  # type: ignore[assignment]
-        module.set_rng_state = set_state  # type: ignore[assignment]
-        module.manual_seed = seed  # type: ignore[assignment]
+        module.get_rng_state = get_state
+        module.set_rng_state = set_state
+        module.manual_seed = seed
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     # `fork` warns when the CPU generator moves inside it; here that is what it is for.
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
@@ -274,8 +276,8 @@ def _cuda_types() -> Iterator[None]:
             return plain(self, dtype, *args, **kwargs)
         return plain(self).replace("torch.", "torch.cuda.", 1)
 
-    torch.Tensor.type = cuda_type  # type: ignore[method-assign]
+    torch.Tensor.type = cuda_type
     try:
         yield
     finally:
-        torch.Tensor.type = plain  # type: ignore[method-assign]
+        torch.Tensor.type = plain

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import ranks  # noqa: E402
+import ranks
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -197,6 +197,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, log: s
     from prism_mcore import platform
 
     platform.start(threads=1)
+    gc.freeze()  # what torch and megatron-core imported stays; collecting after each call then takes no time
     while True:
         try:
             message = connection.recv_bytes()
