@@ -1,0 +1,149 @@
+"""Where documents start and end in a packed batch, and what the ops derive from it, computed once per micro-batch."""
+
+# t packed tokens, Q tokens in a chunk, C chunks
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Rows = slice | Tensor  # which rows of a [C, ...] tensor: a slice where they are evenly spaced, else int64 indices
+
+
+@dataclass(frozen=True, eq=False)
+class Boundaries:
+    """Document i is rows cu_seqlens[i]:cu_seqlens[i + 1] of every [t, ...] activation.
+
+    cu_seqlens: [documents + 1] int32, starts at 0, ends at t, may repeat a value (an empty document).
+    Everything else is derived on first use and kept, so that forty layers share one record per micro-batch.
+    """
+
+    cu_seqlens: Tensor
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        offsets = self.cu_seqlens.tolist()
+        if (
+            self.cu_seqlens.dim() != 1
+            or offsets[:1] != [0]
+            or any(b < a for a, b in zip(offsets, offsets[1:], strict=False))
+        ):
+            raise ValueError(f"cu_seqlens must be a non-decreasing list that starts at 0; got {offsets[:8]}...")
+        return offsets
+
+    @property
+    def num_tokens(self) -> int:
+        return self.offsets[-1]
+
+    @property
+    def num_documents(self) -> int:
+        """Empty ones included: rows of an initial or final state."""
+        return len(self.offsets) - 1
+
+    @cached_property
+    def documents(self) -> list[tuple[int, int, int]]:
+        """(index, start, end) of each document that has a token."""
+        pairs = zip(self.offsets, self.offsets[1:], strict=False)
+        return [(i, start, end) for i, (start, end) in enumerate(pairs) if end > start]
+
+    @cached_property
+    def uniform_len(self) -> int | None:
+        """The length of every non-empty document, or None where lengths differ."""
+        lengths = {end - start for _, start, end in self.documents}
+        return lengths.pop() if len(lengths) == 1 else None
+
+    @cached_property
+    def document_rows(self) -> Rows:
+        """Non-empty documents' rows in a [documents, ...] state."""
+        ids = [i for i, _, _ in self.documents]
+        if ids == list(range(len(ids))):
+            return slice(0, len(ids))
+        return torch.tensor(ids, device=self.cu_seqlens.device)
+
+    @cached_property
+    def _grids(self) -> dict[int, "ChunkGrid"]:
+        return {}
+
+    def chunks(self, chunk_len: int) -> "ChunkGrid":
+        """The grid of chunks of at most chunk_len tokens that restarts at each document."""
+        if chunk_len < 1:
+            raise ValueError(f"chunk_len={chunk_len}; needs at least 1")
+        if chunk_len not in self._grids:
+            self._grids[chunk_len] = ChunkGrid.build(self, chunk_len)
+        return self._grids[chunk_len]
+
+    def check(self, **activations: Tensor) -> None:
+        """Every given [t, ...] tensor has as many rows as the documents have tokens."""
+        for name, x in activations.items():
+            if x.shape[0] != self.num_tokens:
+                raise ValueError(f"{name} has {x.shape[0]} tokens, cu_seqlens ends at {self.num_tokens}")
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkGrid:
+    """[t, ...] tokens laid out as [C, Q, ...] chunks; a document's last chunk is padded with zeros."""
+
+    chunk_len: int  # Q: no longer than the longest document
+    num_chunks: int
+    num_tokens: int
+    uniform: tuple[int, int] | None  # (documents, length) where all lengths are equal: no index is needed
+    slot: Tensor | None  # [t] each token's place in the [C * Q] grid, where lengths differ
+    steps: list[tuple[Rows, Rows]]  # step j: (chunk j, chunk j - 1) of each document that has a chunk j; j = 1, 2, ...
+    first: Rows  # [non-empty documents] first chunk of each
+    last: Rows  # [non-empty documents] last chunk of each
+
+    @staticmethod
+    def build(boundaries: Boundaries, chunk_len: int) -> "ChunkGrid":
+        lengths = [end - start for _, start, end in boundaries.documents]
+        q = min(chunk_len, max(lengths, default=1))
+        counts = [-(-length // q) for length in lengths]
+        num_chunks, num_tokens = sum(counts), boundaries.num_tokens
+        if boundaries.uniform_len is not None:
+            n = counts[0]
+            steps: list[tuple[Rows, Rows]] = [(slice(j, None, n), slice(j - 1, None, n)) for j in range(1, n)]
+            uniform = (len(lengths), lengths[0])
+            return ChunkGrid(q, num_chunks, num_tokens, uniform, None, steps, slice(0, None, n), slice(n - 1, None, n))
+        device = boundaries.cu_seqlens.device
+
+        def rows(ids: list[int]) -> Tensor:
+            return torch.tensor(ids, dtype=torch.int64, device=device)
+
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        steps = []
+        for j in range(1, max(counts, default=0)):
+            current = [start + j for start, count in zip(starts, counts, strict=True) if count > j]
+            steps.append((rows(current), rows([c - 1 for c in current])))
+        slot = [torch.arange(length) + start * q for start, length in zip(starts, lengths, strict=True)]
+        return ChunkGrid(
+            chunk_len=q,
+            num_chunks=num_chunks,
+            num_tokens=num_tokens,
+            uniform=None,
+            slot=torch.cat(slot).to(device) if slot else rows([]),
+            steps=steps,
+            first=rows(starts),
+            last=rows([start + count - 1 for start, count in zip(starts, counts, strict=True)]),
+        )
+
+    def fill(self, x: Tensor) -> Tensor:
+        """[t, ...] -> [C, Q, ...], zeros where there is no token; a view where the documents fill their chunks."""
+        shape = (self.num_chunks, self.chunk_len, *x.shape[1:])
+        if self.num_tokens == self.num_chunks * self.chunk_len and self.uniform:
+            return x.view(shape) if x.is_contiguous() else x.unflatten(0, shape[:2])
+        grid = x.new_zeros(shape)
+        if self.uniform:
+            documents, length = self.uniform
+            grid.view(documents, -1, *x.shape[1:])[:, :length] = x.unflatten(0, (documents, length))
+        else:
+            grid.flatten(0, 1)[self.slot] = x
+        return grid
+
+    def flatten(self, grid: Tensor) -> Tensor:
+        """[C, Q, ...] -> [t, ...]: what `fill` did, undone."""
+        if self.num_tokens == self.num_chunks * self.chunk_len and self.uniform:
+            return grid.flatten(0, 1)
+        if self.uniform:
+            documents, length = self.uniform
+            return grid.reshape(documents, -1, *grid.shape[2:])[:, :length].flatten(0, 1)
+        return grid.flatten(0, 1)[self.slot]
