@@ -28,6 +28,7 @@ setup(
         "prism_mcore.plan",
         "prism_kernels",
     ],
+    package_data={"prism_mcore.model": ["configs/*.json"]},  # the shapes that recipes name
     install_requires=[
         "torch>=2.11",
         "megatron-core==0.16.1",
