@@ -160,7 +160,7 @@ IGNORED = frozenset(
     id2label label2id problem_type task_specific_params pretraining_tp num_logits_to_keep use_mamba_kernels
     mamba_ssm_cache_dtype init_method rescale_prenorm_residual output_router_logits router_aux_loss_coef
     num_experts_per_tok
-    """.split()
+    """.split()  # noqa: SIM905
 )
 # What transformers 5 writes into a Nemotron-H without experts: with no "E" in the pattern nothing reads it.
 IGNORED_NEMOTRON = frozenset(
@@ -168,14 +168,14 @@ IGNORED_NEMOTRON = frozenset(
     expand n_routed_experts n_shared_experts moe_intermediate_size moe_shared_expert_intermediate_size
     moe_latent_size moe_shared_expert_overlap routed_scaling_factor n_group topk_group norm_topk_prob
     mtp_layers_block_type mtp_hybrid_override_pattern
-    """.split()
+    """.split()  # noqa: SIM905
 )
 # Granite hybrid: the experts' width (there are none), and what no layer reads where no layer is Mamba.
 IGNORED_GRANITE_HYBRID = frozenset(
     """
     intermediate_size mamba_expand mamba_n_heads mamba_n_groups mamba_d_head mamba_d_state mamba_d_conv
     mamba_conv_bias mamba_proj_bias mamba_chunk_size time_step_limit
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 ARCHITECTURES: dict[str, Family] = {
