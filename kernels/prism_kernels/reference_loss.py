@@ -31,9 +31,9 @@ def _statistics(logits: Tensor, labels: Tensor, first: int, group) -> tuple[Tens
         lse, target = logits.new_full((len(labels),), -torch.inf), logits.new_zeros(len(labels))
     if group is not None:
         mine = torch.stack([lse, target])
-        every = mine.new_empty(dist.get_world_size(group), *mine.shape)
+        every = mine.new_empty(dist.get_world_size(group) * 2, len(labels))  # gloo gathers along the first axis
         dist.all_gather_into_tensor(every, mine, group=group)
-        lse, target = every[:, 0].logsumexp(0), every[:, 1].sum(0)
+        lse, target = every[0::2].logsumexp(0), every[1::2].sum(0)
     return lse, target, local, ours
 
 
