@@ -24,11 +24,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 TIMEOUT_S = 120.0
-GRACE_S = 15.0  # after one rank failed, the others get this long to notice and report
+GRACE_S = 5.0  # after one rank failed, the others get this long to notice and report
 
 _pools: dict[int, "_Pool"] = {}
 
@@ -83,9 +84,8 @@ class _Call:
 
         sys.path[:] = self.path
         function = getattr(_load(self.module, self.file), self.name)
-        groups = init_groups(ParallelSettings(**self.layout))
         try:
-            return function(groups, *pickle.loads(self.args))
+            return function(init_groups(ParallelSettings(**self.layout)), *pickle.loads(self.args))
         finally:
             destroy_groups()
             gc.collect()
@@ -117,14 +117,15 @@ class _Pool:
                 connection.send_bytes(message)
             except OSError:
                 answers[rank] = (False, self._obituary(rank))
-        deadline = time.monotonic() + timeout_s
+        deadline, patience = time.monotonic() + timeout_s, f"within {timeout_s:g} s"
+        graced = False
         while len(answers) < len(self.connections) and time.monotonic() < deadline:
-            failed_before = any(not good for good, _ in answers.values())
             self._collect(answers, deadline - time.monotonic())
-            if not failed_before and any(not good for good, _ in answers.values()):
+            if not graced and any(not good for good, _ in answers.values()):
+                graced, patience = True, f"within {GRACE_S:g} s of another rank's failure"
                 deadline = min(deadline, time.monotonic() + GRACE_S)
         for rank in range(len(self.connections)):
-            answers.setdefault(rank, (False, f"did not answer within {timeout_s:g} s{self._log_tail(rank)}"))
+            answers.setdefault(rank, (False, f"did not answer {patience}{self._log_tail(rank)}"))
         failures = {rank: answer for rank, (good, answer) in answers.items() if not good}
         if failures:
             # Ranks that all raised the same kind of error are still in step; anything else needs new processes.
@@ -174,6 +175,11 @@ def _fork_server() -> Any:
     context.set_forkserver_preload(
         ["prism_mcore.parallel", "megatron.core.optimizer", "megatron.core.pipeline_parallel"]
     )
+    before = dict(os.environ)
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")  # the server and its ranks keep these
+    forkserver.ensure_running()
+    os.environ.clear()
+    os.environ.update(before)
     return context
 
 
