@@ -101,8 +101,8 @@ def test_bf16_weights_with_fp32_master_copies():
     for name in fp32:
         assert torch.equal(one[name], one[name].bfloat16().float()), name
         # As a whole: Adam turns rounding of a gradient that is nearly zero into a step in either direction.
-        assert (got[name] - one[name]).norm() < 0.05 * one[name].norm(), name
-        assert (one[name] - fp32[name]).norm() < 0.05 * fp32[name].norm(), name
+        assert (got[name] - one[name]).norm() < 0.2 * one[name].norm(), name
+        assert (one[name] - fp32[name]).norm() < 0.2 * fp32[name].norm(), name
 
 
 def places(groups):
