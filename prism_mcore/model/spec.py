@@ -87,68 +87,6 @@ class ModelSpec:
         return ("A_log", "D", "dt_bias")
 
 
-# --- parameters -------------------------------------------------------------------------------------------------------
-
-
-def sublayer_shapes(spec: ModelSpec, kind: str, tp: int = 1) -> dict[str, tuple[int, ...]]:
-    """Shapes of one sub-layer's parameters on one of `tp` tensor-parallel ranks, by name below `layers.<index>.`.
-
-    `in_proj` and `conv1d` of a Mamba mixer are two parameters each: what is cut by heads ([z|x|dt] and [x]) and what
-    belongs to the SSM groups ([B|C]), which every rank holds whole where there is one group.
-    """
-    d = spec.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"norm.weight": (d,)}
-    if kind == ATTENTION:
-        p = spec.head_dim
-        shapes["mixer.qkv.weight"] = ((spec.num_heads + 2 * spec.num_kv_heads) * p // tp, d)
-        shapes["mixer.out_proj.weight"] = (d, spec.num_heads * p // tp)
-    elif kind == MLP:
-        branches = 2 if spec.activation == "swiglu" else 1
-        shapes["mixer.up.weight"] = (branches * spec.ffn_size // tp, d)
-        shapes["mixer.down.weight"] = (d, spec.ffn_size // tp)
-    elif kind == MAMBA:
-        inner, heads = spec.mamba_inner_size // tp, spec.mamba_num_heads // tp
-        groups = spec.ssm_groups if spec.ssm_groups == 1 else spec.ssm_groups // tp
-        bc = 2 * groups * spec.ssm_state_size
-        shapes["mixer.in_proj_zxdt.weight"] = (2 * inner + heads, d)
-        shapes["mixer.in_proj_bc.weight"] = (bc, d)
-        shapes["mixer.conv_x.weight"] = (inner, spec.conv_kernel)
-        shapes["mixer.conv_bc.weight"] = (bc, spec.conv_kernel)
-        if spec.conv_bias:
-            shapes["mixer.conv_x.bias"] = (inner,)
-            shapes["mixer.conv_bc.bias"] = (bc,)
-        for name in spec.fp32_parameters:
-            shapes[f"mixer.{name}"] = (heads,)
-        shapes["mixer.gated_norm.weight"] = (inner,)
-        shapes["mixer.out_proj.weight"] = (d, inner)
-    else:
-        raise ValueError(f"sub-layer kind {kind!r} is none of {', '.join(LAYER_NAMES)}")
-    return shapes
-
-
-def padded_vocab_size(spec: ModelSpec, tp: int) -> int:
-    """Rows of the embedding over all ranks: the vocabulary rounded up to a multiple of tp."""
-    return math.ceil(spec.vocab_size / tp) * tp
-
-
-def parameter_shapes(spec: ModelSpec, tp: int = 1) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the model by canonical name, as one of `tp` tensor-parallel ranks holds it, in model order."""
-    vocab = padded_vocab_size(spec, tp) // tp
-    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (vocab, spec.hidden_size)}
-    for index, kind in enumerate(spec.pattern):
-        for name, shape in sublayer_shapes(spec, kind, tp).items():
-            shapes[f"layers.{index}.{name}"] = shape
-    shapes["final_norm.weight"] = (spec.hidden_size,)
-    if not spec.tied_embeddings:
-        shapes["output.weight"] = (vocab, spec.hidden_size)
-    return shapes
-
-
-def num_parameters(spec: ModelSpec) -> int:
-    """Parameters of the whole model; tied embeddings count once, vocabulary padding does not count."""
-    return sum(math.prod(shape) for shape in parameter_shapes(spec).values())
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 # Keys that change no number of a forward or backward pass without dropout.

@@ -16,82 +16,94 @@ class Section(BaseModel):
 class RunSettings(Section):
     """What the run is called and where it lives."""
 
-    name: str = Field("", description="Name of the run; empty takes the recipe's file name")
-    dir: str = Field("runs", description="Folder of all runs; this one lives in <dir>/<name>/")
-    seed: int = Field(0, ge=0, description="Seed of the initial weights and of the order of the data")
+    name: str = Field(default="", description="Name of the run; empty takes the recipe's file name")
+    dir: str = Field(default="runs", description="Folder of all runs; this one lives in <dir>/<name>/")
+    seed: int = Field(default=0, ge=0, description="Seed of the initial weights and of the order of the data")
     deterministic: bool = Field(
-        False, description="On GPUs choose only operations that give the same bits every time; costs speed"
+        default=False, description="On GPUs choose only operations that give the same bits every time; costs speed"
     )
 
 
 class TrainSettings(Section):
     """Steps, batches and validation."""
 
-    steps: int = Field(1000, ge=1, description="Optimizer steps of the whole run")
-    global_batch: int = Field(8, ge=1, description="Sequences per step, over all ranks")
-    micro_batch: int = Field(1, ge=1, description="Sequences per forward pass of one data-parallel rank")
+    steps: int = Field(default=1000, ge=1, description="Optimizer steps of the whole run")
+    global_batch: int = Field(default=8, ge=1, description="Sequences per step, over all ranks")
+    micro_batch: int = Field(default=1, ge=1, description="Sequences per forward pass of one data-parallel rank")
     recompute: list[RecomputeType] = Field(
-        [],
+        default=[],
         description="Types of sub-layers whose activations are computed again in the backward pass instead of kept;"
         " [mamba, attention, mlp] is full recompute",
     )
     validate_every: int = Field(
-        0, ge=0, description="Steps between validations; one at the end in any case; 0 is never"
+        default=0, ge=0, description="Steps between validations; one at the end in any case; 0 is only that one"
     )
-    validate_batches: int = Field(8, ge=1, description="Global batches of each domain in one validation")
+    validate_batches: int = Field(default=8, ge=1, description="Global batches of each domain in one validation")
 
 
 class OptimizerSettings(Section):
     """AdamW with fp32 moments; no weight decay on norms, biases, A_log, D and dt_bias."""
 
-    lr: float = Field(1e-4, gt=0, description="Peak learning rate")
+    lr: float = Field(default=1e-4, gt=0, description="Peak learning rate")
     schedule: Literal["cosine", "linear", "exponential", "constant", "wsd"] = Field(
-        "cosine",
+        default="cosine",
         description="From lr after the warm-up to lr*min_lr_ratio at the last step;"
-        " wsd holds lr and decays linearly in the last decay_steps",
+        " wsd holds lr and decays linearly in the last decay_fraction of the steps",
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps in which the learning rate rises linearly from 0 to lr")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Floor of the schedule as a share of lr")
-    decay_steps: int | None = Field(
-        None, ge=1, description="Length of the decay of the wsd schedule; no other reads it"
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Steps in which the learning rate rises linearly from 0 to lr"
     )
-    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay of matrices and embeddings")
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="Floor of the schedule as a share of lr")
+    decay_fraction: float = Field(default=0.2, ge=0, le=1, description="Share of all steps in which wsd decays")
+    weight_decay: float = Field(default=0.1, ge=0, description="Decoupled weight decay of matrices and embeddings")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.95), description="Decay rates of Adam's first and second moment"
+        default=(0.9, 0.95), description="Decay rates of Adam's first and second moment"
     )
-    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment")
-    clip_grad: float = Field(1.0, ge=0, description="Largest L2 norm of the whole gradient; 0 is no clipping")
+    eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment")
+    clip_grad: float = Field(default=1.0, ge=0, description="Largest L2 norm of the whole gradient; 0 is no clipping")
 
 
 class PrecisionSettings(Section):
     """Number formats. Gradients are summed, and moments and master weights kept, in fp32 in either."""
 
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="Format of weights and activations")
-    fp8: str = Field("off", description="FP8 recipe of the matrix products; only off is supported")
+    dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="Format of weights and activations")
+    fp8: str = Field(default="off", description="FP8 recipe of the matrix products; only off is supported")
 
 
 class CheckpointSettings(Section):
     """Saving and resuming."""
 
-    every: int = Field(0, ge=0, description="Steps between checkpoints; one at the end in any case; 0 is only that one")
-    keep: int = Field(3, ge=0, description="Newest checkpoints to keep; 0 keeps all")
-    resume: bool = Field(True, description="Go on from the newest undamaged checkpoint of the run, where there is one")
-    async_save: bool = Field(False, description="Write while training goes on; costs a copy in host memory")
-    save_deadline_s: float = Field(1800.0, gt=0, description="A save that takes longer ends the run with an error")
+    every: int = Field(
+        default=0, ge=0, description="Steps between checkpoints; one at the end in any case; 0 is only that one"
+    )
+    keep: int = Field(default=3, ge=0, description="Newest checkpoints to keep; 0 keeps all")
+    resume: bool = Field(
+        default=True, description="Go on from the newest undamaged checkpoint of the run, where there is one"
+    )
+    async_save: bool = Field(default=False, description="Write while training goes on; costs a copy in host memory")
+    save_deadline_s: float = Field(
+        default=1800.0, gt=0, description="A save that takes longer ends the run with an error"
+    )
 
 
 class GuardSettings(Section):
     """When a bad step is skipped, and when the run is stopped (exit code 76). NaN and Inf are always bad."""
 
     spike_threshold: float = Field(
-        0.0, ge=0, description="A loss above this many times the median of the window is bad; 0 is no such check"
+        default=0.0,
+        ge=0,
+        description="A loss above this many times the median of the window is bad; 0 is no such check",
     )
-    spike_window: int = Field(64, ge=2, description="Last good steps whose median loss is the yardstick for spikes")
-    skip_budget: int = Field(0, ge=0, description="Bad steps that may be skipped in the whole run; one more stops it")
+    spike_window: int = Field(
+        default=64, ge=2, description="Last good steps whose median loss is the yardstick for spikes"
+    )
+    skip_budget: int = Field(
+        default=0, ge=0, description="Bad steps that may be skipped in the whole run; one more stops it"
+    )
 
 
 class LogSettings(Section):
     """What is written where; metrics.jsonl has every step in any case."""
 
-    every: int = Field(1, ge=1, description="Steps between console lines")
-    tensorboard: bool = Field(True, description="Write tensorboard files into the run's folder")
+    every: int = Field(default=1, ge=1, description="Steps between console lines")
+    tensorboard: bool = Field(default=True, description="Write tensorboard files into the run's folder")
