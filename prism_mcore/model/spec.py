@@ -81,11 +81,6 @@ class ModelSpec:
         """Width of z, x and y inside a Mamba mixer."""
         return self.mamba_num_heads * self.mamba_head_dim
 
-    @property
-    def fp32_parameters(self) -> tuple[str, ...]:
-        """Last parts of the names of parameters that stay fp32 in a bf16 model."""
-        return ("A_log", "D", "dt_bias")
-
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
