@@ -1,0 +1,219 @@
+"""HybridModel: the one model, for dense transformers and attention-Mamba hybrids, whole or one pipeline chunk of it."""
+
+# t packed tokens (t / tp of them where activations are sequence-parallel), d hidden
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import (
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from prism_kernels.boundaries import Boundaries
+from prism_kernels.reference import rope_table
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from prism_mcore.batch import PackedBatch
+from prism_mcore.model.attention import Attention
+from prism_mcore.model.linear import Build, norm
+from prism_mcore.model.mamba import Mamba
+from prism_mcore.model.mlp import MLP
+from prism_mcore.model.parameters import Parameter, draw, padded_vocabulary, parameters, shard
+from prism_mcore.model.sequence import Sequence
+
+MIXERS = {"*": Attention, "-": MLP, "M": Mamba}
+
+
+class Block(nn.Module):
+    """One sub-layer: x + residual_multiplier * mixer(norm(x))."""
+
+    def __init__(self, build: Build, kind: str, recompute: bool):
+        super().__init__()
+        self.norm, self.mixer = norm(build), MIXERS[kind](build)
+        self.residual_multiplier, self.recompute = build.spec.residual_multiplier, recompute
+
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # Nothing here draws random numbers, so there is no state to restore.
+            branch = checkpoint(self.branch, x, seq, use_reentrant=False, preserve_rng_state=False)
+        else:
+            branch = self.branch(x, seq)
+        return torch.add(x, branch, alpha=self.residual_multiplier)
+
+    def branch(self, x: Tensor, seq: Sequence) -> Tensor:
+        return self.mixer(self.norm(x), seq)
+
+
+class Embedding(VocabParallelEmbedding):
+    """Token ids -> hidden states, scaled; cut over the vocabulary."""
+
+    def __init__(self, build: Build):
+        spec, groups = build.spec, build.groups
+        super().__init__(
+            padded_vocabulary(spec, groups.tp_size),
+            spec.hidden_size,
+            init_method=lambda weight: weight,
+            reduce_scatter_embeddings=build.config.sequence_parallel,
+            config=build.config,
+            tp_group=groups.tp,
+        )
+        self.multiplier = spec.embedding_multiplier
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[t] -> [t, 1, d], or this rank's [t / tp, 1, d] under sequence parallelism."""
+        x = super().forward(tokens.view(1, -1))  # sequence-parallel: already [t / tp, 1, d]
+        x = x if self.reduce_scatter_embeddings else x.transpose(0, 1)
+        return x if self.multiplier == 1 else x * self.multiplier
+
+
+class Head(nn.Module):
+    """Final hidden states -> loss and log-probs, vocabulary-parallel, never holding the logits of the whole batch."""
+
+    def __init__(self, build: Build, weight: Tensor | None):
+        super().__init__()
+        self.build = build
+        rows = padded_vocabulary(build.spec, build.groups.tp_size) // build.groups.tp_size
+        if weight is None:
+            self.weight = nn.Parameter(torch.empty(rows, build.spec.hidden_size, dtype=build.config.params_dtype))
+        self.linear_cross_entropy = build.ops["linear_cross_entropy"]
+
+    def forward(self, x: Tensor, labels: Tensor, loss_mask: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[t, 1, d], labels [t], mask [t] -> sum of -log p over unmasked labels (scalar), log p of every label [t] fp32."""
+        tp = self.build.groups.tp
+        if self.build.config.sequence_parallel:
+            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=tp)
+        else:
+            x = copy_to_tensor_model_parallel_region(x, group=tp)
+        return self.linear_cross_entropy(
+            x.squeeze(1),
+            self.weight if weight is None else weight,
+            labels,
+            token_weights=loss_mask.float(),
+            logits_divisor=self.build.spec.logits_divisor,
+            vocab_size=self.build.spec.vocab_size,
+            group=tp if self.build.groups.tp_size > 1 else None,
+        )
+
+
+class HybridModel(MegatronModule):
+    """A pipeline chunk of the model: the sub-layers in `layers`, the embedding before the first, the head after the last.
+
+    Megatron-core's schedules, DDP and optimizers see a module with `set_input_tensor`, `pre_process` and the shared
+    embedding protocol. Parameter names carry global sub-layer indices: `layers.7.mixer.qkv.weight`.
+    """
+
+    def __init__(self, build: Build, layers: list[int], *, recompute: frozenset[str] = frozenset(), vp_stage: int = 0):
+        super().__init__(config=build.config)
+        spec = self.spec = build.spec
+        self.build, self.vp_stage, self.model_type = build, vp_stage, ModelType.encoder_or_decoder
+        self.pre_process = bool(layers) and layers[0] == 0
+        self.post_process = bool(layers) and layers[-1] == len(spec.pattern) - 1
+        self.share_embeddings_and_output_weights = spec.tied_embeddings
+        self.input_tensor: Tensor | None = None
+
+        if self.pre_process:
+            self.embedding = Embedding(build)
+        self.layers = nn.ModuleDict(
+            {str(i): Block(build, spec.pattern[i], spec.pattern[i] in recompute) for i in layers}
+        )
+        if self.post_process:
+            self.final_norm = norm(build)
+            self.output = Head(build, self.embedding.weight if self.pre_process and spec.tied_embeddings else None)
+        self._mark_parameters()
+
+    def forward(self, batch: PackedBatch) -> Tensor | tuple[Tensor, Tensor]:
+        """Hidden states [t, 1, d] for the next stage; from the last stage (loss sum in nats, log-probs [t] fp32)."""
+        seq = self._sequence(batch)
+        if self.pre_process:
+            x = self.embedding(batch.tokens.flatten())
+        else:
+            x = self.input_tensor
+        for layer in self.layers.values():
+            x = layer(x, seq)
+        if not self.post_process:
+            return x
+        tied = self.embedding.weight if self.pre_process and self.spec.tied_embeddings else None
+        return self.output(self.final_norm(x), batch.labels.flatten(), batch.loss_mask.flatten(), tied)
+
+    def _sequence(self, batch: PackedBatch) -> Sequence:
+        rope = None
+        if self.spec.position == "rope":
+            positions = batch.position_ids.flatten()
+            rope = rope_table(positions, self.spec.head_dim, self.spec.rope_theta, self.spec.rope_scaling)
+        return Sequence(Boundaries(batch.cu_seqlens), rope)
+
+    # What megatron-core asks of a model.
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """The previous stage's hidden states, given by the pipeline schedule before each forward."""
+        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied weight: the embedding's on the first stage, its copy on the last."""
+        if self.pre_process:
+            return self.embedding.weight
+        return self.output.weight if self.post_process else None
+
+    # What the table of parameters says of each of ours.
+
+    def global_name(self, name: str) -> str:
+        """The name of a local parameter in the table; the last stage's copy of a tied embedding is the embedding."""
+        return "embedding.weight" if name == "output.weight" and self.spec.tied_embeddings else name
+
+    def table(self) -> list[tuple[str, nn.Parameter, Parameter]]:
+        """(global name, local tensor, its row of the table) for every parameter of this chunk."""
+        table = parameters(self.spec, self.build.groups.tp_size)
+        named = [(self.global_name(name), tensor) for name, tensor in self.named_parameters()]
+        return [(name, tensor, table[name]) for name, tensor in named]
+
+    def _mark_parameters(self) -> None:
+        sequence_parallel = self.build.config.sequence_parallel
+        for name, tensor, parameter in self.table():
+            tensor.tensor_model_parallel = parameter.tp_axis is not None
+            tensor.partition_dim = -1 if parameter.tp_axis is None else parameter.tp_axis
+            tensor.partition_stride = 1
+            # Replicated over ranks, but each rank sees a part of what it acts on: its tokens, or its heads.
+            by_heads = parameter.tp_axis is None and ".mixer." in name
+            tensor.sequence_parallel = by_heads or (sequence_parallel and parameter.tp_axis is None)
+            tensor.sum_over_tp = (
+                by_heads and not sequence_parallel
+            )  # megatron-core sums only under sequence parallelism
+            # The copy of a tied embedding on the last stage counts once in the gradient norm.
+            tensor.shared = name == "embedding.weight" and not self.pre_process
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Random weights that depend on (seed, global name) alone, so that every layout starts from the same model."""
+        groups = self.build.groups
+        for name, tensor, parameter in self.table():
+            tensor.copy_(shard(draw(name, parameter, seed), parameter, groups.tp_rank, groups.tp_size))
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets=(), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """megatron-core's description of every parameter for distributed checkpoints; keys know no layout."""
+        return {name: self._sharded(name, tensor, parameter) for name, tensor, parameter in self.table()}
+
+    def _sharded(self, name: str, tensor: nn.Parameter, parameter: Parameter) -> ShardedTensor | ShardedTensorFactory:
+        groups, axis = self.build.groups, parameter.tp_axis
+        replica = (int(tensor.shared), groups.tp_rank if axis is None else 0, groups.dp_rank)
+        offsets = [] if axis is None else [(axis, groups.tp_rank, groups.tp_size)]
+
+        def piece(key: str, data: Tensor, replica_id) -> ShardedTensor:
+            return ShardedTensor.from_rank_offsets(
+                key, data, *offsets, replica_id=replica_id, allow_shape_mismatch=parameter.vocabulary
+            )
+
+        if not parameter.parts:
+            return piece(name, tensor, replica)
+        parts_axis = 0 if axis is None else axis
+        sizes = [size // (1 if axis is None else groups.tp_size) for size in parameter.parts]
+
+        def split(key: str, data: Tensor, replica_id, flattened_range) -> list[ShardedTensor]:
+            pieces = data.split(sizes, dim=parts_axis)
+            return [piece(f"{key}.{n}", p, replica_id) for n, p in zip(parameter.names, pieces, strict=True)]
+
+        return ShardedTensorFactory(name, tensor, split, lambda pieces: torch.cat(pieces, dim=parts_axis), replica)

@@ -1,0 +1,105 @@
+"""Linear layers and norms, from Transformer Engine or from megatron-core, as the backend table says."""
+
+# t packed tokens (t / tp of them where activations are sequence-parallel), d hidden
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from prism_mcore.model.ops import Ops
+from prism_mcore.model.spec import ModelSpec
+from prism_mcore.parallel import Groups
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the constructors of all layers share."""
+
+    spec: ModelSpec
+    config: TransformerConfig  # megatron-core's view of the same model and layout
+    groups: Groups
+    ops: Ops  # the op table, decided once at start
+
+
+def column_linear(build: Build, rows: int, columns: int) -> nn.Module:
+    """[t, 1, columns] -> [t, 1, rows / tp], no bias; gathers sequence-parallel input."""
+    kwargs = _linear_arguments(build)
+    if build.ops.transformer_engine:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+        return TEColumnParallelLinear(
+            columns, rows, gather_output=False, is_expert=False, tp_comm_buffer_name=None, **kwargs
+        )
+    return ColumnParallelLinear(columns, rows, **kwargs)
+
+
+def row_linear(build: Build, rows: int, columns: int) -> nn.Module:
+    """[t, 1, columns / tp] -> [t, 1, rows], no bias; summed over ranks, scattered where sequence-parallel."""
+    kwargs = _linear_arguments(build)
+    if build.ops.transformer_engine:
+        from megatron.core.extensions.transformer_engine import TERowParallelLinear
+
+        return TERowParallelLinear(
+            columns, rows, input_is_parallel=True, is_expert=False, tp_comm_buffer_name=None, **kwargs
+        )
+    return RowParallelLinear(columns, rows, input_is_parallel=True, **kwargs)
+
+
+def _linear_arguments(build: Build) -> dict:
+    return {
+        "config": build.config,
+        "init_method": lambda weight: weight,  # HybridModel initialises every parameter itself
+        "bias": False,
+        "skip_bias_add": False,
+        "tp_group": build.groups.tp,
+    }
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the hidden dimension."""
+
+    def __init__(self, build: Build):
+        super().__init__()
+        self.eps = build.spec.norm_eps
+        self.rms_norm = build.ops["rms_norm"]
+        self.weight = nn.Parameter(torch.empty(build.spec.hidden_size, dtype=build.config.params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rms_norm(x, self.weight, self.eps)
+
+
+def norm(build: Build) -> nn.Module:
+    """RMSNorm over the hidden dimension: [t, 1, d] -> [t, 1, d]."""
+    if build.ops.transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm(build.config, build.spec.hidden_size, build.spec.norm_eps)
+    return RMSNorm(build)
+
+
+class Weight(nn.Module):
+    """A weight, and perhaps a bias, that another module uses: it only gives them their name."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype))
+
+
+def column_product(x: Tensor, weight: Tensor, build: Build) -> Tensor:
+    """A column-parallel product with a weight put together by the caller: [t, 1, d] x [rows, d] -> [t, 1, rows]."""
+    sequence_parallel = build.config.sequence_parallel
+    return linear_with_grad_accumulation_and_async_allreduce(
+        x,
+        weight,
+        None,
+        gradient_accumulation_fusion=False,
+        allreduce_dgrad=build.groups.tp_size > 1 and not sequence_parallel,
+        sequence_parallel=sequence_parallel,
+        tp_group=build.groups.tp,
+    )

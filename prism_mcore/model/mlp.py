@@ -1,0 +1,24 @@
+"""The MLP: SwiGLU on a fused gate/up buffer, or ungated squared ReLU."""
+
+# t packed tokens, d hidden, f MLP width of this rank
+
+from torch import Tensor, nn
+
+from prism_mcore.model.linear import Build, column_linear, row_linear
+from prism_mcore.model.sequence import Sequence
+
+
+class MLP(nn.Module):
+    def __init__(self, build: Build):
+        super().__init__()
+        spec = build.spec
+        self.gated = spec.activation == "swiglu"
+        up = column_linear(build, spec.ffn_size * (2 if self.gated else 1), spec.hidden_size)
+        setattr(self, "gate_up" if self.gated else "up", up)
+        self.down = row_linear(build, spec.hidden_size, spec.ffn_size)
+        self.activation = build.ops[spec.activation]
+
+    def forward(self, x: Tensor, seq: Sequence, state: None = None) -> Tensor:
+        """[t, 1, d] -> [t, 1, d]."""
+        up, _ = (self.gate_up if self.gated else self.up)(x)
+        return self.down(self.activation(up))[0]
