@@ -1,0 +1,101 @@
+"""AdamW through megatron-core's distributed optimizer: state cut over data-parallel ranks, fp32 masters and moments."""
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
+
+from prism_mcore.model.hybrid import HybridModel
+from prism_mcore.parallel import Groups
+from prism_mcore.train.settings import OptimizerSettings
+
+
+def wrap(
+    chunks: list[HybridModel], groups: Groups, *, optimizer_instances: int = 1, overlap: bool = False
+) -> list[DistributedDataParallel]:
+    """Give each chunk flat parameter and fp32 gradient buffers, reduced over data-parallel ranks.
+
+    overlap: reduce gradients while backward goes on, and gather updated parameters while forward does.
+    """
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        num_distributed_optimizer_instances=optimizer_instances,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+    )
+    wrapped = [
+        DistributedDataParallel(
+            chunk.config,
+            config,
+            chunk,
+            # Chunks after the first of an interleaved schedule communicate off the critical path: one bucket each.
+            disable_bucketing=i > 0,
+            pg_collection=groups.collection,
+        )
+        for i, chunk in enumerate(chunks)
+    ]
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_gradients
+        if overlap:
+            no_sync = [ddp.no_sync for ddp in wrapped]  # gradients travel after the last micro-batch only
+            chunk.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    return wrapped
+
+
+def build_optimizer(
+    chunks: list[DistributedDataParallel], settings: OptimizerSettings, groups: Groups
+) -> MegatronOptimizer:
+    """AdamW over the wrapped chunks; no weight decay on one-dimensional tensors: norms, biases, A_log, D, dt_bias."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=chunks[0].config.bf16,
+        params_dtype=chunks[0].config.params_dtype,
+        use_distributed_optimizer=True,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+    )
+    optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=groups.collection)
+    for group in optimizer.param_groups:
+        if isinstance(optimizer.chained_optimizers[0].optimizer, torch.optim.AdamW):
+            group["fused"], group["foreach"] = True, False  # one pass over memory instead of eight
+    return optimizer
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """The L2 norm over all parameters of the whole model, of gradients already averaged over the global batch's tokens."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update(optimizer: MegatronOptimizer, grad_norm: float, lr: float) -> None:
+    """Clip by the global norm and take one step at this learning rate, with the gradients `gradient_norm` prepared."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
+    if optimizer.config.clip_grad > 0:
+        for part in optimizer.chained_optimizers:
+            clip_grads.clip_grad_by_total_norm_fp32(part.get_parameters(), optimizer.config.clip_grad, grad_norm)
+    optimizer.step_with_ready_grads()
+
+
+def finalize_gradients(chunks, num_tokens=None, **kwargs) -> None:
+    """megatron-core's finalize_model_grads, after summing what it forgets: replicated weights of tensor-parallel heads.
+
+    B and C of a single SSM group are held by every tensor-parallel rank and feed each rank's own heads. megatron-core
+    sums the gradients of parameters marked `sequence_parallel` only when sequence parallelism is on (0.16.1,
+    distributed/finalize_model_grads.py); these need it always. Goes when upstream has a mark for this case.
+    """
+    finalize_model_grads(chunks, num_tokens, **kwargs)
+    partial_grads = [p.main_grad for chunk in chunks for p in chunk.parameters() if getattr(p, "sum_over_tp", False)]
+    tp = chunks[0].tp_group
+    if partial_grads and tp.size() > 1:
+        flat = torch.cat([grad.flatten() for grad in partial_grads])
+        dist.all_reduce(flat, group=tp)
+        for grad, summed in zip(partial_grads, flat.split([g.numel() for g in partial_grads]), strict=True):
+            grad.copy_(summed.view_as(grad))

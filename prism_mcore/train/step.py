@@ -1,0 +1,101 @@
+"""One optimizer step: forward and backward over the micro-batches through megatron-core's schedules, then the update."""
+
+# t packed tokens of a micro-batch: its b sequences of s tokens, one after another
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from prism_mcore.batch import PackedBatch
+from prism_mcore.parallel import Groups
+from prism_mcore.train.optimizer import gradient_norm
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What a step saw, the same on every rank.
+
+    loss 2.31, grad_norm 0.8, source_loss (2.1, nan), source_tokens (4096, 0)   # the second source had no sample
+    """
+
+    loss: float  # nats per token that counts
+    grad_norm: float  # nan where gradients were not computed
+    source_loss: tuple[float, ...]  # nats per token of each of data.sources
+    source_tokens: tuple[int, ...]  # tokens that counted
+
+
+def train_step(
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    batches: list[PackedBatch],
+    groups: Groups,
+    num_sources: int,
+) -> StepStats:
+    """Gradients of the mean loss over the global batch, ready in `optimizer` for `update`; no weight changes yet."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss = forward_backward(chunks, batches, groups, num_sources)
+    return replace(loss, grad_norm=gradient_norm(optimizer))
+
+
+def forward_backward(
+    chunks: list[DistributedDataParallel],
+    batches: list[PackedBatch],
+    groups: Groups,
+    num_sources: int,
+    forward_only: bool = False,
+) -> StepStats:
+    """Run this rank's micro-batches through the pipeline; the loss of the global batch on every rank."""
+    seq_tokens = batches[0].position_ids.numel()
+    sums = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, num_sources=num_sources),
+        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=seq_tokens,  # a micro-batch is one packed sequence of t tokens
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    # [source, (nats, tokens)]; float64 holds any token count exactly.
+    device = next(chunks[0].parameters()).device
+    total = sum(sums) if sums else torch.zeros(num_sources, 2, dtype=torch.float64, device=device)
+    dist.all_reduce(total, group=groups.dp_cp)
+    dist.all_reduce(total, group=groups.pp)  # the other stages add zeros
+    nats, tokens = total.cpu().unbind(-1)
+    return StepStats(
+        loss=float(nats.sum() / tokens.sum()),
+        grad_norm=float("nan"),
+        source_loss=tuple((nats / tokens).tolist()),
+        source_tokens=tuple(int(n) for n in tokens),
+    )
+
+
+def _forward_step(batches: Iterator[PackedBatch], chunk: DistributedDataParallel, num_sources: int):
+    batch = to_device(next(batches), next(chunk.parameters()).device)
+    return chunk(batch), partial(_loss, batch=batch, num_sources=num_sources)
+
+
+def _loss(output: tuple[Tensor, Tensor], batch: PackedBatch, num_sources: int) -> tuple[Tensor, Tensor, Tensor]:
+    """megatron-core's triple: loss summed over tokens, how many tokens, and the sums per source for the log."""
+    loss_sum, logprobs = output
+    assert batch.loss_mask is not None
+    nats = -(logprobs.view_as(batch.loss_mask) * batch.loss_mask).sum(-1, dtype=torch.float64)
+    per_row = torch.stack([nats, batch.loss_mask.sum(-1, dtype=torch.float64)], dim=-1)
+    sums = torch.zeros(num_sources, 2, dtype=torch.float64, device=nats.device)
+    sums.index_add_(0, batch.source_ids.long(), per_row)
+    return loss_sum, torch.tensor(batch.num_tokens, dtype=torch.int, device=nats.device), sums
+
+
+def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    """The batch with its tensors on `device`, copied without waiting where the loader pinned them."""
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    moved = {n: t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for n, t in tensors.items()}
+    return PackedBatch(**moved)

@@ -1,0 +1,116 @@
+"""Invariant 1: the same weights and tokens give the same loss and the same gradients in every parallel layout."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import SPECS, packed_batches
+from ranks import run_ranks
+
+from prism_mcore.model.build import build_chunks
+from prism_mcore.model.ops import Ops
+from prism_mcore.model.parameters import gather, parameters
+from prism_mcore.train.optimizer import gradient_norm, wrap
+from prism_mcore.train.step import forward_backward
+
+SEED = 7
+LAYOUTS = {
+    "tp2": (2, {"tp": 2}),
+    "tp2+sp": (2, {"tp": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pp": 2}),
+    "pp2 interleaved": (2, {"pp": 2, "vpp": 2}),
+    "dp2": (2, {}),
+    "tp2 x pp2": (4, {"tp": 2, "pp": 2}),
+    "tp2+sp x dp2": (4, {"tp": 2, "sequence_parallel": True}),
+    "dp2 x dp2 instances": (4, {"optimizer_instances": 2}),
+}
+
+
+def even_split(layers, chunks):
+    cuts = [round(i * layers / chunks) for i in range(chunks + 1)]
+    return [list(range(start, end)) for start, end in zip(cuts, cuts[1:], strict=False)]
+
+
+def losses_and_gradients(groups, spec_name, sequence_parallel=False, recompute="", micro_batches=4, overlap=False):
+    """Loss and whole gradients by global name, from four micro-batches shared out over data-parallel ranks."""
+    spec = SPECS[spec_name]
+    split = even_split(len(spec.pattern), groups.pp_size * groups.vpp)
+    chunks = build_chunks(
+        spec,
+        split,
+        groups,
+        Ops({}, torch.device("cpu")),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        sequence_parallel=sequence_parallel,
+        recompute=frozenset(recompute),
+    )
+    for chunk in chunks:
+        chunk.initialise(SEED)
+    instances = dist.get_world_size() // 2 if groups.dp_size == 4 else 1
+    wrapped = wrap(chunks, groups, optimizer_instances=instances, overlap=overlap)
+    batches = packed_batches(spec, micro_batches)[groups.dp_rank :: groups.dp_size]
+    for ddp in wrapped:
+        ddp.zero_grad_buffer()
+    stats = forward_backward(wrapped, batches, groups, num_sources=2)
+    return stats, whole_gradients(chunks, wrapped, groups)
+
+
+def whole_gradients(chunks, wrapped, groups):
+    """Gradients of the whole model on every rank: data-parallel shards, tensor-parallel slices and stages put together."""
+    mine = {}
+    for ddp, chunk in zip(wrapped, chunks, strict=True):
+        for buffer in ddp.buffers:
+            unshard(buffer, ddp)
+        for name, tensor, parameter in chunk.table():
+            shards = [torch.empty_like(tensor.main_grad) for _ in range(groups.tp_size)]
+            dist.all_gather(shards, tensor.main_grad, group=groups.tp)
+            mine[name] = gather(shards, parameter)
+    stages = [None] * groups.pp_size
+    dist.all_gather_object(stages, mine, group=groups.pp)
+    return {name: gradient for stage in stages for name, gradient in stage.items()}
+
+
+def unshard(buffer, ddp):
+    """The distributed optimizer leaves each rank its own shard of the reduced gradients: gather all of them."""
+    group = ddp.intra_dp_cp_group
+    for bucket in buffer.buckets:
+        size = bucket.grad_data.numel() // group.size()
+        shard = bucket.grad_data[group.rank() * size : (group.rank() + 1) * size].clone()
+        dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {name: run_ranks(1, losses_and_gradients, name)[0] for name in SPECS}
+
+
+def close(got, want, tolerance=1e-5):
+    """Relative to the largest element of each tensor."""
+    return (got - want).abs().max() <= tolerance * want.abs().max() + 1e-12
+
+
+def assert_same(result, reference):
+    (stats, gradients), (want_stats, want_gradients) = result, reference
+    assert stats.loss == pytest.approx(want_stats.loss, rel=1e-5)
+    assert stats.source_loss == pytest.approx(want_stats.source_loss, rel=1e-5)
+    assert stats.source_tokens == want_stats.source_tokens
+    assert gradients.keys() == want_gradients.keys()
+    wrong = [n for n in gradients if not close(gradients[n], want_gradients[n])]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("spec_name", SPECS)
+def test_same_loss_and_gradients_in_every_layout(alone, spec_name, layout):
+    world_size, degrees = LAYOUTS[layout]
+    sequence_parallel = degrees.get("sequence_parallel", False)
+    for result in run_ranks(world_size, losses_and_gradients, spec_name, sequence_parallel, **degrees):
+        assert_same(result, alone[spec_name])
+
+
+@pytest.mark.parametrize("spec_name", SPECS)
+def test_every_parameter_of_the_table_gets_a_gradient(alone, spec_name):
+    gradients = alone[spec_name][1]
+    table = parameters(SPECS[spec_name])
+    assert {name: tuple(g.shape) for name, g in gradients.items()} == {name: p.shape for name, p in table.items()}
+    assert [name for name, g in gradients.items() if not g.abs().max() > 0] == []
