@@ -4,11 +4,15 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-Rows = slice | Tensor  # which rows of a [C, ...] tensor: a slice where they are evenly spaced, else int64 indices
+Rows: TypeAlias = (
+    slice | Tensor
+)  # which rows of a [C, ...] tensor: a slice where they are evenly spaced, else int64 indices
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,13 +27,13 @@ class Boundaries:
 
     @cached_property
     def offsets(self) -> list[int]:
-        offsets = self.cu_seqlens.tolist()
-        if (
-            self.cu_seqlens.dim() != 1
-            or offsets[:1] != [0]
-            or any(b < a for a, b in zip(offsets, offsets[1:], strict=False))
-        ):
-            raise ValueError(f"cu_seqlens must be a non-decreasing list that starts at 0; got {offsets[:8]}...")
+        offsets = self.cu_seqlens.tolist() if self.cu_seqlens.dim() == 1 else []
+        if not offsets or offsets[0] != 0 or offsets[-1] == 0 or any(b < a for a, b in pairwise(offsets)):
+            shown = ", ".join(map(str, offsets[:8]))
+            raise ValueError(
+                f"cu_seqlens must be a non-decreasing list from 0 to the number of tokens (at least 1); got [{shown}...] "
+                f"of shape {tuple(self.cu_seqlens.shape)}"
+            )
         return offsets
 
     @property
@@ -44,8 +48,7 @@ class Boundaries:
     @cached_property
     def documents(self) -> list[tuple[int, int, int]]:
         """(index, start, end) of each document that has a token."""
-        pairs = zip(self.offsets, self.offsets[1:], strict=False)
-        return [(i, start, end) for i, (start, end) in enumerate(pairs) if end > start]
+        return [(i, start, end) for i, (start, end) in enumerate(pairwise(self.offsets)) if end > start]
 
     @cached_property
     def uniform_len(self) -> int | None:
@@ -96,7 +99,7 @@ class ChunkGrid:
     @staticmethod
     def build(boundaries: Boundaries, chunk_len: int) -> "ChunkGrid":
         lengths = [end - start for _, start, end in boundaries.documents]
-        q = min(chunk_len, max(lengths, default=1))
+        q = min(chunk_len, max(lengths))
         counts = [-(-length // q) for length in lengths]
         num_chunks, num_tokens = sum(counts), boundaries.num_tokens
         if boundaries.uniform_len is not None:
@@ -111,7 +114,7 @@ class ChunkGrid:
 
         starts = [sum(counts[:i]) for i in range(len(counts))]
         steps = []
-        for j in range(1, max(counts, default=0)):
+        for j in range(1, max(counts)):
             current = [start + j for start, count in zip(starts, counts, strict=True) if count > j]
             steps.append((rows(current), rows([c - 1 for c in current])))
         slot = [torch.arange(length) + start * q for start, length in zip(starts, lengths, strict=True)]
@@ -120,7 +123,7 @@ class ChunkGrid:
             num_chunks=num_chunks,
             num_tokens=num_tokens,
             uniform=None,
-            slot=torch.cat(slot).to(device) if slot else rows([]),
+            slot=torch.cat(slot).to(device),
             steps=steps,
             first=rows(starts),
             last=rows([start + count - 1 for start, count in zip(starts, counts, strict=True)]),
