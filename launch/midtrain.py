@@ -1,0 +1,93 @@
+"""Mid-train a model: `torchrun [...] launch/midtrain.py --recipe launch/recipes/demo.yaml [section.name=value ...]`.
+
+Exit codes are those of prism_mcore/exit_codes.py. torchrun hides its workers' codes, so that of the run is also written
+to <run.dir>/<run.name>/exit_code, for the script that decides about starting again (launch/slurm/midtrain.sbatch).
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from prism_mcore.config import Settings, SettingsError, help_text, load, resolve_spec, validate
+from prism_mcore.exit_codes import BAD_SETTINGS, DONE
+
+
+def main() -> int:
+    arguments = _parser().parse_intermixed_args()
+    try:
+        settings = load(arguments.recipe, arguments.overrides)
+        spec = resolve_spec(settings)
+        world_size = _world_size(settings, arguments.dry_run, arguments.gpus)
+        notes = validate(settings, spec, world_size)
+    except SettingsError as error:
+        if _rank() == 0:
+            print(f"{arguments.recipe}: the settings do not work:\n{error}", file=sys.stderr)
+        return BAD_SETTINGS
+    if arguments.dry_run:
+        from rich.console import Console
+
+        from prism_mcore.plan.report import print_plan
+
+        print_plan(settings, spec, world_size, notes, Console())
+        return DONE
+    if _rank() == 0:
+        for note in notes:
+            print(f"note: {note}")
+    return _train(settings)
+
+
+def _train(settings: Settings) -> int:
+    from prism_mcore.train.loop import run  # imports torch: not before the settings are known to work
+
+    file = settings.run_dir / "exit_code"
+    if _rank() == 0:
+        file.unlink(missing_ok=True)  # a crash leaves none
+    code = run(settings)
+    if _rank() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{code}\n")
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        usage="torchrun [...] launch/midtrain.py --recipe FILE [--dry-run [--gpus N]] [section.name=value ...]",
+        description="Mid-train a model. Resuming the run of the same name is the default.",
+        epilog=f"settings, of a recipe and as section.name=value (values are YAML; data.sources.0.path=...):\n\n{help_text()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", type=Path, required=True, metavar="FILE", help="YAML file with the settings")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check, print settings, memory, tokens, FLOPs; no training"
+    )
+    parser.add_argument(
+        "--gpus", type=_positive, metavar="N", help="ranks to plan for; default WORLD_SIZE, else the fewest that work"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.name=value", help="settings that differ from the recipe"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}; needs at least 1")
+    return value
+
+
+def _world_size(settings: Settings, dry_run: bool, gpus: int | None) -> int:
+    """Ranks torchrun started; for a dry run --gpus first, and outside torchrun the fewest that the layout can have."""
+    parallel = settings.parallel
+    fewest = parallel.tp * parallel.pp * parallel.cp * parallel.optimizer_instances
+    started = int(os.environ.get("WORLD_SIZE", fewest if dry_run else 1))
+    return gpus if dry_run and gpus else started
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Device memory of every pipeline stage, by formula: what a layout will need before a GPU is asked for.
+
+Not counted: the CUDA context, NCCL's buffers, workspaces and fragmentation; leave some 8 GB for them. Activations are
+those of fused operations, each keeping what its backward pass reads and nothing else.
+"""
+
+# d hidden, h heads, k key/value heads, p head_dim, f MLP width, i Mamba inner width, g SSM groups, n SSM state
+
+import math
+from dataclasses import dataclass
+
+from prism_mcore.config import Settings, data_parallel_size, num_micro_batches
+from prism_mcore.model.parameters import Parameter, padded_vocabulary, parameters
+from prism_mcore.model.spec import ATTENTION, LAYER_NAMES, MAMBA, MLP, ModelSpec
+from prism_mcore.plan.split import split_layers
+
+LOSS_CHUNK_TOKENS = 512  # tokens whose logits exist at one time, the default of prism_kernels' linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """What one rank of a pipeline stage holds; sizes in bytes.
+
+    Llama-3.1-8B, TP 2 + SP, 128 GPUs, optimizer cut over 4: StageMemory(stage=0, layers=64, parameters=4015263744,
+    weights=8.0e9, gradients=16.1e9, optimizer=12.0e9, activations=18.7e9, loss=1.3e9)
+    """
+
+    stage: int
+    layers: int  # sub-layers, over all virtual stages
+    parameters: int
+    weights: int
+    gradients: int  # fp32, summed over micro-batches
+    optimizer: int  # this rank's share of fp32 master weights and two moments
+    activations: int  # of all micro-batches in flight, and the working set of one sub-layer
+    loss: int  # a chunk of logits and the gradient of the output layer
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss
+
+
+def num_parameters(spec: ModelSpec) -> int:
+    """Parameters of the whole model; tied embeddings count once, vocabulary padding does not."""
+    return sum(math.prod(parameter.shape) for parameter in parameters(spec).values())
+
+
+def plan_memory(settings: Settings, spec: ModelSpec, world_size: int) -> list[StageMemory]:
+    """The memory of one rank of each pipeline stage; needs validated settings."""
+    parallel = settings.parallel
+    split = split_layers(spec, parallel.pp, parallel.vpp, settings.data.seq_len, parallel.split)
+    shards = data_parallel_size(parallel, world_size) // parallel.optimizer_instances
+    bf16 = settings.precision.dtype == "bf16"
+    stages = []
+    for stage in range(parallel.pp):
+        layers = [index for chunk in split[stage :: parallel.pp] for index in chunk]
+        half, full = 0, 0  # parameters in bf16 and in fp32
+        for parameter, count in _stage_parameters(spec, parallel.tp, parallel.pp, stage, layers):
+            half, full = (half + count, full) if bf16 and not parameter.fp32 else (half, full + count)
+        stages.append(
+            StageMemory(
+                stage=stage,
+                layers=len(layers),
+                parameters=half + full,
+                weights=2 * half + 4 * full,
+                gradients=4 * (half + full),
+                # fp32 parameters are their own masters
+                optimizer=math.ceil((12 * half + 8 * full) / shards),
+                activations=_activations(settings, spec, world_size, stage, layers),
+                loss=_loss(settings, spec) if stage == parallel.pp - 1 else 0,
+            )
+        )
+    return stages
+
+
+def _stage_parameters(spec: ModelSpec, tp: int, pp: int, stage: int, layers: list[int]) -> list[tuple[Parameter, int]]:
+    """(row of the table, elements on one tensor-parallel rank) for each parameter of the stage."""
+    mine = {str(index) for index in layers}
+    found = []
+    for name, parameter in parameters(spec, tp).items():
+        if name.startswith("layers."):
+            here = name.split(".")[1] in mine
+        elif name.startswith("embedding."):  # tied: the last stage holds a copy
+            here = stage == 0 or (spec.tied_embeddings and stage == pp - 1)
+        else:
+            here = stage == pp - 1
+        if here:
+            found.append((parameter, _local_elements(parameter, tp)))
+    return found
+
+
+def _local_elements(parameter: Parameter, tp: int) -> int:
+    rows, *rest = parameter.shape
+    if parameter.vocabulary:
+        rows = math.ceil(rows / tp) * tp
+    return rows * math.prod(rest) // (1 if parameter.tp_axis is None else tp)
+
+
+def kept_bytes_per_token(spec: ModelSpec, kind: str, tp: int, sequence_parallel: bool, element: int) -> tuple[int, int]:
+    """(input, everything) that one sub-layer keeps for its backward pass, bytes per token on one rank.
+
+    Everything, in elements: input and normed input 2d; attention (2h+2k)p and a log-sum-exp; MLP 3f with a gate, 2f
+    without; Mamba-2 [z|x|dt] and [B|C] before the convolution, [x|B|C] after it, the scan's and the norm's output, and
+    in fp32 the state at each chunk's start. Divided by tp, the d terms only under sequence parallelism.
+    """
+    outer = spec.hidden_size / (tp if sequence_parallel else 1)
+    if kind == ATTENTION:
+        inside: float = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim * element + 4 * spec.num_heads
+    elif kind == MLP:
+        inside = (3 if spec.activation == "swiglu" else 2) * spec.ffn_size * element
+    else:
+        assert kind == MAMBA, kind
+        inner, groups = spec.mamba_inner_size, spec.ssm_groups * spec.ssm_state_size
+        groups *= tp if spec.ssm_groups == 1 else 1  # one group is on every rank
+        states = 4 * inner * spec.ssm_state_size / spec.chunk_len
+        inside = (5 * inner + spec.mamba_num_heads + 4 * groups) * element + 4 * spec.mamba_num_heads + states
+    return math.ceil(outer * element), math.ceil(2 * outer * element + inside / tp)
+
+
+def _activations(settings: Settings, spec: ModelSpec, world_size: int, stage: int, layers: list[int]) -> int:
+    parallel, train = settings.parallel, settings.train
+    element = 2 if settings.precision.dtype == "bf16" else 4
+    kept, working = 0, 0
+    for index in layers:
+        kind = spec.pattern[index]
+        own, everything = kept_bytes_per_token(spec, kind, parallel.tp, parallel.sequence_parallel, element)
+        kept += own if LAYER_NAMES[kind] in train.recompute else everything
+        working = max(working, everything)
+    tokens = train.micro_batch * settings.data.seq_len
+    in_flight = _micro_batches_in_flight(parallel.pp, parallel.vpp, stage, num_micro_batches(settings, world_size))
+    return math.ceil(tokens * (kept * in_flight + working))
+
+
+def _micro_batches_in_flight(pp: int, vpp: int, stage: int, micro_batches: int) -> float:
+    """Most forward passes of a stage whose backward is still to come, in whole stages (1F1B, or interleaved)."""
+    if vpp == 1:
+        return min(pp - stage, micro_batches)
+    warmup = (pp - stage - 1) * 2 + (vpp - 1) * pp  # in chunks, megatron-core's get_pp_rank_microbatches
+    return min(warmup + 1, micro_batches * vpp) / vpp
+
+
+def _loss(settings: Settings, spec: ModelSpec) -> int:
+    """A chunk of logits in the model's format and in fp32, and the fp32 gradient of the output layer."""
+    tp, element = settings.parallel.tp, 2 if settings.precision.dtype == "bf16" else 4
+    rows = padded_vocabulary(spec, tp) // tp
+    tokens = min(LOSS_CHUNK_TOKENS, settings.train.micro_batch * settings.data.seq_len)
+    return rows * (tokens * (element + 4) + spec.hidden_size * 4)
