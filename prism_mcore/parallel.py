@@ -1,13 +1,16 @@
 """How many ranks share the work, and in which way."""
 
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, Literal
+from __future__ import annotations
 
-import torch.distributed as dist
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
-from prism_mcore import platform
+if TYPE_CHECKING:  # reading settings must not cost the seconds that importing torch and megatron-core takes
+    from datetime import timedelta
+
+    import torch.distributed as dist
 
 
 class ParallelSettings(BaseModel):
@@ -97,15 +100,19 @@ def data_parallel_size(settings: ParallelSettings, world_size: int) -> int:
     return dp
 
 
-def init_groups(settings: ParallelSettings, seed: int = 0, timeout: timedelta = platform.COLLECTIVE_TIMEOUT) -> Groups:
+def init_groups(settings: ParallelSettings, seed: int = 0, timeout: timedelta | None = None) -> Groups:
     """Make every process group and seed megatron-core's random number trackers; every rank calls it.
 
     Ranks are laid out tp fastest, then cp, dp, pp, so that tensor parallelism stays inside a node. `platform.start()`
     comes first. seed: the data-parallel generator gets `seed`, the tensor-parallel one a number of its own per tp rank.
+    timeout: of one collective; platform.COLLECTIVE_TIMEOUT by default.
     """
+    import torch.distributed as dist
     from megatron.core import parallel_state as mpu
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from prism_mcore.platform import COLLECTIVE_TIMEOUT
 
     data_parallel_size(settings, dist.get_world_size())
     mpu.initialize_model_parallel(
@@ -116,7 +123,7 @@ def init_groups(settings: ParallelSettings, seed: int = 0, timeout: timedelta = 
         num_distributed_optimizer_instances=settings.optimizer_instances,
         # Our groups are passed on, which megatron-core's optimizer does not combine with a second, gloo set.
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=timeout.total_seconds() / 60,
+        distributed_timeout_minutes=(timeout or COLLECTIVE_TIMEOUT).total_seconds() / 60,
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     collection = ProcessGroupCollection.use_mpu_process_groups()
@@ -146,6 +153,7 @@ def init_groups(settings: ParallelSettings, seed: int = 0, timeout: timedelta = 
 
 def destroy_groups() -> None:
     """Destroy what `init_groups` made, so that the same processes can form another layout; every rank calls it."""
+    import torch.distributed as dist
     from megatron.core import parallel_state as mpu
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 
