@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="torchrun [...] launch/midtrain.py --recipe FILE [--dry-run [--gpus N]] [section.name=value ...]",
         description="Mid-train a model. Resuming the run of the same name is the default.",
-        epilog=f"settings, of a recipe and as section.name=value (values are YAML; data.sources.0.path=...):\n\n{help_text()}",
+        epilog=f"settings, in a recipe or as section.name=value with YAML values:\n\n{help_text()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--recipe", type=Path, required=True, metavar="FILE", help="YAML file with the settings")

@@ -214,6 +214,9 @@ def _check_keys(raw: Any, model: type[BaseModel], prefix: str, source: str) -> N
         name = f"{prefix}{key}"
         field = model.model_fields.get(str(key))
         if field is None:
+            while isinstance(value, dict) and value:  # name a setting, not just its section
+                key, value = next(iter(value.items()))
+                name = f"{name}.{key}"
             raise SettingsError(f"{source}: there is no setting {name}; nearest: {_nearest(name)}")
         nested = _section_of(field.annotation)
         if nested is None:
