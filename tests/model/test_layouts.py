@@ -9,7 +9,8 @@ from ranks import run_ranks
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.parameters import gather, parameters
-from prism_mcore.train.optimizer import gradient_norm, wrap
+from prism_mcore.plan.split import split_layers
+from prism_mcore.train.optimizer import wrap
 from prism_mcore.train.step import forward_backward
 
 SEED = 7
@@ -25,15 +26,10 @@ LAYOUTS = {
 }
 
 
-def even_split(layers, chunks):
-    cuts = [round(i * layers / chunks) for i in range(chunks + 1)]
-    return [list(range(start, end)) for start, end in zip(cuts, cuts[1:], strict=False)]
-
-
 def losses_and_gradients(groups, spec_name, sequence_parallel=False, recompute="", micro_batches=4, overlap=False):
     """Loss and whole gradients by global name, from four micro-batches shared out over data-parallel ranks."""
     spec = SPECS[spec_name]
-    split = even_split(len(spec.pattern), groups.pp_size * groups.vpp)
+    split = split_layers(spec, groups.pp_size, groups.vpp, seq_len=16)
     chunks = build_chunks(
         spec,
         split,
@@ -56,7 +52,7 @@ def losses_and_gradients(groups, spec_name, sequence_parallel=False, recompute="
 
 
 def whole_gradients(chunks, wrapped, groups):
-    """Gradients of the whole model on every rank: data-parallel shards, tensor-parallel slices and stages put together."""
+    """Gradients of the whole model on every rank: data-parallel shards, tensor-parallel slices, stages put together."""
     mine = {}
     for ddp, chunk in zip(wrapped, chunks, strict=True):
         for buffer in ddp.buffers:
@@ -106,6 +102,13 @@ def test_same_loss_and_gradients_in_every_layout(alone, spec_name, layout):
     sequence_parallel = degrees.get("sequence_parallel", False)
     for result in run_ranks(world_size, losses_and_gradients, spec_name, sequence_parallel, **degrees):
         assert_same(result, alone[spec_name])
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2 x pp2"])
+def test_overlapped_reduction_changes_nothing(alone, layout):
+    world_size, degrees = LAYOUTS[layout]
+    for result in run_ranks(world_size, losses_and_gradients, "hybrid", False, "", 4, True, **degrees):
+        assert_same(result, alone["hybrid"])
 
 
 @pytest.mark.parametrize("spec_name", SPECS)
