@@ -23,8 +23,8 @@ def build_chunks(
 ) -> list[HybridModel]:
     """This rank's pipeline chunks, weights not yet set; on the `meta` device nothing is allocated.
 
-    split: the sub-layers of every chunk of the whole model in its order; chunk k is on stage k % pp. recompute: the kinds
-    of sub-layer ("M", "*", "-") whose activations are computed again in the backward pass.
+    split: the sub-layers of every chunk of the whole model in its order; chunk k is on stage k % pp. recompute: the
+    kinds of sub-layer ("M", "*", "-") whose activations are computed again in the backward pass.
     """
     config = transformer_config(spec, groups, dtype, sequence_parallel)
     build = Build(spec, config, groups, ops)

@@ -11,11 +11,11 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
-from prism_kernels.boundaries import Boundaries
-from prism_kernels.reference import rope_table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from prism_kernels.boundaries import Boundaries
+from prism_kernels.reference import rope_table
 from prism_mcore.batch import PackedBatch
 from prism_mcore.model.attention import Attention
 from prism_mcore.model.linear import Build, norm
@@ -24,7 +24,7 @@ from prism_mcore.model.mlp import MLP
 from prism_mcore.model.parameters import Parameter, draw, padded_vocabulary, parameters, shard
 from prism_mcore.model.sequence import Sequence
 
-MIXERS = {"*": Attention, "-": MLP, "M": Mamba}
+MIXERS: dict[str, type[nn.Module]] = {"*": Attention, "-": MLP, "M": Mamba}
 
 
 class Block(nn.Module):
@@ -81,7 +81,7 @@ class Head(nn.Module):
         self.linear_cross_entropy = build.ops["linear_cross_entropy"]
 
     def forward(self, x: Tensor, labels: Tensor, loss_mask: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[t, 1, d], labels [t], mask [t] -> sum of -log p over unmasked labels (scalar), log p of every label [t] fp32."""
+        """[t, 1, d], labels [t], mask [t] -> sum of -log p over unmasked labels, log p of every label [t] fp32."""
         tp = self.build.groups.tp
         if self.build.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=tp)
@@ -99,7 +99,7 @@ class Head(nn.Module):
 
 
 class HybridModel(MegatronModule):
-    """A pipeline chunk of the model: the sub-layers in `layers`, the embedding before the first, the head after the last.
+    """A pipeline chunk of the model: the sub-layers `layers`, the embedding before the first, the head after the last.
 
     Megatron-core's schedules, DDP and optimizers see a module with `set_input_tensor`, `pre_process` and the shared
     embedding protocol. Parameter names carry global sub-layer indices: `layers.7.mixer.qkv.weight`.
@@ -128,6 +128,7 @@ class HybridModel(MegatronModule):
         """Hidden states [t, 1, d] for the next stage; from the last stage (loss sum in nats, log-probs [t] fp32)."""
         seq = self._sequence(batch)
         if self.pre_process:
+            assert batch.tokens is not None, "the loader gives the first stage its tokens"
             x = self.embedding(batch.tokens.flatten())
         else:
             x = self.input_tensor
@@ -135,6 +136,7 @@ class HybridModel(MegatronModule):
             x = layer(x, seq)
         if not self.post_process:
             return x
+        assert batch.labels is not None and batch.loss_mask is not None, "the loader gives the last stage its labels"
         tied = self.embedding.weight if self.pre_process and self.spec.tied_embeddings else None
         return self.output(self.final_norm(x), batch.labels.flatten(), batch.loss_mask.flatten(), tied)
 

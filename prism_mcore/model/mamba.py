@@ -1,4 +1,4 @@
-"""Mamba-2: projection, causal conv, chunked scan, gated norm; tensor-parallel over heads, with one SSM group or many."""
+"""Mamba-2: projection, causal conv, chunked scan, gated norm; tensor-parallel over heads, one SSM group or many."""
 
 # t packed tokens, d hidden, h heads, p head_dim, g groups, n state, i = h * p inner width; h, g, i of this rank
 

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+
 from prism_kernels import reference
 from prism_kernels.backends import Choice, select
 

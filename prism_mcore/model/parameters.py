@@ -35,7 +35,7 @@ class Parameter:
 
 
 def parameters(spec: ModelSpec, tp: int = 1) -> dict[str, Parameter]:
-    """All parameters of the model by global name, in the order of the forward pass. `tp` decides how B and C are cut."""
+    """All parameters of the model by global name, in the order of the forward pass."""
     table = {"embedding.weight": _vocabulary(spec)}
     for index, kind in enumerate(spec.pattern):
         prefix = f"layers.{index}."
@@ -54,7 +54,7 @@ def padded_vocabulary(spec: ModelSpec, tp: int) -> int:
 
 
 def draw(name: str, parameter: Parameter, seed: int) -> Tensor:
-    """The initial value of the whole tensor [shape] fp32 on the CPU: a pure function of (seed, name), for any layout."""
+    """The initial value of the whole tensor, fp32 on the CPU: a pure function of (seed, name), for any layout."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return parameter.init(parameter.shape, generator)

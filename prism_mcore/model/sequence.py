@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from prism_kernels.boundaries import Boundaries
 from torch import Tensor
+
+from prism_kernels.boundaries import Boundaries
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def build_optimizer(
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """The L2 norm over all parameters of the whole model, of gradients already averaged over the global batch's tokens."""
+    """The L2 norm over all parameters of the whole model, of gradients averaged over the global batch's tokens."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 

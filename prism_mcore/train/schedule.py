@@ -21,8 +21,8 @@ DECAYS: dict[str, Callable[[float], float]] = {
 def learning_rate(step: int, settings: OptimizerSettings, steps: int) -> float:
     """The learning rate of update number `step`, counted from 1, of `steps`.
 
-    Linear warm-up reaches the peak at `warmup_steps`; the decay reaches `min_lr_ratio * lr` at the last step. "wsd" stays
-    at the peak until its last `decay_fraction` of the steps and falls linearly there.
+    Linear warm-up reaches the peak at `warmup_steps`; the decay reaches `min_lr_ratio * lr` at the last step. "wsd"
+    stays at the peak until its last `decay_fraction` of the steps and falls linearly there.
     """
     if step <= settings.warmup_steps:
         return settings.lr * step / settings.warmup_steps

@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward over the micro-batches through megatron-core's schedules, then the update."""
+"""One step: forward and backward over the micro-batches through megatron-core's schedules, ready for the update."""
 
 # t packed tokens of a micro-batch: its b sequences of s tokens, one after another
 
