@@ -144,6 +144,8 @@ def _redirect_device_arguments() -> None:
 
         return redirected
 
+    # `with torch.device("meta")` looks factories up in this table, made at its first use: it must know the originals.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, redirect(getattr(torch, name)))
     for name in _NEW_METHODS:
