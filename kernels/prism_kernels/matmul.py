@@ -14,8 +14,8 @@ _SMALLEST = 2**20  # multiply-adds; below, the call costs more than it gains
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a [m, k] @ b [k, n] with any strides; no autograd (for use inside autograd.Function)."""
-    onednn = _ONEDNN is not None and a.dtype == torch.float32 and a.device.type == "cpu"
-    if onednn and a.shape[0] * a.shape[1] * b.shape[1] >= _SMALLEST:
+    large = a.shape[0] * a.shape[1] * b.shape[1] >= _SMALLEST
+    if _ONEDNN is not None and large and a.dtype == torch.float32 and a.device.type == "cpu":
         return _ONEDNN(a, b.t(), None, "none", [], "")
     return torch.mm(a, b)
 
