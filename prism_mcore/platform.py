@@ -38,7 +38,8 @@ _NEW_METHODS = ["new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
-_patched = False
+_patched = False  # for the CPU
+_optimizer_load_patched = False
 
 
 def start(threads: int | None = None, timeout: timedelta = COLLECTIVE_TIMEOUT) -> torch.device:
@@ -48,6 +49,7 @@ def start(threads: int | None = None, timeout: timedelta = COLLECTIVE_TIMEOUT) -
     RANK the process is a group of one. threads: torch's threads on a CPU; by default this rank's share of the cores.
     """
     device = _cuda_device() if torch.cuda.is_available() else _cpu_device(threads)
+    _patch_optimizer_load()
     if not dist.is_initialized():
         _init_process_group(device, timeout)
     return device
@@ -283,3 +285,34 @@ def _cuda_types() -> Iterator[None]:
         yield
     finally:
         torch.Tensor.type = plain
+
+
+def _patch_optimizer_load() -> None:
+    """Let the distributed optimizer load a state for torch's Adam; on any device, idle with Transformer Engine's.
+
+    Upstream (0.16.1, optimizer/distrib_optimizer.py): `_set_main_param_and_optimizer_states` copies every key of Adam's
+    state from the checkpoint, which has no "step" (KeyError); and `load_state_dict` gives all parameters one and the
+    same step tensor, which each of them then increments. Goes when a checkpoint loads without it.
+    """
+    global _optimizer_load_patched
+    if _optimizer_load_patched:
+        return
+    _optimizer_load_patched = True
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    load = DistributedOptimizer.load_state_dict
+
+    def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        set_states(self, model_param, {**{key: state[key] for key in ("step",) if key in state}, **tensors})
+
+    def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
+        load(self, state_dict)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
+    DistributedOptimizer.load_state_dict = load_with_own_steps
