@@ -1,0 +1,268 @@
+"""From documents to token files: a byte-level BPE where none is given, and a parallel, atomic tokenizer."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from prism_mcore.data.corpus import Chunk, documents, expand, read_chunks
+from prism_mcore.data.order import key_of, shuffled_range
+from prism_mcore.data.token_file import TokenFileWriter, prefix_of, token_dtype
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+
+_COPY_DOCUMENTS = 1 << 14  # documents gathered at once while the shuffled file is written
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A fast tokenizer as text (its tokenizer.json), which processes can be given."""
+
+    json: str
+    eos_id: int
+    vocab_size: int
+    sha256: str
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> LoadedTokenizer:
+    """Read an HF tokenizer directory. Raises ValueError where it has no fast tokenizer or no end-of-text token."""
+    from transformers import AutoTokenizer
+
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such tokenizer directory")
+    tokenizer = AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True, trust_remote_code=False)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"{folder}: has no fast tokenizer (tokenizer.json)")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{folder}: names no eos_token, which ends every document")
+    text = backend.to_str()
+    return LoadedTokenizer(text, tokenizer.eos_token_id, len(tokenizer), hashlib.sha256(text.encode()).hexdigest())
+
+
+def train_bpe(
+    inputs: Sequence[str | os.PathLike[str]],
+    vocab_size: int,
+    folder: str | os.PathLike[str],
+    *,
+    text_key: str = "text",
+    single_digits: bool = True,
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Train a byte-level BPE on the inputs and save it as an HF tokenizer directory. Returns its size in tokens.
+
+    single_digits: a number is split into its digits, which helps arithmetic. The size is below vocab_size where the
+    inputs hold too few different words. `on_bytes` hears the bytes of input used so far.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    digits: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    chunks = _all_chunks(expand(inputs), text_key, on_bytes)
+    texts = (document.text for chunk in chunks for document in documents(chunk, text_key))
+    tokenizer.train_from_iterator(texts, trainer)
+    named = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, text in [
+        ("tokenizer.json", tokenizer.to_str(pretty=True)),
+        ("special_tokens_map.json", json.dumps(named, indent=1)),
+        ("tokenizer_config.json", json.dumps(config, indent=1)),
+    ]:
+        _write_text(Path(folder) / name, text)
+    return tokenizer.get_vocab_size()
+
+
+def tokenize_files(
+    inputs: Sequence[str | os.PathLike[str]],
+    prefix: str | os.PathLike[str],
+    tokenizer: LoadedTokenizer,
+    *,
+    domain: str = "all",
+    text_key: str = "text",
+    mask_prompts: bool = False,
+    seed: int = 0,
+    workers: int | None = None,
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Write the documents of all inputs to PREFIX.bin/.idx, each ended by the end-of-text token, shuffled.
+
+    Empty documents are left out and counted; `seed` draws the order. mask_prompts also writes PREFIX.mask: 1 for the
+    assistant's words and the end of text after them (and for everything in documents that are no chats), else 0.
+    Returns the manifest, which is PREFIX.json. The result depends neither on `workers` (processes; default: all cores)
+    nor on time. It is there whole or not at all.
+    """
+    paths = expand(inputs)
+    dtype = token_dtype(tokenizer.vocab_size)
+    folder = Path(prefix_of(prefix)).absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    # In file order first, beside the target (the same disk), then copied in the shuffled order.
+    with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as scratch:
+        spool = Path(scratch) / "tokens"
+        mask_spool = Path(scratch) / "mask"
+        lengths_parts, skipped = [np.empty(0, np.int32)], 0
+        with open(spool, "wb") as tokens_out, open(mask_spool, "wb") as mask_out:
+            chunks = _all_chunks(paths, text_key, on_bytes)
+            for part in _in_processes(chunks, tokenizer, text_key, mask_prompts, _useful(workers, paths)):
+                tokens_out.write(part.tokens.astype(dtype).data)
+                if part.mask is not None:
+                    mask_out.write(part.mask.data)
+                lengths_parts.append(part.lengths)
+                skipped += part.skipped
+        lengths = np.concatenate(lengths_parts)
+        if not lengths.size:
+            raise ValueError(f"{', '.join(paths)}: no documents ({skipped} empty ones); nothing to write to {prefix}")
+        with TokenFileWriter(prefix, dtype, with_mask=mask_prompts) as writer:
+            content = _copy_shuffled(spool, mask_spool if mask_prompts else None, lengths, seed, writer)
+            writer.manifest = {
+                "domain": domain,
+                "skipped_empty_documents": skipped,
+                "dtype": np.dtype(dtype).name,
+                "vocab_size": tokenizer.vocab_size,
+                "eos_id": tokenizer.eos_id,
+                "tokenizer_sha256": tokenizer.sha256,
+                "seed": seed,
+                "mask_prompts": mask_prompts,
+                "inputs": [os.path.basename(path) for path in paths],
+                **content,
+            }
+    return {"documents": len(lengths), "tokens": int(lengths.sum(dtype=np.int64)), **writer.manifest}
+
+
+@dataclass(frozen=True)
+class _Tokenized:
+    tokens: np.ndarray  # int32 [t]
+    lengths: np.ndarray  # int32 [documents]
+    mask: np.ndarray | None  # uint8 [t]
+    skipped: int  # empty documents
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(tokenizer_json: str, eos_id: int, text_key: str, mask_prompts: bool) -> None:
+    # Parallelism is ours; and words like "<|eos|>" inside a text are text, not the end of a document.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _worker.update(tokenizer=tokenizer, eos_id=eos_id, text_key=text_key, mask_prompts=mask_prompts)
+
+
+def _tokenize_chunk(chunk: Chunk) -> _Tokenized:
+    eos = [_worker["eos_id"]]
+    all_documents = list(documents(chunk, _worker["text_key"]))
+    kept = [document for document in all_documents if document.text.strip()]
+    encodings = _worker["tokenizer"].encode_batch([document.text for document in kept], add_special_tokens=False)
+    tokens = [np.array(encoding.ids + eos, dtype=np.int32) for encoding in encodings]
+    lengths = np.array([len(part) for part in tokens], dtype=np.int32)
+    mask = None
+    if _worker["mask_prompts"]:
+        masks = [
+            _answer_mask(encoding.offsets, document.answers, len(document.text))
+            for encoding, document in zip(encodings, kept, strict=True)
+        ]
+        mask = np.concatenate([np.empty(0, np.uint8), *masks])
+    joined = np.concatenate([np.empty(0, np.int32), *tokens])
+    return _Tokenized(joined, lengths, mask, len(all_documents) - len(kept))
+
+
+def _answer_mask(offsets: list[tuple[int, int]], answers: list[tuple[int, int]], text_length: int) -> np.ndarray:
+    """1 for tokens that reach into an answer, and for the end of text where the text ends with one: uint8 [tokens +
+    1].
+    """
+    starts, ends = np.array([*offsets, (text_length, text_length)], dtype=np.int64).T
+    mask = np.zeros(len(starts), dtype=np.uint8)
+    for first, stop in answers:
+        mask |= ((ends > first) & (starts < stop)).astype(np.uint8)
+    mask[-1] = bool(answers) and answers[-1][1] == text_length
+    return mask
+
+
+def _useful(workers: int | None, paths: list[str]) -> int:
+    """Processes that are worth starting: each takes half a second to start, and tokenizes about 4 MB in a second."""
+    return max(1, min(workers or os.cpu_count() or 1, sum(map(os.path.getsize, paths)) >> 22))
+
+
+def _in_processes(
+    chunks: Iterable[Chunk], tokenizer: LoadedTokenizer, text_key: str, mask_prompts: bool, workers: int
+) -> Iterator[_Tokenized]:
+    """Chunks tokenized by `workers` processes, in order, few at a time."""
+    arguments = (tokenizer.json, tokenizer.eos_id, text_key, mask_prompts)
+    if workers == 1:
+        _start_worker(*arguments)
+        yield from map(_tokenize_chunk, chunks)
+        return
+    # spawn: a fork of a process with threads (torch's, tokenizers') may hang.
+    context = multiprocessing.get_context("spawn")
+    waiting: deque[Future[_Tokenized]] = deque()
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments) as pool:
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(_tokenize_chunk, chunk))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _copy_shuffled(
+    spool: Path, mask_spool: Path | None, lengths: np.ndarray, seed: int, writer: TokenFileWriter
+) -> dict[str, Any]:
+    """Write the spooled documents in shuffled order. Returns what the manifest says of the content."""
+    dtype = writer.dtype
+    tokens = np.memmap(spool, dtype=dtype, mode="r") if lengths.size else np.empty(0, dtype)
+    mask = np.memmap(mask_spool, dtype=np.uint8, mode="r") if mask_spool and lengths.size else None
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    order = shuffled_range(len(lengths), key_of(seed))
+    digest = hashlib.sha256()
+    largest, largest_document = -1, -1
+    for first in range(0, len(order), _COPY_DOCUMENTS):
+        chosen = order[first : first + _COPY_DOCUMENTS]
+        slices = [slice(begin, begin + size) for begin, size in zip(starts[chosen], lengths[chosen], strict=True)]
+        block = np.concatenate([tokens[part] for part in slices])
+        if int(block.max()) > largest:
+            largest = int(block.max())
+            ends = np.cumsum(lengths[chosen])
+            largest_document = first + int(np.searchsorted(ends, int(block.argmax()), side="right"))
+        digest.update(block.data)
+        chosen_mask = np.concatenate([mask[part] for part in slices]) if mask is not None else None
+        writer.add(block, lengths[chosen], chosen_mask)
+    return {"max_token_id": largest, "max_token_document": largest_document, "content_sha256": digest.hexdigest()}
+
+
+def _all_chunks(paths: list[str], text_key: str, on_bytes: Callable[[int], None]) -> Iterator[Chunk]:
+    done = 0
+
+    def on_position(position: int) -> None:
+        on_bytes(done + position)
+
+    for path in paths:
+        yield from read_chunks(path, text_key, on_position)
+        done += os.path.getsize(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
