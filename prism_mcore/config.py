@@ -21,7 +21,7 @@ from pydantic_core import PydanticUndefined
 from prism_mcore.data.settings import DataSettings, normalised_shares
 from prism_mcore.model.settings import ModelSettings
 from prism_mcore.model.spec import LAYER_NAMES, ModelSpec, read_spec
-from prism_mcore.parallel import ParallelSettings
+from prism_mcore.parallel import ParallelSettings, data_parallel_size
 from prism_mcore.train.settings import (
     CheckpointSettings,
     GuardSettings,
@@ -334,11 +334,6 @@ def validate(settings: Settings, spec: ModelSpec, world_size: int) -> list[str]:
     return notes
 
 
-def data_parallel_size(parallel: ParallelSettings, world_size: int) -> int:
-    """Ranks that see different data; 0 where the other degrees do not fit."""
-    return world_size // (parallel.tp * parallel.pp * parallel.cp)
-
-
 def num_micro_batches(settings: Settings, world_size: int) -> int:
     """Forward passes of one data-parallel rank in a step; needs validated settings."""
     return settings.train.global_batch // (
@@ -401,12 +396,14 @@ def _check_pipeline(settings: Settings, spec: ModelSpec, world_size: int, proble
             problems.append(f"parallel.split sums to {sum(parallel.split)}; needed: the model's {layers} sub-layers")
         if any(count < 1 for count in parallel.split):
             problems.append(f"parallel.split={parallel.split} leaves a chunk empty; needed: at least 1 sub-layer each")
-    if parallel.vpp > 1 and parallel.pp > 1:
-        step = settings.train.micro_batch * data_parallel_size(parallel, world_size)
-        if step and settings.train.global_batch % step == 0 and (settings.train.global_batch // step) % parallel.pp:
+    ranks = parallel.tp * parallel.pp * parallel.cp
+    step = settings.train.micro_batch * max(world_size // ranks, 1)
+    if parallel.vpp > 1 and parallel.pp > 1 and settings.train.global_batch % step == 0:
+        micro_batches = settings.train.global_batch // step
+        if micro_batches % parallel.pp:
             problems.append(
                 f"interleaving (vpp={parallel.vpp}) needs a multiple of pp={parallel.pp} micro-batches per step, got"
-                f" {settings.train.global_batch // step}; for train.global_batch,"
+                f" {micro_batches}; for train.global_batch,"
                 f" {_nearest_multiples(settings.train.global_batch, step * parallel.pp)}"
             )
 

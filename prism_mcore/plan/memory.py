@@ -1,7 +1,8 @@
 """Device memory of every pipeline stage, by formula: what a layout will need before a GPU is asked for.
 
 Not counted: the CUDA context, NCCL's buffers, workspaces and fragmentation; leave some 8 GB for them. Activations are
-those of fused operations, each keeping what its backward pass reads and nothing else.
+those of fused operations, each keeping what its backward pass reads and nothing else. Measured with the reference ops,
+attention and MLP keep what is planned; a Mamba mixer keeps 2 (fp32) to 3 (bf16) times as much.
 """
 
 # d hidden, h heads, k key/value heads, p head_dim, f MLP width, i Mamba inner width, g SSM groups, n SSM state
@@ -9,9 +10,10 @@ those of fused operations, each keeping what its backward pass reads and nothing
 import math
 from dataclasses import dataclass
 
-from prism_mcore.config import Settings, data_parallel_size, num_micro_batches
+from prism_mcore.config import Settings, num_micro_batches
 from prism_mcore.model.parameters import Parameter, padded_vocabulary, parameters
 from prism_mcore.model.spec import ATTENTION, LAYER_NAMES, MAMBA, MLP, ModelSpec
+from prism_mcore.parallel import data_parallel_size
 from prism_mcore.plan.split import split_layers
 
 LOSS_CHUNK_TOKENS = 512  # tokens whose logits exist at one time, the default of prism_kernels' linear_cross_entropy
@@ -98,13 +100,15 @@ def _local_elements(parameter: Parameter, tp: int) -> int:
 def kept_bytes_per_token(spec: ModelSpec, kind: str, tp: int, sequence_parallel: bool, element: int) -> tuple[int, int]:
     """(input, everything) that one sub-layer keeps for its backward pass, bytes per token on one rank.
 
-    Everything, in elements: input and normed input 2d; attention (2h+2k)p and a log-sum-exp; MLP 3f with a gate, 2f
-    without; Mamba-2 [z|x|dt] and [B|C] before the convolution, [x|B|C] after it, the scan's and the norm's output, and
-    in fp32 the state at each chunk's start. Divided by tp, the d terms only under sequence parallelism.
+    Everything, in elements: input and normed input 2d; attention (h+2k)p queries, keys and values, (h+k)p of them again
+    where they are rotated, hp and a log-sum-exp; MLP 3f with a gate, 2f without; Mamba-2 [z|x|dt] and [B|C] before the
+    convolution, [x|B|C] after it, the scan's and the norm's output, and in fp32 the state at each chunk's start.
+    Divided by tp, the d terms only under sequence parallelism.
     """
     outer = spec.hidden_size / (tp if sequence_parallel else 1)
     if kind == ATTENTION:
-        inside: float = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim * element + 4 * spec.num_heads
+        copies = 3 if spec.position == "rope" else 2
+        inside: float = copies * (spec.num_heads + spec.num_kv_heads) * spec.head_dim * element + 4 * spec.num_heads
     elif kind == MLP:
         inside = (3 if spec.activation == "swiglu" else 2) * spec.ffn_size * element
     else:

@@ -3,8 +3,9 @@
 from rich.console import Console
 from rich.table import Table
 
-from prism_mcore.config import Settings, data_parallel_size, dump, num_micro_batches
+from prism_mcore.config import Settings, dump, num_micro_batches
 from prism_mcore.model.spec import ModelSpec
+from prism_mcore.parallel import data_parallel_size
 from prism_mcore.plan.memory import num_parameters, plan_memory
 from prism_mcore.plan.throughput import PEAK_FLOPS, flops_per_token, gpu_hours
 

@@ -1,0 +1,102 @@
+"""The memory plan counts what the model really holds and keeps."""
+
+import pytest
+import torch
+from models import SPECS, packed_batch
+from ranks import run_ranks
+
+from prism_mcore.config import Settings
+from prism_mcore.model.build import build_chunks
+from prism_mcore.model.ops import Ops
+from prism_mcore.model.spec import read_spec
+from prism_mcore.plan.memory import kept_bytes_per_token, plan_memory
+from prism_mcore.plan.split import split_layers
+
+CPU = torch.device("cpu")
+
+
+def settings(**sections) -> Settings:
+    return Settings.model_validate(sections)
+
+
+def chunks_of(groups, spec, dtype, seq_len, sequence_parallel=False):
+    split = split_layers(spec, groups.pp_size, groups.vpp, seq_len)
+    return build_chunks(spec, split, groups, Ops({}, CPU), dtype=dtype, device=CPU, sequence_parallel=sequence_parallel)
+
+
+def count_parameters(groups, name):
+    return groups.pp_rank, sum(
+        p.numel() for c in chunks_of(groups, SPECS[name], torch.float32, 16) for p in c.parameters()
+    )
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}], ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_parameters_per_rank_are_those_of_the_model(name, layout):
+    # 61 tokens over 2 ranks, one SSM group, tied embeddings over stages
+    plan = plan_memory(settings(parallel=layout, data={"seq_len": 16}), SPECS[name], 2)
+    for stage, count in run_ranks(2, count_parameters, name, **layout):
+        assert plan[stage].parameters == count
+
+
+def bytes_kept(groups, name, dtype, sequence_parallel):
+    """Bytes per token that each kind of sub-layer saves for its backward pass, weights aside."""
+    spec, seq_len = read_spec(name), 256
+    (chunk,) = chunks_of(groups, spec, dtype, seq_len, sequence_parallel)
+    chunk.initialise(0)
+    seq = chunk._sequence(packed_batch([torch.arange(seq_len)], seq_len))
+    weights = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
+    kept = {}
+    for index, kind in enumerate(spec.pattern):
+        storages = {}
+        rows = seq_len // groups.tp_size if sequence_parallel else seq_len
+        x = torch.randn(rows, 1, spec.hidden_size, dtype=dtype, requires_grad=True)
+
+        def note(tensor, storages=storages):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            chunk.layers[str(index)](x, seq)
+        kept[kind] = sum(storages.values()) / seq_len
+    return kept
+
+
+@pytest.mark.parametrize(("ranks", "sequence_parallel"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(("name", "dtype"), [("demo-dense", torch.bfloat16), ("demo-hybrid", torch.float32)])
+def test_attention_and_mlp_keep_what_is_planned(name, dtype, ranks, sequence_parallel):
+    spec = read_spec(name)
+    for kept in run_ranks(ranks, bytes_kept, name, dtype, sequence_parallel, tp=ranks):
+        planned = {kind: kept_bytes_per_token(spec, kind, ranks, sequence_parallel, dtype.itemsize)[1] for kind in kept}
+        assert kept["-"] == pytest.approx(planned["-"], rel=0.01)
+        assert kept["*"] == pytest.approx(planned["*"], rel=0.25)  # the reference copies the query, keeps cos and sin
+        if "M" in kept:
+            assert kept["M"] > planned["M"]  # a floor, until the fused kernels: the reference keeps fp32 copies
+
+
+def test_sizes_follow_from_precision_and_layout():
+    spec, data = read_spec("llama-3.1-8b"), {"seq_len": 8192}
+    count = 8_030_261_248
+    (one,) = plan_memory(settings(data=data), spec, 1)
+    assert (one.weights, one.gradients, one.optimizer) == (2 * count, 4 * count, 12 * count)
+    (sharded,) = plan_memory(settings(data=data, train={"global_batch": 16}), spec, 16)
+    assert sharded.optimizer == 12 * count / 16
+    layout = {"optimizer_instances": 4}
+    (replicated,) = plan_memory(settings(data=data, train={"global_batch": 16}, parallel=layout), spec, 16)
+    assert replicated.optimizer == 12 * count / 4
+    (full,) = plan_memory(settings(data=data, precision={"dtype": "fp32"}), spec, 1)
+    assert (full.weights, full.optimizer) == (4 * count, 8 * count)  # no second copy of fp32 weights
+
+
+def test_recompute_and_pipeline_change_activations_as_they_should():
+    spec, data = read_spec("llama-3.1-8b"), {"seq_len": 8192}
+    (kept,) = plan_memory(settings(data=data), spec, 1)
+    (again,) = plan_memory(settings(data=data, train={"recompute": ["attention", "mlp"]}), spec, 1)
+    working = 8192 * kept_bytes_per_token(spec, "-", 1, False, 2)[1]
+    assert again.activations == 64 * 8192 * 4096 * 2 + working  # one hidden state per sub-layer
+    stages = plan_memory(settings(data=data, parallel={"pp": 4}, train={"global_batch": 8}), spec, 4)
+    per_layer = [(stage.activations - working) / stage.layers for stage in stages]
+    # 1F1B: stage k of 4 holds 4 - k micro-batches
+    assert [round(x / (kept.activations - working) * 64) for x in per_layer] == [4, 3, 2, 1]

@@ -1,0 +1,84 @@
+"""Every recipe that is shipped loads, fits its model, and fits an H100."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prism_mcore.config import load, resolve_spec, validate
+from prism_mcore.plan.memory import plan_memory
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "launch" / "recipes"
+PAPER = sorted((RECIPES / "paper").glob("*.yaml"))
+# Percent of tokens per domain, PRISM figure 2.
+DOMAINS = {
+    "m": {"math": 75, "general": 25},
+    "mc": {"math": 47.5, "code": 42.5, "general": 10},
+    "mcs": {"math": 37, "code": 40.5, "science": 12.5, "general": 10},
+}
+
+
+def test_the_paper_has_21_recipes():
+    assert len(PAPER) == 21
+
+
+@pytest.mark.parametrize("recipe", PAPER, ids=lambda path: path.stem)
+@pytest.mark.parametrize("gpus", [128, 8])
+def test_a_recipe_of_the_paper_fits_its_gpus(recipe, gpus):
+    settings = load(recipe, ["parallel.optimizer_instances=1"] if gpus == 8 else [])
+    spec = resolve_spec(settings)
+    validate(settings, spec, gpus)
+    assert settings.run.name == recipe.stem
+    # leaves 8 GB of 80 for what is not planned
+    assert max(stage.total for stage in plan_memory(settings, spec, gpus)) < 72e9
+
+
+@pytest.mark.parametrize("recipe", PAPER, ids=lambda path: path.stem)
+def test_a_recipe_of_the_paper_has_its_tokens_and_shares(recipe):
+    settings = load(recipe)
+    tokens = settings.train.steps * settings.train.global_batch * settings.data.seq_len
+    assert tokens == 26_214_400_000
+    shares: dict[str, float] = {}
+    for source in settings.data.sources:
+        shares[source.domain] = shares.get(source.domain, 0) + 100 * source.weight
+    assert shares == pytest.approx(DOMAINS[recipe.stem.rsplit("-", 1)[1]])
+    chat = [source.weight for source in settings.data.sources if source.path.endswith(CHAT)]
+    assert sum(chat) == pytest.approx(0.10 if recipe.stem.endswith("-m") else 0.05)
+
+
+CHAT = ("wildchat-1m-gpt4", "tulu-3-personas", "ultrachat-200k")
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("demo", 2), ("hybrid-random", 1), ("dense-random", 1), ("dense-random", 2)]
+)
+def test_the_small_recipes_fit(name, ranks):
+    settings = load(RECIPES / f"{name}.yaml")
+    assert settings.run.name == name
+    validate(settings, resolve_spec(settings), ranks)
+
+
+def midtrain(*arguments: str) -> subprocess.CompletedProcess:
+    """Run the launcher as a user would, outside torchrun."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, str(ROOT / "launch" / "midtrain.py"), *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment | {"COLUMNS": "140"}, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_dry_run_prints_the_plan_of_128_gpus():
+    recipe = "launch/recipes/paper/nemotron-h-8b-mcs.yaml"
+    done = midtrain("--recipe", recipe, "optimizer.lr=3e-5", "--dry-run", "--gpus", "128")
+    assert done.returncode == 0, done.stderr
+    for part in ("lr: 3.0e-05", "8,100,852,736", "tp 2 x pp 1 x cp 1 x dp 64", "26,214,400,000", "H100 hours"):
+        assert part in done.stdout
+
+
+def test_settings_that_cannot_work_end_with_code_2_and_no_traceback():
+    done = midtrain("--recipe", "launch/recipes/demo.yaml", "--dry-run", "parallel.tp=3")
+    assert done.returncode == 2
+    assert "key/value heads; try 2" in done.stderr and "Traceback" not in done.stderr
