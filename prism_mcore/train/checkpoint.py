@@ -417,23 +417,34 @@ def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptim
     record = read_state(path)
     index = read_index(path)
     wanted = _sharded_tensors(chunks, optimizer, groups, is_loading=True)
-    weights = {name: sharded.data for name, sharded in wanted["model"].items()}
     random_state = _sharded_random_state(groups.rank)
     same_layout = record["layout"] == _layout(groups)
     if same_layout and all(sharded.key in index.state_dict_metadata for sharded in random_state.values()):
         wanted["random"] = random_state
     elif groups.rank == 0:
         log.warning("%s was saved in the layout %s; random numbers start anew", path, record["layout"])
+    weights = {name: sharded.data for name, sharded in wanted["model"].items()}
     loaded = dist_checkpointing.load(wanted, str(path))
-    with torch.no_grad():
-        for name, weight in weights.items():
-            if loaded["model"][name].data_ptr() != weight.data_ptr():
-                weight.copy_(loaded["model"][name])
-    if optimizer is not None:
-        _load_optimizer(optimizer, loaded["optimizer"], record["optimizer_step"])
+    _fill(weights, loaded["model"])
+    _load_optimizer(optimizer, loaded["optimizer"], record["optimizer_step"])
     if "random" in loaded:
         set_random_state(loaded["random"])
     return Loaded(path, record["step"], record["state"])
+
+
+def load_weights(path: Path, chunks: Sequence[torch.nn.Module], groups: Groups) -> None:
+    """Fill only the model from a checkpoint of any layout, as the start of a new run; every rank calls it.
+
+    Raises CheckpointError, naming the file, where one is not as the manifest says.
+    """
+    problems = _gather_failures("; ".join(damage(path, groups.rank, groups.world_size)))
+    if problems:
+        raise CheckpointError(f"cannot start from {path}: {'; '.join(problems)}")
+    read_state(path)
+    read_index(path)
+    wanted = _sharded_tensors(chunks, None, groups, is_loading=True)
+    weights = {name: sharded.data for name, sharded in wanted["model"].items()}
+    _fill(weights, dist_checkpointing.load(wanted, str(path))["model"])
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -483,6 +494,14 @@ def _sharded_tensors(
         # The rest of it is hyper-parameters, which come from the settings, and the step, which is in state.json.
         tensors["optimizer"] = state["param_state"]
     return tensors
+
+
+@torch.no_grad()
+def _fill(weights: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> None:
+    """Copy what was loaded into the model; plain tensors were read in place, those cut into parts were not."""
+    for name, weight in weights.items():
+        if loaded[name].data_ptr() != weight.data_ptr():
+            weight.copy_(loaded[name])
 
 
 def _sharded_random_state(rank: int) -> dict[str, ShardedTensor]:

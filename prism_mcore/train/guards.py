@@ -1,0 +1,137 @@
+"""Bad steps: NaN, Inf and loss spikes are kept out of the weights, and stop the run when there are too many."""
+
+import json
+import logging
+import math
+from collections import deque
+from dataclasses import fields
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from prism_mcore.batch import PackedBatch
+from prism_mcore.parallel import Groups
+from prism_mcore.train.settings import GuardSettings
+from prism_mcore.train.step import StepStats
+
+log = logging.getLogger(__name__)
+
+
+class GuardStop(RuntimeError):
+    """More bad steps than guards.skip_budget; the same on every rank. Exit code: exit_codes.STOPPED_BY_GUARD."""
+
+
+class Guard:
+    """Decides after each step's gradients whether they may change the weights.
+
+    run_dir: dumps go to <run_dir>/bad_steps/step_00000017/: per data-parallel rank the batch (rank_3.safetensors,
+    tensors named <micro-batch>.<field>) and what was seen of it (rank_3.json).
+    """
+
+    def __init__(self, settings: GuardSettings, run_dir: Path, groups: Groups):
+        self.settings, self.run_dir, self.groups = settings, run_dir, groups
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._skipped = 0
+        self._good_losses: deque[float] = deque(maxlen=settings.spike_window)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know (JSON): skips spent so far, and the losses that spikes are measured by."""
+        return {"skipped": self._skipped, "good_losses": list(self._good_losses)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self._skipped = state["skipped"]
+        self._good_losses.extend(state["good_losses"])
+
+    def admits(self, step: int, stats: StepStats, batches: list[PackedBatch]) -> bool:
+        """May this step's gradients be applied? Every rank calls it; one small reduction when all is well.
+
+        A bad step is dumped, named in the log and answered with False, or GuardStop beyond the budget.
+        """
+        complaint = self._complaint(stats)
+        if not self._any_rank(bool(complaint)):
+            self._good_losses.append(stats.loss)
+            return True
+        folder = self.run_dir / "bad_steps" / f"step_{step:08d}"
+        suspects = self._suspects(stats, batches)
+        self._dump(folder, complaint, stats, batches, suspects)
+        everyone: list[list[str]] = [[]] * self.groups.world_size
+        dist.all_gather_object(everyone, [f"rank {self.groups.rank}: {suspect}" for suspect in suspects])
+        self._skipped += 1
+        message = f"step {step}: {complaint or 'bad on another rank'}. {_listed(everyone)}. Batches are in {folder}."
+        if self._skipped > self.settings.skip_budget:
+            raise GuardStop(
+                f"{message} Bad steps so far: {self._skipped}, guards.skip_budget={self.settings.skip_budget}"
+            )
+        if self.groups.rank == 0:
+            log.error("%s The step is skipped, %d of %d.", message, self._skipped, self.settings.skip_budget)
+        return False
+
+    def _complaint(self, stats: StepStats) -> str:
+        if not math.isfinite(stats.loss):
+            return f"the loss is {stats.loss}"
+        if not math.isfinite(stats.grad_norm):
+            return f"the gradient norm is {stats.grad_norm} (loss {stats.loss:.4f})"
+        threshold, usual = self.settings.spike_threshold, self._usual_loss()
+        if threshold and stats.loss > threshold * usual:
+            return f"the loss {stats.loss:.4f} is above {threshold:g} times its median {usual:.4f}"
+        return ""
+
+    def _usual_loss(self) -> float:
+        full = len(self._good_losses) == self.settings.spike_window
+        return median(self._good_losses) if full else math.inf
+
+    def _any_rank(self, bad: bool) -> bool:
+        flag = torch.tensor(int(bad), device=self._device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _suspects(self, stats: StepStats, batches: list[PackedBatch]) -> list[str]:
+        """This rank's sequences that are to blame, the worst first: those whose loss is not finite, else the highest.
+
+        Where no loss is computed (before the last stage) nobody knows; one tensor-parallel rank speaks for all.
+        """
+        losses = getattr(stats, "row_losses", None)
+        if losses is None or self.groups.tp_rank > 0:
+            return []
+        rows = [
+            (loss, source, sample)
+            for batch, of_batch in zip(batches, losses, strict=True)
+            for loss, source, sample in zip(of_batch, batch.source_ids.tolist(), batch.sample_ids.tolist(), strict=True)
+        ]
+        broken = [row for row in rows if not math.isfinite(row[0])]
+        worst = broken or [max(rows)]
+        return [f"sample {sample} of data.sources[{source}] (loss {loss:.4g})" for loss, source, sample in worst]
+
+    def _dump(
+        self, folder: Path, complaint: str, stats: StepStats, batches: list[PackedBatch], suspects: list[str]
+    ) -> None:
+        if self.groups.tp_rank > 0 or not (self.groups.is_first_stage or self.groups.is_last_stage):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{i}.{field.name}": value.cpu().contiguous()
+            for i, batch in enumerate(batches)
+            for field in fields(batch)
+            if isinstance(value := getattr(batch, field.name), torch.Tensor)
+        }
+        name = f"rank_{self.groups.rank}"
+        save_file(tensors, folder / f"{name}.safetensors")
+        record = {
+            "complaint": complaint,
+            "loss": repr(stats.loss),
+            "grad_norm": repr(stats.grad_norm),
+            "source_loss": [repr(loss) for loss in stats.source_loss],
+            "suspects": suspects,
+            "samples": [batch.sample_ids.tolist() for batch in batches],
+        }
+        (folder / f"{name}.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _listed(of_ranks: list[list[str]]) -> str:
+    suspects = [suspect for of_rank in of_ranks for suspect in of_rank]
+    return "Suspects: " + "; ".join(suspects[:8]) + (f" and {len(suspects) - 8} more" if len(suspects) > 8 else "")

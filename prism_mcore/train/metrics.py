@@ -1,0 +1,185 @@
+"""What a run reports: metrics.jsonl, tensorboard, one console line per step."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from collections import deque
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+import torch
+
+from prism_mcore.plan.throughput import flops_per_token, peak_flops
+from prism_mcore.train.step import StepStats
+
+if TYPE_CHECKING:
+    from prism_mcore.train.loop import Run
+
+STEPS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
+
+
+class Metrics:
+    """Times the parts of each step and writes it down; on rank 0, and quietly nothing elsewhere.
+
+    metrics.jsonl has one object per step; the keys of `log` are in its docstring. validation.jsonl has one object per
+    validation: step, validation/loss/<domain>. On resume both lose what lies beyond the step resumed from.
+    """
+
+    def __init__(self, run: Run, start: int):
+        settings = run.settings
+        self.steps, self.every = settings.train.steps, settings.log.every
+        self.tokens_per_step = settings.train.global_batch * settings.data.seq_len
+        self.flops_per_step = self.tokens_per_step * flops_per_token(run.spec, settings.data.seq_len)
+        self.num_devices = run.groups.world_size
+        self.peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        self.domains = run.loader.domains
+        self._step_times: deque[float] = deque(maxlen=20)
+        self._marks: dict[str, float] = {}
+        self._files: dict[str, TextIO] = {}
+        self._tensorboard: Any = None
+        if run.groups.rank == 0:
+            self._open(settings.run_dir, start, settings.log.tensorboard)
+        self.start_step()
+
+    def _open(self, folder: Path, start: int, tensorboard: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (STEPS_FILE, VALIDATION_FILE):
+            truncate_after(folder / name, start)
+            self._files[name] = open(folder / name, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files.values():
+            file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def start_step(self) -> None:
+        """A step begins."""
+        self._begun = self._last = perf_counter()
+        self._marks = {}
+
+    def mark(self, part: str) -> None:
+        """The named part of the step ends here; it becomes time/<part>_s."""
+        now = perf_counter()
+        self._marks[f"time/{part}_s"] = now - self._last
+        self._last = now
+
+    def log(self, step: int, stats: StepStats, lr: float) -> None:
+        """Write down a step: step, loss (nats per token), loss/<domain>, grad_norm, lr, tokens (so far), time/step_s,
+        time/<part>_s, throughput/tokens_per_s (all devices), throughput/tflops (each device), throughput/mfu (where the
+        peak is known), memory/peak_gb (of rank 0). NaN and Inf become null.
+        """
+        step_s = perf_counter() - self._begun
+        self._step_times.append(step_s)
+        if not self._files:
+            return
+        domains = domain_losses(self.domains, stats)
+        flops = self.flops_per_step / step_s / self.num_devices
+        record = {
+            "step": step,
+            "loss": stats.loss,
+            **{f"loss/{domain}": loss for domain, loss in domains.items()},
+            "grad_norm": stats.grad_norm,
+            "lr": lr,
+            "tokens": step * self.tokens_per_step,
+            "time/step_s": step_s,
+            **self._marks,
+            "throughput/tokens_per_s": self.tokens_per_step / step_s,
+            "throughput/tflops": flops / 1e12,
+            **({"throughput/mfu": flops / self.peak} if self.peak else {}),
+            "memory/peak_gb": _peak_memory_gb(),
+        }
+        self._write(STEPS_FILE, step, record)
+        if step % self.every == 0 or step == self.steps:
+            print(self._line(record, domains), file=sys.stderr, flush=True)
+
+    def log_validation(self, step: int, losses: dict[str, float]) -> None:
+        """Write down the validation after a step: nats per token by domain."""
+        if not self._files:
+            return
+        record = {"step": step, **{f"validation/loss/{domain}": loss for domain, loss in losses.items()}}
+        self._write(VALIDATION_FILE, step, record)
+        listed = " ".join(f"{domain} {loss:.4f}" for domain, loss in losses.items())
+        print(f"step {step:>{len(str(self.steps))}}/{self.steps} | validation {listed}", file=sys.stderr, flush=True)
+
+    def _write(self, file: str, step: int, record: dict[str, Any]) -> None:
+        finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        self._files[file].write(json.dumps(finite) + "\n")
+        if self._tensorboard is not None:
+            for key, value in record.items():
+                if key != "step":
+                    self._tensorboard.add_scalar(key, value, step)
+
+    def _line(self, record: dict[str, Any], domains: dict[str, float]) -> str:
+        step = record["step"]
+        parts = [
+            f"step {step:>{len(str(self.steps))}}/{self.steps}",
+            f"loss {record['loss']:.4f}",
+            " ".join(f"{domain} {loss:.3f}" for domain, loss in domains.items()) if len(domains) > 1 else "",
+            f"lr {record['lr']:.2e}",
+            f"grad {record['grad_norm']:.3f}",
+            f"{_short(record['throughput/tokens_per_s'])} tok/s",
+            f"{record['throughput/tflops']:.3g} TFLOP/s",
+            f"MFU {100 * record['throughput/mfu']:.1f}%" if self.peak else "",
+            f"ETA {_clock((self.steps - step) * sum(self._step_times) / len(self._step_times))}",
+        ]
+        return " | ".join(part for part in parts if part)
+
+
+def domain_losses(domains: list[str], stats: StepStats) -> dict[str, float]:
+    """Nats per token of each domain that had tokens in this step; a domain may have several sources."""
+    nats: dict[str, float] = {}
+    tokens: dict[str, int] = {}
+    for domain, loss, count in zip(domains, stats.source_loss, stats.source_tokens, strict=True):
+        if count:
+            nats[domain] = nats.get(domain, 0.0) + loss * count
+            tokens[domain] = tokens.get(domain, 0) + count
+    return {domain: nats[domain] / tokens[domain] for domain in nats}
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drop the records of a .jsonl file that are beyond `step`, and a last line that a crash cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_name(f".tmp_{path.name}")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _peak_memory_gb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _short(number: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}"
