@@ -45,6 +45,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
@@ -485,7 +486,7 @@ def _sharded_tensors(
 ) -> dict[str, Any]:
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": groups.dp_cp}
     model: dict[str, Any] = {}
-    for chunk in chunks:
+    for chunk in unwrap_model(list(chunks)):  # names without the wrappers' "module."
         model.update(chunk.sharded_state_dict(metadata=metadata))
     tensors: dict[str, Any] = {"model": model}
     if optimizer is not None:
