@@ -4,7 +4,7 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,7 +79,7 @@ class DataLoader:
         """The domain of each source id."""
         return [source.domain for source in self.sources]
 
-    def steps(self, start_step: int = 0) -> Iterator[list[PackedBatch]]:
+    def steps(self, start_step: int = 0) -> Generator[list[PackedBatch], None, None]:
         """This rank's micro-batches of step start_step, start_step + 1, ... without end.
 
         They are read ahead by a thread; its errors are raised here. Close the iterator (or drop it) to stop the thread.
@@ -120,7 +120,7 @@ class DataLoader:
             for source, epochs in zip(self.sources, self.epochs_after(num_samples), strict=True)
         ]
 
-    def _read_steps(self, start_step: int) -> Iterator[list[PackedBatch]]:
+    def _read_steps(self, start_step: int) -> Generator[list[PackedBatch], None, None]:
         b = self.micro_batch
         rows_per_step = self.global_batch // self.dp_size
         steps_per_plan = max(1, _PLAN_ROWS // rows_per_step)
@@ -158,16 +158,15 @@ class DataLoader:
         position_ids, seq_idx, cu_seqlens, max_seqlen = (
             _document_bounds(spans, filled, s) if self.settings.document_mask else _row_bounds(b, s)
         )
-        counted = self._needs_labels and loss_mask is not None
         return PackedBatch(
             tokens=_tensor(tokens) if self._needs_tokens and tokens is not None else None,
             labels=_tensor(labels) if self._needs_labels and labels is not None else None,
-            loss_mask=_tensor(loss_mask) if counted and loss_mask is not None else None,
+            loss_mask=_tensor(loss_mask) if self._needs_labels and loss_mask is not None else None,
             position_ids=_tensor(position_ids),
             seq_idx=_tensor(seq_idx),
             cu_seqlens=_tensor(cu_seqlens),
             max_seqlen=max_seqlen,
-            num_tokens=int(np.count_nonzero(loss_mask)) if counted and loss_mask is not None else 0,
+            num_tokens=int(np.count_nonzero(loss_mask)) if self._needs_labels and loss_mask is not None else 0,
             source_ids=_tensor(source_ids.astype(np.int32)),
             sample_ids=_tensor(sample_ids.astype(np.int64)),
         )
@@ -335,7 +334,7 @@ def _tensor(array: np.ndarray) -> Tensor:
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
-def _read_ahead(steps: Iterable[list[PackedBatch]], depth: int) -> Iterator[list[PackedBatch]]:
+def _read_ahead(steps: Iterable[list[PackedBatch]], depth: int) -> Generator[list[PackedBatch], None, None]:
     """The same steps, made by a thread that stays at most `depth` ahead."""
     ready: queue.Queue[list[PackedBatch] | BaseException] = queue.Queue(maxsize=depth)
     stopping = threading.Event()

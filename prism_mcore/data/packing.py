@@ -39,24 +39,24 @@ class Spans:
 def split_documents(file: TokenFile, validation_fraction: float) -> int:
     """The first validation document: documents from it on hold the last `validation_fraction` of the file's tokens.
 
-    The cut falls on the document border at or after the exact token, or on the last border before it where none is
-    left, so that training and validation share no document. Raises TokenFileError where the file is empty or has too
-    few documents.
+    The cut falls on the document border nearest to the exact token, with at least one document on each side, so that
+    training and validation share no document. Raises TokenFileError where the file is empty or has one document.
     """
     if file.num_tokens == 0:
         raise TokenFileError(f"{file.prefix}.bin: no tokens in this source; remove it from data.sources")
     if validation_fraction == 0:
         return file.num_documents
-    exact = int(file.num_tokens * (1 - validation_fraction))
-    cut = int(file.documents_after(np.array([exact - 1]))[0])
-    if cut == file.num_documents:
-        cut = int(file.documents_after(np.array([file.num_tokens - 1]))[0]) - 1
-    if file.document_starts(np.array([cut]))[0] == 0:
+    exact = round(file.num_tokens * (1 - validation_fraction))
+    around = file.documents_after(np.array([max(0, exact - 1)]))[0] + np.array([-1, 0])
+    starts = file.document_starts(around)
+    inside = (starts > 0) & (starts < file.num_tokens)
+    if not inside.any():
         raise TokenFileError(
-            f"{file.prefix}.bin: data.validation_fraction={validation_fraction} leaves no document for training; "
-            "the source needs at least two documents"
+            f"{file.prefix}.bin: one document of {file.num_tokens} tokens cannot be divided by "
+            "data.validation_fraction="
+            f"{validation_fraction}; the source needs at least two documents"
         )
-    return cut
+    return int(around[inside][np.argmin(np.abs(starts[inside] - exact))])
 
 
 class Concat:

@@ -14,6 +14,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -203,11 +204,8 @@ class TokenFileWriter:
                 self._publish()
         finally:
             for stream in filter(None, (self._bin, self._mask)):
-                try:
+                with suppress(OSError):  # what could not be flushed has already been reported, by write or _publish
                     stream.close()
-                except OSError:
-                    if kind is None:
-                        raise
             for suffix in self._suffixes:
                 Path(self._temporary(suffix)).unlink(missing_ok=True)
 

@@ -105,8 +105,8 @@ def tokenize_files(
 
     Empty documents are left out and counted; `seed` draws the order. mask_prompts also writes PREFIX.mask: 1 for the
     assistant's words and the end of text after them (and for everything in documents that are no chats), else 0.
-    Returns the manifest, which is PREFIX.json. The result depends neither on `workers` (processes; default: all cores)
-    nor on time. It is there whole or not at all.
+    Returns the manifest, which is PREFIX.json. The result depends neither on `workers` (processes; default: as many as
+    are worth it) nor on time. It is there whole or not at all.
     """
     paths = expand(inputs)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -119,7 +119,7 @@ def tokenize_files(
         lengths_parts, skipped = [np.empty(0, np.int32)], 0
         with open(spool, "wb") as tokens_out, open(mask_spool, "wb") as mask_out:
             chunks = _all_chunks(paths, text_key, on_bytes)
-            for part in _in_processes(chunks, tokenizer, text_key, mask_prompts, _useful(workers, paths)):
+            for part in _in_processes(chunks, tokenizer, text_key, mask_prompts, workers or _useful_workers(paths)):
                 tokens_out.write(part.tokens.astype(dtype).data)
                 if part.mask is not None:
                     mask_out.write(part.mask.data)
@@ -196,9 +196,9 @@ def _answer_mask(offsets: list[tuple[int, int]], answers: list[tuple[int, int]],
     return mask
 
 
-def _useful(workers: int | None, paths: list[str]) -> int:
+def _useful_workers(paths: list[str]) -> int:
     """Processes that are worth starting: each takes half a second to start, and tokenizes about 4 MB in a second."""
-    return max(1, min(workers or os.cpu_count() or 1, sum(map(os.path.getsize, paths)) >> 22))
+    return max(1, min(os.cpu_count() or 1, sum(map(os.path.getsize, paths)) >> 22))
 
 
 def _in_processes(
