@@ -9,6 +9,7 @@ compared, so that other load on the machine hurts both alike.
 # t packed tokens, d hidden, h heads, p head_dim, g groups, n state, v vocabulary
 
 import argparse
+import ctypes
 import time
 from collections.abc import Callable
 
@@ -182,6 +183,10 @@ def main() -> None:
     parser.add_argument("--chunk-len", type=int, default=64, help="of our scan; the peer's is 128, its default")
     parser.add_argument("--only", default="", help="ops whose name contains this")
     args = parser.parse_args()
+    # As prism_mcore.platform does, for both sides: never hand freed memory back, or page faults decide the comparison.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0)  # M_MMAP_MAX
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {args.dtype}, {args.threads} threads, minimum of {args.rounds} turns")

@@ -65,6 +65,22 @@ class Boundaries:
         return torch.tensor(ids, device=self.cu_seqlens.device)
 
     @cached_property
+    def _history_slots(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
+
+    def history_slots(self, before: int) -> tuple[Tensor, Tensor]:
+        """Places in a row of tokens with `before` more in front of each non-empty document: (tokens [t], those [., before])."""
+        if before not in self._history_slots:
+            device = self.cu_seqlens.device
+            starts = torch.tensor([start for _, start, _ in self.documents], device=device)
+            lengths = torch.tensor([end - start for _, start, end in self.documents], device=device)
+            order = torch.arange(len(starts), device=device)
+            tokens = torch.arange(self.num_tokens, device=device) + before * (1 + order.repeat_interleave(lengths))
+            history = (starts + before * order)[:, None] + torch.arange(before, device=device)
+            self._history_slots[before] = tokens, history
+        return self._history_slots[before]
+
+    @cached_property
     def _grids(self) -> dict[int, "ChunkGrid"]:
         return {}
 

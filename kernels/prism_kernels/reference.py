@@ -1,10 +1,13 @@
-"""Reference ops in plain torch: norms, activations, rotary embedding, convolution, attention; each exact and fast on a CPU.
+"""Reference ops in plain torch, exact and fast on a CPU: norms, activations, rotary embedding, convolution.
 
-The scan lives in `reference_scan`, the loss in `reference_loss`; every op can be imported from here. Activations are packed token-major ([t, ...]). Statistics
-and sums are taken in fp32 for bf16 and fp16 inputs, in the input's own dtype for fp32 and fp64.
+Attention, the scan and the loss have their own files; every op can be imported from here. Activations are packed
+token-major ([t, ...]). Statistics and sums are taken in fp32 for bf16 and fp16 inputs, in the input's own dtype for
+fp32 and fp64.
 """
 
 # t packed tokens, h heads, p head_dim, c channels, k taps
+
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.precision import accumulate_dtype
+from prism_kernels.reference_attention import attention
 from prism_kernels.reference_loss import linear_cross_entropy
 from prism_kernels.reference_scan import ssd_recurrence, ssd_scan
 
@@ -220,6 +224,73 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
 # ---------------------------------------------------------------------------------------------------------- convolution
 
 
+class _CausalConv1d(torch.autograd.Function):
+    """Works on rows [b, L, c] in the accumulation dtype: what is before each of the b rows is zero."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, initial, boundaries, silu):
+        ctx.save_for_backward(x, weight, bias, initial)
+        ctx.boundaries, ctx.silu = boundaries, silu
+        y = _shifted_products(_conv_rows(x, weight, initial, boundaries), weight, bias)
+        return _conv_tokens(F.silu(y, inplace=True) if silu else y, x, weight, initial, boundaries)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias, initial = ctx.saved_tensors
+        boundaries, taps = ctx.boundaries, weight.shape[1]
+        rows = _conv_rows(x, weight, initial, boundaries)
+        grad = _conv_rows(grad, weight, None if initial is None else torch.zeros_like(initial), boundaries)
+        if ctx.silu:
+            grad = torch.ops.aten.silu_backward(grad, _shifted_products(rows, weight, bias))
+        by_tap = weight.t().contiguous().to(grad.dtype)  # strided rows would cost 7x
+        grad_rows = grad * by_tap[taps - 1]
+        sums = [(grad * rows).sum((0, 1))]
+        for shift in range(1, taps):
+            late, early = grad[:, shift:], rows[:, : rows.shape[1] - shift]
+            grad_rows[:, : late.shape[1]].addcmul_(late, by_tap[taps - 1 - shift])
+            sums.append((late * early).sum((0, 1)))
+        grad_weight = torch.stack(sums[::-1], 1).to(weight.dtype)
+        grad_bias = None if bias is None else grad.sum((0, 1)).to(bias.dtype)
+        grad_initial = None
+        if initial is not None:
+            grad_initial = torch.zeros_like(initial)
+            _, history = boundaries.history_slots(taps - 1)
+            grad_initial[boundaries.document_rows] = grad_rows[0, history].transpose(1, 2).to(initial.dtype)
+        grad_x = _conv_tokens(grad_rows, x, weight, initial, boundaries)
+        return grad_x, grad_weight, grad_bias, grad_initial, None, None
+
+
+def _shifted_products(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """bias + sum over taps of weight * rows shifted: k elementwise products beat F.conv1d's depthwise backward 3x."""
+    taps, by_tap = weight.shape[1], weight.t().contiguous().to(rows.dtype)
+    y = rows * by_tap[-1] if bias is None else torch.addcmul(bias.to(rows.dtype), rows, by_tap[-1])
+    for shift in range(1, min(taps, rows.shape[1])):
+        y[:, shift:].addcmul_(rows[:, :-shift], by_tap[taps - 1 - shift])
+    return y
+
+
+def _conv_rows(x: Tensor, weight: Tensor, initial: Tensor | None, boundaries: Boundaries) -> Tensor:
+    """[t, c] -> [documents, length, c], a view where x is in the accumulation dtype; where lengths differ or there is
+    a state, one row [1, ., c] in which k - 1 rows (the state, or zeros) come before each document."""
+    x = x.to(accumulate_dtype(x.dtype))
+    if boundaries.uniform_len and initial is None:
+        return x.unflatten(0, (len(boundaries.documents), boundaries.uniform_len))
+    before = weight.shape[1] - 1
+    slots, history = boundaries.history_slots(before)
+    rows = x.new_zeros(len(x) + len(boundaries.documents) * before, x.shape[1])
+    rows[slots] = x
+    if initial is not None:
+        rows[history] = initial[boundaries.document_rows].transpose(1, 2).to(x.dtype)
+    return rows[None]
+
+
+def _conv_tokens(rows: Tensor, x: Tensor, weight: Tensor, initial: Tensor | None, boundaries: Boundaries) -> Tensor:
+    """`_conv_rows` undone: [t, c] in x.dtype."""
+    if boundaries.uniform_len and initial is None:
+        return rows.flatten(0, 1).to(x.dtype)
+    return rows[0, boundaries.history_slots(weight.shape[1] - 1)[0]].to(x.dtype)
+
+
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -229,62 +300,20 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Depthwise causal convolution within each document, then silu: y_i = silu(bias + sum_j weight[:, j] x[i - k + 1 + j]).
+    """Depthwise causal convolution within each document: y_i = silu(bias + sum_j weight[:, j] x[i - k + 1 + j]).
 
     x: [t, c], weight: [c, k], bias: [c]; initial_state: [documents, c, k - 1], what came before each document (zeros
     where None). Returns y [t, c] and, on request, the final state [documents, c, k - 1]: the last k - 1 inputs.
     """
     boundaries.check(x=x)
-    acc = accumulate_dtype(x.dtype)
-    taps = weight.shape[1]
-    outputs, finals = [], []
-    wide_weight = weight.to(acc)
-    for i in range(boundaries.num_documents):
-        document = x[boundaries.offsets[i] : boundaries.offsets[i + 1]].to(acc)
-        before = x.new_zeros(taps - 1, x.shape[1]) if initial_state is None else initial_state[i].t()
-        padded = torch.cat([before.to(acc), document])
-        length = document.shape[0]
-        y = sum(padded[j : j + length] * wide_weight[:, j] for j in range(taps))
-        y = y if bias is None else y + bias.to(acc)
-        outputs.append((F.silu(y) if silu else y).to(x.dtype))
-        finals.append(padded[length:].t().to(x.dtype))
-    out = torch.cat(outputs)
-    return (out, torch.stack(finals)) if return_final_state else out
+    y = _CausalConv1d.apply(x, weight, bias, initial_state, boundaries, silu)
+    return (y, _final_inputs(x, weight.shape[1] - 1, initial_state, boundaries)) if return_final_state else y
 
 
-# ------------------------------------------------------------------------------------------------------------ attention
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, scale: float, window: int | None = None
-) -> Tensor:
-    """Causal attention within each document: q [t, h, p], k and v [t, hk, p] with h % hk == 0; returns [t, h, p].
-
-    window w: query i sees keys j with i - w < j <= i, itself included (Mistral's convention).
-    """
-    boundaries.check(q=q, k=k, v=v)
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
-    if boundaries.uniform_len:
-        shape = (len(boundaries.documents), boundaries.uniform_len)
-        out = _document_attention(*(x.unflatten(0, shape) for x in (q, k, v)), scale, window)
-        return out.flatten(0, 1)
-    parts = [
-        _document_attention(*(x[None, start:end] for x in (q, k, v)), scale, window)[0]
-        for _, start, end in boundaries.documents
-    ]
-    return torch.cat(parts) if parts else torch.empty_like(q)
-
-
-def _document_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """[b, s, h, p] each; documents of equal length."""
-    s = q.shape[1]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    gqa = q.shape[1] != k.shape[1]
-    if window is None or window >= s:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-    else:
-        i = torch.arange(s, device=q.device)
-        mask = (i[:, None] >= i) & (i[:, None] - i < window)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
-    return out.transpose(1, 2)
+def _final_inputs(x: Tensor, before: int, initial: Tensor | None, boundaries: Boundaries) -> Tensor:
+    """[documents, c, before]: the last inputs of each document, reaching back into what came before it."""
+    finals = []
+    for i, (start, end) in enumerate(pairwise(boundaries.offsets)):
+        history = x.new_zeros(before, x.shape[1]) if initial is None else initial[i].t().to(x.dtype)
+        finals.append(torch.cat([history, x[start:end]])[end - start :].t())
+    return torch.stack(finals)
