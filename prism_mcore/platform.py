@@ -42,12 +42,17 @@ _patched = False  # for the CPU
 _optimizer_load_patched = False
 
 
-def start(threads: int | None = None, timeout: timedelta = COLLECTIVE_TIMEOUT) -> torch.device:
+def start(
+    threads: int | None = None, timeout: timedelta = COLLECTIVE_TIMEOUT, deterministic: bool = False
+) -> torch.device:
     """Choose this rank's device and start the default process group; calling it again changes nothing.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them; without
     RANK the process is a group of one. threads: torch's threads on a CPU; by default this rank's share of the cores.
+    deterministic: the same bits every time on a GPU, too; a CPU is deterministic anyway.
     """
+    if deterministic and torch.cuda.is_available():
+        _be_deterministic()
     device = _cuda_device() if torch.cuda.is_available() else _cpu_device(threads)
     _patch_optimizer_load()
     if not dist.is_initialized():
@@ -61,6 +66,16 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def _be_deterministic() -> None:
+    """Choose libraries' reproducible paths; they read these when they start."""
+    os.environ.update(
+        CUBLAS_WORKSPACE_CONFIG=":4096:8",  # cuBLAS otherwise picks a workspace, and so an order of sums, per stream
+        NCCL_ALGO="Ring",  # otherwise chosen per message, and with it the order of sums
+        NVTE_ALLOW_NONDETERMINISTIC_ALGO="0",  # Transformer Engine's attention backward without atomics
+    )
+    torch.use_deterministic_algorithms(True)
+
+
 def _cuda_device() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -72,6 +87,8 @@ def _cpu_device(threads: int | None) -> torch.device:
     cores = len(os.sched_getaffinity(0))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     torch.set_num_threads(threads or max(1, cores // local_ranks))
+    # About GPUs, Apex, and names that torch 2.13 deprecates: true, many per rank, and nothing a user here can act on.
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     patch_megatron()
     return CPU
 

@@ -82,13 +82,19 @@ def norm(build: Build) -> nn.Module:
 
 
 class Weight(nn.Module):
-    """A weight, and perhaps a bias, that another module uses: it only gives them their name."""
+    """A weight, and perhaps a bias, that another module computes with.
+
+    Call it to get the weight: overlapped parameter gathering waits for a module's parameters when it is called.
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype))
+
+    def forward(self) -> Tensor:
+        return self.weight
 
 
 def column_product(x: Tensor, weight: Tensor, build: Build) -> Tensor:

@@ -42,11 +42,12 @@ class Mamba(nn.Module):
     def forward(self, x: Tensor, seq: Sequence, state: None = None) -> Tensor:
         """[t, 1, d] -> [t, 1, d]."""
         spec = self.spec
-        weight = torch.cat([self.in_proj.weight, self.in_proj_bc.weight])
+        weight = torch.cat([self.in_proj(), self.in_proj_bc()])
         zdtxbc = column_product(x, weight, self.build).squeeze(1)
         z, dt, xbc = zdtxbc.split([self.inner, self.heads, self.inner + 2 * self.state], dim=-1)
-        bias = torch.cat([self.conv_x.bias, self.conv_bc.bias]) if spec.conv_bias else None
-        xbc = self.conv(xbc, torch.cat([self.conv_x.weight, self.conv_bc.weight]), bias, seq.boundaries)
+        conv_weight = torch.cat([self.conv_x(), self.conv_bc()])
+        conv_bias = torch.cat([self.conv_x.bias, self.conv_bc.bias]) if spec.conv_bias else None
+        xbc = self.conv(xbc, conv_weight, conv_bias, seq.boundaries)
         xs, B, C = xbc.split([self.inner, self.state, self.state], dim=-1)
         y = self.scan(
             xs.unflatten(-1, (self.heads, -1)),
@@ -60,5 +61,5 @@ class Mamba(nn.Module):
             spec.chunk_len,
             spec.dt_limit,
         )
-        y = self.gated_norm(y.flatten(-2), z, self.norm.weight, spec.norm_eps, self.norm_groups, self.norm_ranks)
+        y = self.gated_norm(y.flatten(-2), z, self.norm(), spec.norm_eps, self.norm_groups, self.norm_ranks)
         return self.out_proj(y.unsqueeze(1))[0]

@@ -84,6 +84,14 @@ def update(optimizer: MegatronOptimizer, grad_norm: float, lr: float) -> None:
     optimizer.step_with_ready_grads()
 
 
+def finish_parameter_gather(chunks: list[DistributedDataParallel]) -> None:
+    """Wait until every parameter is the updated one: overlapped gathering is otherwise finished by the next forward."""
+    for chunk in chunks:
+        if chunk.use_forward_hook:
+            chunk.disable_forward_pre_hook(param_sync=True)
+            chunk.enable_forward_pre_hook()
+
+
 def finalize_gradients(chunks, num_tokens=None, **kwargs) -> None:
     """megatron-core's finalize_model_grads, after summing what it forgets: replicated weights of tensor-parallel heads.
 

@@ -29,6 +29,9 @@ class StepStats:
     grad_norm: float  # nan where gradients were not computed
     source_loss: tuple[float, ...]  # nats per token of each of data.sources
     source_tokens: tuple[int, ...]  # tokens that counted
+    row_losses: (
+        list[list[float]] | None
+    )  # of this rank's rows, by micro-batch; None before the last stage
 
 
 def train_step(
@@ -55,8 +58,8 @@ def forward_backward(
 ) -> StepStats:
     """Run this rank's micro-batches through the pipeline; the loss of the global batch on every rank."""
     seq_tokens = batches[0].position_ids.numel()
-    sums = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, num_sources=num_sources),
+    rows = get_forward_backward_func()(
+        forward_step_func=_forward_step,
         data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),
@@ -64,9 +67,10 @@ def forward_backward(
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    # [source, (nats, tokens)]; float64 holds any token count exactly.
-    device = next(chunks[0].parameters()).device
-    total = sum(sums) if sums else torch.zeros(num_sources, 2, dtype=torch.float64, device=device)
+    # By source (nats, tokens); float64 holds any token count exactly.
+    total = torch.zeros(num_sources, 2, dtype=torch.float64, device=next(chunks[0].parameters()).device)
+    for batch, row_sums in zip(batches, rows, strict=False):  # no rows before the last stage
+        total.index_add_(0, batch.source_ids.to(total.device, torch.int64), row_sums)
     dist.all_reduce(total, group=groups.dp_cp)
     dist.all_reduce(total, group=groups.pp)  # the other stages add zeros
     nats, tokens = total.cpu().unbind(-1)
@@ -75,23 +79,22 @@ def forward_backward(
         grad_norm=float("nan"),
         source_loss=tuple((nats / tokens).tolist()),
         source_tokens=tuple(int(n) for n in tokens),
+        row_losses=[(r[:, 0] / r[:, 1]).tolist() for r in torch.stack(rows).cpu()] if rows else None,
     )
 
 
-def _forward_step(batches: Iterator[PackedBatch], chunk: DistributedDataParallel, num_sources: int):
+def _forward_step(batches: Iterator[PackedBatch], chunk: DistributedDataParallel):
     batch = to_device(next(batches), next(chunk.parameters()).device)
-    return chunk(batch), partial(_loss, batch=batch, num_sources=num_sources)
+    return chunk(batch), partial(_loss, batch=batch)
 
 
-def _loss(output: tuple[Tensor, Tensor], batch: PackedBatch, num_sources: int) -> tuple[Tensor, Tensor, Tensor]:
-    """megatron-core's triple: loss summed over tokens, how many tokens, and the sums per source for the log."""
+def _loss(output: tuple[Tensor, Tensor], batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """megatron-core's triple: loss summed over tokens, how many tokens, and (nats, tokens) of each row for the log."""
     loss_sum, logprobs = output
     assert batch.loss_mask is not None
     nats = -(logprobs.view_as(batch.loss_mask) * batch.loss_mask).sum(-1, dtype=torch.float64)
-    per_row = torch.stack([nats, batch.loss_mask.sum(-1, dtype=torch.float64)], dim=-1)
-    sums = torch.zeros(num_sources, 2, dtype=torch.float64, device=nats.device)
-    sums.index_add_(0, batch.source_ids.long(), per_row)
-    return loss_sum, torch.tensor(batch.num_tokens, dtype=torch.int, device=nats.device), sums
+    rows = torch.stack([nats, batch.loss_mask.sum(-1, dtype=torch.float64)], dim=-1)
+    return loss_sum, torch.tensor(batch.num_tokens, dtype=torch.int, device=nats.device), rows
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
