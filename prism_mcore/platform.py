@@ -87,8 +87,6 @@ def _cpu_device(threads: int | None) -> torch.device:
     cores = len(os.sched_getaffinity(0))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     torch.set_num_threads(threads or max(1, cores // local_ranks))
-    # About GPUs, Apex, and names that torch 2.13 deprecates: true, many per rank, and nothing a user here can act on.
-    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     patch_megatron()
     return CPU
 
