@@ -95,16 +95,18 @@ class Guard:
 
         Where no loss is computed (before the last stage) nobody knows; one tensor-parallel rank speaks for all.
         """
-        losses = getattr(stats, "row_losses", None)
-        if losses is None or self.groups.tp_rank > 0:
+        if stats.row_losses is None or self.groups.tp_rank > 0:
             return []
         rows = [
             (loss, source, sample)
-            for batch, of_batch in zip(batches, losses, strict=True)
-            for loss, source, sample in zip(of_batch, batch.source_ids.tolist(), batch.sample_ids.tolist(), strict=True)
+            for batch, losses in zip(batches, stats.row_losses, strict=True)
+            for loss, source, sample, counts in zip(
+                losses, batch.source_ids.tolist(), batch.sample_ids.tolist(), _counts(batch), strict=True
+            )
+            if counts
         ]
         broken = [row for row in rows if not math.isfinite(row[0])]
-        worst = broken or [max(rows)]
+        worst = broken or sorted(rows)[-1:]
         return [f"sample {sample} of data.sources[{source}] (loss {loss:.4g})" for loss, source, sample in worst]
 
     def _dump(
@@ -130,6 +132,12 @@ class Guard:
             "samples": [batch.sample_ids.tolist() for batch in batches],
         }
         (folder / f"{name}.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _counts(batch: PackedBatch) -> list[bool]:
+    """Which sequences have a label that counts; the others have no loss."""
+    assert batch.loss_mask is not None
+    return batch.loss_mask.any(-1).tolist()
 
 
 def _listed(of_ranks: list[list[str]]) -> str:

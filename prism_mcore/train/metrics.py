@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 import torch
 
 from prism_mcore.plan.throughput import flops_per_token, peak_flops
-from prism_mcore.train.step import StepStats
 
 if TYPE_CHECKING:
     from prism_mcore.train.loop import Run
+    from prism_mcore.train.step import StepStats
 
 STEPS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
 
