@@ -3,7 +3,15 @@
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    clip_grads,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer.optimizer_config import ParamPredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.parallel import Groups
@@ -60,11 +68,31 @@ def build_optimizer(
         use_distributed_optimizer=True,
         overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=groups.collection)
+    optimizer = get_megatron_optimizer(
+        config,
+        chunks,
+        config_overrides=_groups(settings),
+        use_gloo_process_groups=False,
+        pg_collection=groups.collection,
+    )
     for group in optimizer.param_groups:
         if isinstance(optimizer.chained_optimizers[0].optimizer, torch.optim.AdamW):
             group["fused"], group["foreach"] = True, False  # one pass over memory instead of eight
     return optimizer
+
+
+def _groups(settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
+    """megatron-core's description of the parameter groups: decayed, not decayed, and not decayed in fp32.
+
+    The last is a group of its own because the distributed optimizer puts fp32 parameters of a group before bf16 ones
+    and then looks them up by their old places (0.16.1, `model_param_group_index_map`): checkpoints would mix them up.
+    """
+    vector = ParamPredicate("vector", lambda param: param.dim() == 1)
+    fp32_vector = ParamPredicate("fp32 vector", lambda param: param.dim() == 1 and param.dtype == torch.float32)
+    return {
+        ParamKey(predicate=vector): ParamGroupOverride(wd_mult=0.0),
+        ParamKey(predicate=fp32_vector): ParamGroupOverride(max_lr=settings.lr),  # any difference makes a group
+    }
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:

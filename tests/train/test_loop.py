@@ -1,0 +1,245 @@
+"""The whole loop on real ranks: exact resume, other layouts, signals, guards, killed ranks, full disks."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import CONFIGS
+from ranks import RankError, run_ranks
+
+from prism_mcore.config import Settings
+from prism_mcore.data.token_file import TokenFileWriter
+from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
+from prism_mcore.train import loop
+
+SOURCES = [("text", 0.7), ("code", 0.3)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Two sources of documents that count upwards, so that there is something to learn."""
+    folder = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(0)
+    for name, _ in SOURCES:
+        lengths = random.integers(3, 30, 300)
+        starts = random.integers(0, 61, 300)
+        tokens = np.concatenate([(s + np.arange(n)) % 61 for s, n in zip(starts, lengths, strict=True)])
+        with TokenFileWriter(folder / name, np.uint16) as writer:
+            writer.add(tokens, lengths)
+    return folder
+
+
+def settings(corpus, runs, spec="hybrid", **sections):
+    spec_file = Path(runs) / f"{spec.replace(' ', '-')}.json"
+    spec_file.write_text(json.dumps(CONFIGS[spec]))
+    defaults = {
+        "run": {"name": "run", "dir": str(runs), "seed": 3},
+        "model": {"spec": str(spec_file)},
+        "data": {
+            "sources": [{"path": str(corpus / n), "weight": w, "domain": n} for n, w in SOURCES],
+            "seq_len": 16,
+            "document_mask": True,
+            "validation_fraction": 0.1,
+        },
+        "train": {"steps": 6, "global_batch": 4, "micro_batch": 1, "validate_batches": 2},
+        "optimizer": {"lr": 3e-3, "warmup_steps": 2},
+        "precision": {"dtype": "fp32"},
+        "log": {"tensorboard": False},
+    }
+    return Settings(**{name: defaults.get(name, {}) | sections.get(name, {}) for name in {*defaults, *sections}})
+
+
+def train(groups, settings, until=None):
+    """Run the loop, stopping by a signal after `until` steps; exit code, and weights and moments of this rank."""
+    run = loop.build(settings, groups, torch.device("cpu"))
+    if until is not None:
+        stop_after(run, until)
+    code = loop.train(run)
+    weights = {name: t.detach().clone() for chunk in run.chunks for name, t, _ in chunk.module.table()}
+    moments = run.optimizer.chained_optimizers[0].optimizer.state_dict()["state"]
+    return code, weights, moments
+
+
+def stop_after(run, steps):
+    """A real SIGTERM to this rank while it takes that step."""
+    admits = run.guard.admits
+
+    def signalled(step, *rest):
+        if step == steps and run.groups.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return admits(step, *rest)
+
+    run.guard.admits = signalled
+
+
+def metrics(runs):
+    return [json.loads(line) for line in (Path(runs) / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(runs):
+    return [(m["step"], m["loss"], m["grad_norm"], m["lr"], m["tokens"]) for m in metrics(runs)]
+
+
+LAYOUTS = {
+    "tp2+sp": (2, {"tp": 2, "sequence_parallel": True}),
+    "dp2": (2, {}),
+    "pp2": (2, {"pp": 2}),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_three_and_three_steps_equal_six_bit_for_bit(corpus, tmp_path, layout, dtype):
+    world_size, degrees = LAYOUTS[layout]
+    through, stopped = tmp_path / "through", tmp_path / "stopped"
+    results = []
+    for runs, stops in ((through, [None]), (stopped, [3, None])):
+        runs.mkdir()
+        wanted = settings(corpus, runs, parallel=degrees, precision={"dtype": dtype})
+        for stop in stops:
+            ranks = run_ranks(world_size, train, wanted, stop, **degrees)
+            assert {code for code, _, _ in ranks} == {DONE if stop is None else STOPPED_BY_SIGNAL}
+        results.append(ranks)
+    assert curve(stopped) == curve(through) and len(curve(through)) == 6
+    for (_, want, want_moments), (_, got, got_moments) in zip(*results, strict=True):
+        assert all(torch.equal(want[name], got[name]) for name in want)
+        for key, state in want_moments.items():
+            assert all(torch.equal(state[n], got_moments[key][n]) for n in ("exp_avg", "exp_avg_sq", "step"))
+
+
+@pytest.mark.parametrize("spec", ["hybrid", "granite hybrid"])
+def test_a_run_goes_on_in_another_layout(corpus, tmp_path, spec):
+    through, moved = tmp_path / "through", tmp_path / "moved"
+    for runs in (through, moved):
+        runs.mkdir()
+    run_ranks(2, train, settings(corpus, through, spec, parallel={"tp": 2}), None, tp=2)
+    run_ranks(2, train, settings(corpus, moved, spec, parallel={"tp": 2}), 2, tp=2)
+    run_ranks(2, train, settings(corpus, moved, spec, parallel={"pp": 2}), 4, pp=2)
+    run_ranks(1, train, settings(corpus, moved, spec))
+    for want, got in zip(curve(through), curve(moved), strict=True):
+        assert got == pytest.approx(want, rel=1e-6 if want[0] <= 2 else 1e-5)
+    assert [loss for _, loss, *_ in curve(moved)] == pytest.approx([loss for _, loss, *_ in curve(through)], rel=1e-6)
+
+
+def overlapped(groups, settings):
+    """The same run with gradients and parameters travelling while the model computes."""
+    plain = loop.wrap
+    loop.wrap = lambda chunks, groups, **options: plain(chunks, groups, **(options | {"overlap": True}))
+    try:
+        return train(groups, settings)
+    finally:
+        loop.wrap = plain
+
+
+def test_overlapped_communication_changes_no_bit(corpus, tmp_path):
+    results = []
+    for name, function in (("plain", train), ("overlapped", overlapped)):
+        runs = tmp_path / name
+        runs.mkdir()
+        wanted = settings(corpus, runs, checkpoint={"every": 2}, train={"steps": 6, "global_batch": 4})
+        results.append(run_ranks(2, function, wanted))
+    assert curve(tmp_path / "plain") == curve(tmp_path / "overlapped")
+    (_, want, _), (_, got, _) = results[0][0], results[1][0]
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_the_record_of_a_run(corpus, tmp_path):
+    wanted = settings(corpus, tmp_path, train={"steps": 30, "global_batch": 8, "validate_every": 10})
+    run_ranks(2, train, wanted)
+    records = metrics(tmp_path)
+    assert [m["tokens"] for m in records] == [128 * step for step in range(1, 31)]
+    assert {"loss/text", "loss/code", "time/step_s", "time/data_s", "throughput/tokens_per_s"} <= records[-1].keys()
+    validations = [json.loads(v) for v in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()]
+    assert [v["step"] for v in validations] == [0, 10, 20, 30]
+    for domain, _ in SOURCES:
+        losses = [v[f"validation/loss/{domain}"] for v in validations]
+        assert losses[0] == pytest.approx(math.log(61), rel=0.2) and losses[-1] < 0.8 * losses[0]
+
+
+def poisoned(groups, settings, steps):
+    """One weight becomes NaN for the given steps, on one rank."""
+    run = loop.build(settings, groups, torch.device("cpu"))
+    fetch = run.loader.steps
+
+    def steps_with_poison(start):
+        weight = run.chunks[0].module.final_norm.weight
+        for step, batch in enumerate(fetch(start), start + 1):
+            good = weight.data[0].clone()
+            if step in steps and groups.rank == 1:
+                weight.data[0] = float("nan")
+            yield batch
+            weight.data[0] = good if step in steps and groups.rank == 1 else weight.data[0]
+
+    run.loader.steps = steps_with_poison
+    return loop.train(run)
+
+
+def test_a_bad_step_is_skipped_within_the_budget_and_dumped(corpus, tmp_path):
+    wanted = settings(corpus, tmp_path, guards={"skip_budget": 1})
+    assert run_ranks(2, poisoned, wanted, [3]) == [DONE, DONE]
+    assert [m["loss"] is None for m in metrics(tmp_path)] == [False, False, True, False, False, False]
+    assert (tmp_path / "run" / "bad_steps" / "step_00000003" / "rank_1.safetensors").is_file()
+
+
+def test_bad_steps_beyond_the_budget_stop_the_run_and_name_the_sample(corpus, tmp_path):
+    wanted = settings(corpus, tmp_path, guards={"skip_budget": 1})
+    with pytest.raises(RankError, match=r"step 4: the loss is nan.*rank 1: sample 1[0-9] of data.sources"):
+        run_ranks(2, poisoned, wanted, [3, 4])
+
+
+def test_a_run_of_another_model_or_batch_is_not_continued(corpus, tmp_path):
+    run_ranks(1, train, settings(corpus, tmp_path), 2)
+    with pytest.raises(RankError, match="is of another model"):
+        run_ranks(1, train, settings(corpus, tmp_path, spec="dense"))
+    with pytest.raises(RankError, match=r"train.global_batch=4, not 8; go on with 4"):
+        run_ranks(1, train, settings(corpus, tmp_path, train={"steps": 6, "global_batch": 8}))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(corpus, tmp_path):
+    wanted = settings(corpus, tmp_path, checkpoint={"every": 2})
+    run_ranks(2, train, wanted, 4)
+    newest = tmp_path / "run" / "checkpoints" / "step_00000004"
+    damaged = next(newest.glob("*.distcp"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    run_ranks(2, train, wanted)
+    assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def killed(groups, settings):
+    """Rank 1 is killed while it takes step 4, as by the kernel when memory is short."""
+    run = loop.build(settings, groups, torch.device("cpu"))
+    admits = run.guard.admits
+
+    def last(step, *rest):
+        if step == 4 and groups.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return admits(step, *rest)
+
+    run.guard.admits = last
+    return loop.train(run)
+
+
+def test_a_killed_rank_ends_the_run_and_the_last_checkpoint_is_good(corpus, tmp_path):
+    wanted = settings(corpus, tmp_path, checkpoint={"every": 2})
+    with pytest.raises(RankError, match="killed by SIGKILL") as error:
+        run_ranks(2, killed, wanted, timeout_s=60)
+    assert set(error.value.reports) == {0, 1}  # the other rank noticed
+    assert run_ranks(2, train, wanted)[0][0] == DONE
+    assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_starting_from_the_weights_of_another_run(corpus, tmp_path):
+    run_ranks(2, train, settings(corpus, tmp_path, parallel={"tp": 2}), tp=2)
+    model = {"spec": str(tmp_path / "hybrid.json"), "init": str(tmp_path / "run")}
+    second = tmp_path / "second"
+    second.mkdir()
+    run_ranks(1, train, settings(corpus, second, model=model))
+    first_losses, second_losses = ([m["loss"] for m in metrics(runs)] for runs in (tmp_path, second))
+    assert second_losses[0] < first_losses[0] - 0.02
