@@ -39,24 +39,30 @@ __all__ = [
 # ---------------------------------------------------------------------------------------------------------------- norms
 
 
+def _inverse_rms(x: Tensor, size: int, eps: float, group: dist.ProcessGroup | None = None) -> Tensor:
+    """1 / sqrt(mean of squares + eps) over the last dimension, kept; over `size` elements in all, across the group."""
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    if group is not None:
+        dist.all_reduce(squares, group=group)
+    return squares.div_(size).add_(eps).rsqrt_()
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        acc = accumulate_dtype(x.dtype)
-        wide = x.to(acc)
-        inv = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-        ctx.save_for_backward(x, weight, inv)
-        return (wide * inv).to(x.dtype) * weight
+        wide = x.to(accumulate_dtype(x.dtype))
+        inverse = _inverse_rms(wide, x.shape[-1], eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).to(x.dtype) * weight
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, inv = ctx.saved_tensors
-        normed = x.to(inv.dtype) * inv
-        wide = grad.to(inv.dtype)
-        grad_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        grad_normed = wide * weight
-        mean = (grad_normed * normed).mean(-1, keepdim=True)
-        grad_x = (grad_normed - normed * mean).mul_(inv)
+        x, weight, inverse = ctx.saved_tensors
+        normed, grad = x.to(inverse.dtype) * inverse, grad.to(inverse.dtype)
+        weighted = grad * normed
+        grad_weight = weighted.flatten(0, -2).sum(0).to(weight.dtype)
+        mean = weighted.mul_(weight).mean(-1, keepdim=True)
+        grad_x = torch.mul(grad, weight, out=weighted).addcmul_(normed, mean, value=-1).mul_(inverse)
         return grad_x.to(x.dtype), grad_weight, None
 
 
@@ -72,34 +78,31 @@ class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, z, weight, eps, num_groups, group):
         acc = accumulate_dtype(y.dtype)
-        gated = y.to(acc) * F.silu(z.to(acc))
-        grouped = gated.unflatten(-1, (num_groups, -1))
-        size = grouped.shape[-1] * (dist.get_world_size(group) if group is not None else 1)
-        squares = grouped.square().sum(-1, keepdim=True)
-        if group is not None:
-            dist.all_reduce(squares, group=group)
-        inv = (squares / size + eps).rsqrt()
-        ctx.save_for_backward(y, z, weight, inv)
-        ctx.size, ctx.group, ctx.num_groups = size, group, num_groups
-        return ((grouped * inv).flatten(-2) * weight).to(y.dtype)
+        grouped = F.silu(z.to(acc)).mul_(y.to(acc)).unflatten(-1, (num_groups, -1))
+        ctx.size = grouped.shape[-1] * (dist.get_world_size(group) if group is not None else 1)
+        inverse = _inverse_rms(grouped, ctx.size, eps, group)
+        ctx.save_for_backward(y, z, weight, inverse)
+        ctx.group = group
+        return grouped.mul_(inverse).flatten(-2).mul_(weight).to(y.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        y, z, weight, inv = ctx.saved_tensors
-        acc = inv.dtype
-        wide_y, wide_z, grad = y.to(acc), z.to(acc), grad.to(acc)
-        sigmoid = wide_z.sigmoid()
-        silu = wide_z * sigmoid
-        normed = ((wide_y * silu).unflatten(-1, (ctx.num_groups, -1)) * inv).flatten(-2)
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        grad_normed = (grad * weight).unflatten(-1, (ctx.num_groups, -1))
-        dot = (grad_normed * normed.unflatten(-1, (ctx.num_groups, -1))).sum(-1, keepdim=True)
+        y, z, weight, inverse = ctx.saved_tensors
+        acc, shape = inverse.dtype, (inverse.shape[-2], -1)  # [num_groups, channels of a group]
+        wide_y, wide_z, grad = y.to(acc), z.to(acc), grad.to(acc).unflatten(-1, shape)
+        silu = F.silu(wide_z)
+        normed = (silu * wide_y).unflatten(-1, shape).mul_(inverse)
+        weighted = grad * normed
+        grad_weight = weighted.flatten(0, -3).sum(0).flatten().to(weight.dtype)
+        by_group = weight.to(acc).unflatten(-1, shape)
+        dot = weighted.mul_(by_group).sum(-1, keepdim=True)
         if ctx.group is not None:
             dist.all_reduce(dot, group=ctx.group)
-        normed = normed.unflatten(-1, (ctx.num_groups, -1))
-        grad_gated = ((grad_normed - normed * (dot / ctx.size)) * inv).flatten(-2)
-        grad_z = grad_gated * wide_y * sigmoid * (1 + wide_z * (1 - sigmoid))
-        return (grad_gated * silu).to(y.dtype), grad_z.to(z.dtype), grad_weight, None, None, None
+        grad_gated = torch.mul(grad, by_group, out=weighted).addcmul_(normed, dot.div_(-ctx.size)).mul_(inverse)
+        grad_gated = grad_gated.flatten(-2)
+        grad_y = silu.mul_(grad_gated).to(y.dtype)
+        grad_z = torch.ops.aten.silu_backward(grad_gated.mul_(wide_y), wide_z).to(z.dtype)
+        return grad_y, grad_z, grad_weight, None, None, None
 
 
 def gated_rms_norm(
@@ -189,19 +192,21 @@ def rope_frequencies(head_dim: int, theta: float, scaling: dict | None = None) -
 
 
 def rope_table(position_ids: Tensor, head_dim: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle, each [t, head_dim/2] fp32, for position_ids of t elements in any shape."""
+    """What `apply_rope` takes, each [t, head_dim] fp32, for position_ids of t elements in any shape: once per batch.
+
+    cos of each angle, twice; sin of each angle, first negated (for the half that is subtracted), then plain.
+    """
     inv_freq = rope_frequencies(head_dim, theta, scaling).to(position_ids.device)
     angles = position_ids.reshape(-1, 1).float() * inv_freq
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    out[..., :half] = torch.addcmul(first * cos, second, sin, value=-sign)
-    out[..., half:] = torch.addcmul(second * cos, first, sin, value=sign)
-    return out
+    wide = x.to(cos.dtype) if x.dtype != torch.float64 else x
+    swapped = torch.cat((wide[..., half:], wide[..., :half]), -1)
+    return (wide * cos).addcmul_(swapped, sin, value=sign).to(x.dtype)
 
 
 class _Rope(torch.autograd.Function):
@@ -217,7 +222,7 @@ class _Rope(torch.autograd.Function):
 
 
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate the halves of each head (non-interleaved, as Llama): q [t, h, p], k [t, hk, p], cos and sin [t, p/2]."""
+    """Rotate the halves of each head (non-interleaved, as Llama): q [t, h, p], k [t, hk, p], tables of `rope_table`."""
     return _Rope.apply(q, k, cos[:, None], sin[:, None])
 
 

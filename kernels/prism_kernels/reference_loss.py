@@ -31,7 +31,7 @@ def linear_cross_entropy(
     logits_divisor: float = 1.0,
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
-    chunk_tokens: int = 256,
+    chunk_tokens: int = 512,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each label under softmax(hidden @ weight.T / logits_divisor), with its gradients.
 
@@ -91,8 +91,8 @@ def _log_softmax_parts(
     if shard.rows:
         local, ours = shard.find(labels)
         target = torch.where(ours, logits.gather(1, local[:, None])[:, 0], 0).to(acc) / divisor
-        highest = logits.amax(1).to(acc)
-        lse = _exponentials(logits, highest, divisor, keep).log() + highest / divisor
+        highest, sums = _exponentials(logits, None, divisor, keep)
+        lse = sums.log() + highest / divisor
     else:
         target = logits.new_zeros(len(labels), dtype=acc)
         highest = lse = torch.full_like(target, -torch.inf)
@@ -104,18 +104,24 @@ def _log_softmax_parts(
     return highest / divisor, lse, target
 
 
-def _exponentials(logits: Tensor, base: Tensor, divisor: float, keep: bool) -> Tensor:
-    """Sums [n] of exp((logits - base) / divisor) over rows; where `keep`, that takes the logits' place."""
-    sums = torch.empty_like(base)
-    shift = base.mul(-LOG2_E / divisor)[:, None]
+def _exponentials(logits: Tensor, base: Tensor | None, divisor: float, keep: bool) -> tuple[Tensor, Tensor]:
+    """(base, sums over rows of exp((logits - base) / divisor)), each [n]; base is the row maximum where None.
+
+    Where `keep`, the exponentials take the logits' place.
+    """
+    sums = torch.empty(len(logits), dtype=accumulate_dtype(logits.dtype), device=logits.device)
+    highest = torch.empty_like(sums) if base is None else base
     for rows in _chunks(len(logits), ROWS):
         block = logits[rows]
-        wide = block.to(base.dtype)  # the block itself in fp32 and fp64
-        torch.add(shift[rows], wide, alpha=LOG2_E / divisor, out=wide).exp2_()
+        wide = block.to(sums.dtype)  # the block itself in fp32 and fp64
+        if base is None:
+            torch.amax(wide, 1, out=highest[rows])
+        shift = highest[rows, None] * (-LOG2_E / divisor)
+        torch.add(shift, wide, alpha=LOG2_E / divisor, out=wide).exp2_()
         torch.sum(wide, 1, out=sums[rows])
         if keep and wide is not block:
             block.copy_(wide)
-    return sums
+    return highest, sums
 
 
 class _Gradients:
@@ -140,11 +146,20 @@ class _Gradients:
             grad = mm(exponentials, rows).to(scale.dtype).mul_(scale)
             self.hidden[part] = grad.sub_(coefficient * rows[local])
         if self.weight is not None:
-            self.weight[: self.shard.rows] += mm(exponentials.t(), (hidden * scale).to(hidden.dtype))
+            _add_to(self.weight, mm(exponentials.t(), (hidden * scale).to(hidden.dtype)))
             self.weight.index_add_(0, local, (hidden * -coefficient).to(self.weight.dtype))
 
     def result(self, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return self.hidden, None if self.weight is None else self.weight.to(weight.dtype)
+
+
+def _add_to(total: Tensor, part: Tensor) -> None:
+    """total[: len(part)] += part, widened block by block (a mixed-dtype add widens all of it to fresh memory: 3x slower)."""
+    if part.dtype == total.dtype:
+        total[: len(part)] += part
+        return
+    for rows in _chunks(len(part), 1024):
+        total[rows] += part[rows].to(total.dtype)
 
 
 class _WeightedLoss(torch.autograd.Function):
