@@ -232,7 +232,7 @@ class DataLoader:
 
     def _bad_token(self, source: Source, sample_id: int, start: int, read: np.ndarray) -> TokenFileError:
         place = int(np.argmax(read.view(f"u{read.itemsize}") >= self.vocab_size))
-        document = int(source.file.documents_after(np.array([start + place]))[0]) - 1
+        document = source.file.documents_until(start + place) - 1
         return TokenFileError(
             f"{source.file.prefix}.bin: token id {int(read[place])} in document {document} (sample "
             f"{sample_id}) is outside the "

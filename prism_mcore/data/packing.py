@@ -47,8 +47,9 @@ def split_documents(file: TokenFile, validation_fraction: float) -> int:
     if validation_fraction == 0:
         return file.num_documents
     exact = round(file.num_tokens * (1 - validation_fraction))
-    around = file.documents_after(np.array([max(0, exact - 1)]))[0] + np.array([-1, 0])
-    starts = file.document_starts(around)
+    border = file.documents_until(max(0, exact - 1))  # the first one at or after the exact token
+    around = np.array([border - 1, border])
+    starts = file.document_starts(border - 1, border + 1)
     inside = (starts > 0) & (starts < file.num_tokens)
     if not inside.any():
         raise TokenFileError(
@@ -70,8 +71,8 @@ class Concat:
 
     def __init__(self, file: TokenFile, first: int, stop: int, seq_len: int):
         self.file, self.seq_len = file, seq_len
-        self._start, end = (int(position) for position in file.document_starts(np.array([first, stop])))
-        self.num_tokens = end - self._start
+        self._start = int(file.document_starts(first, first + 1)[0])
+        self.num_tokens = int(file.document_starts(stop, stop + 1)[0]) - self._start
         self.num_rows = max(0, self.num_tokens - 1) // seq_len
 
     def shuffle(self, ordinals: np.ndarray, seed: int, source: int) -> np.ndarray:
@@ -84,29 +85,20 @@ class Concat:
         """Row numbers int64 [r] -> their spans."""
         s, r = self.seq_len, len(rows)
         begins = self._start + rows * s
-        after = self.file.documents_after(np.concatenate([begins, begins + s - 1]))
-        borders = after[r:] - after[:r]  # documents that start inside the row, not counting its first token
-        documents = _ranges(after[:r], borders)
-        starts = self.file.document_starts(documents)
-        row = np.concatenate([np.arange(r), np.repeat(np.arange(r), borders)])
-        start = np.concatenate([begins, starts])
+        borders = self.file.starts_between(begins, begins + s)
+        row = np.repeat(np.arange(r), [1 + len(inner) for inner in borders])
+        start = np.concatenate(
+            [part for begin, inner in zip(begins, borders, strict=True) for part in ([begin], inner)]
+        )
         # Documents of length 0 share their start with the next one: of equal starts one is kept.
-        order = np.lexsort((start, row))
-        row, start = row[order], start[order]
         fresh = np.ones(len(row), dtype=bool)
         fresh[1:] = (row[1:] != row[:-1]) | (start[1:] != start[:-1])
         row, start = row[fresh], start[fresh]
         column = start - begins[row]
-        last = np.ones(len(row), dtype=bool)
-        last[:-1] = row[1:] != row[:-1]
+        inside = np.flatnonzero(column < s)  # a border at s is the next row's
+        last = np.append(row[1:] != row[:-1], True)
         length = np.where(last, s, np.append(column[1:], 0)) - column
-        closed = ~last
-        closed[last] = self._is_border(begins + s, after[r:])
-        return Spans(row, column, start, length, closed)
-
-    def _is_border(self, positions: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Whether a document starts at each position; `documents` is the first one starting at it or later."""
-        return self.file.document_starts(documents) == positions
+        return Spans(row[inside], column[inside], start[inside], length[inside], ~last[inside])
 
 
 class BestFit:
@@ -126,7 +118,8 @@ class BestFit:
     def __init__(self, file: TokenFile, first: int, stop: int, seq_len: int):
         self.file, self.seq_len = file, seq_len
         self._first, self._stop = first, stop
-        starts = file.read_document_starts(np.append(np.arange(first, stop, _WINDOW), stop))
+        borders = [*range(first, stop, _WINDOW), stop]
+        starts = np.concatenate([file.document_starts(border, border + 1) for border in borders])
         self.num_tokens = int(starts[-1] - starts[0])
         self._rows_of = -(-np.diff(starts) // seq_len)  # [windows]
         self._first_row = np.concatenate([[0], np.cumsum(self._rows_of)])
@@ -172,8 +165,8 @@ class BestFit:
 
     def _pack_window(self, window: int) -> Spans:
         first = self._first + window * _WINDOW
-        documents = np.arange(first, min(first + _WINDOW, self._stop) + 1)
-        return pack_best_fit(self.file.document_starts(documents), self.seq_len)
+        starts = self.file.document_starts(first, min(first + _WINDOW, self._stop) + 1)
+        return pack_best_fit(starts, self.seq_len)
 
 
 def pack_best_fit(starts: np.ndarray, seq_len: int) -> Spans:

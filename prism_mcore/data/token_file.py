@@ -15,6 +15,7 @@ import os
 import struct
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,17 +45,18 @@ def token_dtype(vocab_size: int) -> type[np.integer]:
 class TokenFile:
     """A token file opened for reading, in time and memory that do not grow with the corpus.
 
-    The .idx is mapped and only probed. The .bin is read by position into the caller's buffer, not mapped: pages of a
-    corpus never count as this process's memory, and a file that is cut while we read gives an error instead of SIGBUS.
-    Documents of length 0 (other writers make them) have no position and are never found.
+    Both files are read by position, not mapped: pages of a corpus never count as this process's memory, and a file that
+    is cut while we read gives an error instead of SIGBUS. Documents of length 0 (other writers make them) have no
+    position; their starts repeat that of the next document.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.prefix = prefix_of(path)
-        self.dtype, num_sequences, num_entries = _read_header(f"{self.prefix}.idx")
         bin_path, idx_path = f"{self.prefix}.bin", f"{self.prefix}.idx"
+        self._idx = _open(idx_path)
+        self.dtype, num_sequences, num_entries = _read_header(self._idx, idx_path)
         idx_bytes = _HEADER.size + 12 * num_sequences + 8 * num_entries
-        got = os.path.getsize(idx_path)
+        got = os.fstat(self._idx.fileno()).st_size
         if got not in (idx_bytes, idx_bytes + num_sequences):  # the latter: one mode byte per sequence (multimodal)
             raise TokenFileError(
                 f"{idx_path}: {got} bytes, needs {idx_bytes} for {num_sequences} sequences; tokenize it again"
@@ -62,24 +64,22 @@ class TokenFile:
         self._bin = _open(bin_path)
         bin_bytes = os.fstat(self._bin.fileno()).st_size
         self.num_documents = num_entries - 1
-        # Mapped as bytes and cut into rows of 8: the int64 fields lie at odd multiples of 2, where numpy would copy the
-        # whole array for a search.
-        raw = np.asarray(np.memmap(idx_path, dtype=np.uint8, mode="r"))
-        start = _HEADER.size + 4 * num_sequences
-        self._sequence_starts = raw[start : start + 8 * num_sequences].reshape(num_sequences, 8)
-        self._document_index = raw[start + 8 * num_sequences : idx_bytes].reshape(-1, 8)
+        self._starts_offset = _HEADER.size + 4 * num_sequences
         wanted_bytes = 0
         if num_sequences:
-            last_length = int(raw[start - 4 : start].copy().view(np.int32)[0])
-            wanted_bytes = int(_gather(self._sequence_starts, num_sequences - 1)) + last_length * self.dtype.itemsize
+            last_length = self._read_idx(self._starts_offset - 4, 1, np.int32)[0]
+            last_start = self._read_idx(self._starts_offset + 8 * (num_sequences - 1), 1, np.int64)[0]
+            wanted_bytes = int(last_start) + int(last_length) * self.dtype.itemsize
         if bin_bytes != wanted_bytes:
             raise TokenFileError(
-                f"{bin_path}: {bin_bytes} bytes, needs {wanted_bytes} by its .idx; the file is cut "
-                "short or belongs to another "
-                ".idx: copy or tokenize it again"
+                f"{bin_path}: {bin_bytes} bytes, needs {wanted_bytes} by its .idx; the file is cut short or belongs to "
+                "another .idx: copy or tokenize it again"
             )
         self.num_tokens = bin_bytes // self.dtype.itemsize
-        self._one_sequence_each = num_sequences == self.num_documents
+        # Files of whole sentences (several sequences in a document) are rare and small: their starts are held in
+        # memory.
+        self._starts = None if num_sequences == self.num_documents else self._gather_starts(num_sequences)
+        self._stride = max(1024, self.num_documents >> 13)
         self._mask = self._open_mask()
         self.manifest = self._read_manifest()
 
@@ -87,44 +87,40 @@ class TokenFile:
     def has_mask(self) -> bool:
         return self._mask is not None
 
-    def document_starts(self, documents: np.ndarray) -> np.ndarray:
-        """First token of each document: int64 [k] in range(n + 1) -> int64 [k]; document n starts where the file
-        ends.
-        """
-        documents = np.asarray(documents, dtype=np.int64)
-        sequences = documents if self._one_sequence_each else _gather(self._document_index, documents)
-        inside = sequences < len(self._sequence_starts)
-        starts = np.full(documents.shape, self.num_tokens, dtype=np.int64)
-        starts[inside] = _gather(self._sequence_starts, sequences[inside]) // self.dtype.itemsize
+    def document_starts(self, first: int, stop: int) -> np.ndarray:
+        """First token of documents first..stop-1: int64. Document n, past the last, starts where the file ends."""
+        if self._starts is not None:
+            return self._starts[first:stop]
+        inside = self._read_idx(self._starts_offset + 8 * first, min(stop, self.num_documents) - first, np.int64)
+        inside //= self.dtype.itemsize
+        return np.append(inside, self.num_tokens) if stop > self.num_documents else inside
+
+    def starts_between(self, begins: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
+        """For each range of tokens the starts of documents in (begin, end], ascending: int64 [k], [k] -> k arrays."""
+        starts = []
+        blocks = np.searchsorted(self._landmarks, begins, side="right") - 1
+        for block, begin, end in zip(blocks.tolist(), begins.tolist(), ends.tolist(), strict=True):
+            first, stop = block * self._stride, min((block + 1) * self._stride, self.num_documents) + 1
+            near = self.document_starts(first, stop)
+            while near[-1] <= end and stop <= self.num_documents:
+                more = self.document_starts(stop, min(stop + self._stride, self.num_documents + 1))
+                near, stop = np.concatenate([near, more]), stop + len(more)
+            low, high = near.searchsorted((begin, end), side="right")
+            starts.append(near[low:high])
         return starts
 
-    def read_document_starts(self, documents: np.ndarray) -> np.ndarray:
-        """As document_starts, by positioned reads of a scattered few: the .idx around them does not stay mapped."""
-        if not self._one_sequence_each:
-            return self.document_starts(documents)
-        base = _HEADER.size + 4 * len(self._sequence_starts)
-        inside = documents[documents < self.num_documents]
-        with open(f"{self.prefix}.idx", "rb", buffering=0) as idx:
-            entries = b"".join(os.pread(idx.fileno(), 8, base + 8 * document) for document in inside.tolist())
-        starts = np.full(len(documents), self.num_tokens, dtype=np.int64)
-        starts[documents < self.num_documents] = np.frombuffer(entries, dtype=np.int64) // self.dtype.itemsize
-        return starts
+    def documents_until(self, token: int) -> int:
+        """The number of documents that start at or before a token; one less is the number of the document it is in."""
+        block = int(np.searchsorted(self._landmarks, token, side="right")) - 1
+        first = block * self._stride
+        near = self.document_starts(first, min(first + self._stride, self.num_documents))
+        return first + int(near.searchsorted(token, side="right"))
 
-    def documents_after(self, tokens: np.ndarray) -> np.ndarray:
-        """For each position the number of documents that start at or before it: int64 [k] -> int64 [k].
-
-        That is the first document starting after it; one less is the (non-empty) document that holds it. A binary
-        search for all positions together, ~25 probes of the mapped .idx for 10 million documents.
-        """
-        low = np.zeros(len(tokens), dtype=np.int64)
-        high = np.full(len(tokens), self.num_documents, dtype=np.int64)
-        for _ in range(self.num_documents.bit_length()):
-            middle = (low + high) >> 1
-            open_ = low < high
-            before = open_ & (self.document_starts(middle) <= tokens)
-            low = np.where(before, middle + 1, low)
-            high = np.where(open_ & ~before, middle, high)
-        return low
+    @cached_property
+    def _landmarks(self) -> np.ndarray:
+        """The start of every stride-th document, at most some 10,000 of them: int64."""
+        documents = range(0, max(1, self.num_documents), self._stride)
+        return np.concatenate([self.document_starts(document, document + 1) for document in documents])
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` (contiguous, this file's dtype) with the tokens from position `start` on."""
@@ -136,9 +132,18 @@ class TokenFile:
         _read_exactly(self._mask, start, out, f"{self.prefix}.mask")
 
     def close(self) -> None:
-        self._bin.close()
-        if self._mask is not None:
-            self._mask.close()
+        for stream in filter(None, (self._idx, self._bin, self._mask)):
+            stream.close()
+
+    def _read_idx(self, offset: int, count: int, dtype: type[np.integer]) -> np.ndarray:
+        out = np.empty(count, dtype)
+        _read_exactly(self._idx, offset, out, f"{self.prefix}.idx")
+        return out
+
+    def _gather_starts(self, num_sequences: int) -> np.ndarray:
+        sequence_starts = self._read_idx(self._starts_offset, num_sequences, np.int64) // self.dtype.itemsize
+        first_sequences = self._read_idx(self._starts_offset + 8 * num_sequences, self.num_documents + 1, np.int64)
+        return np.append(sequence_starts, self.num_tokens)[first_sequences]
 
     def _open_mask(self) -> BinaryIO | None:
         path = f"{self.prefix}.mask"
@@ -245,9 +250,8 @@ def _index_parts(lengths: np.ndarray, dtype: np.dtype) -> Iterable[Any]:
     yield np.arange(len(lengths) + 1, dtype=np.int64).data
 
 
-def _read_header(path: str) -> tuple[np.dtype, int, int]:
-    with _open(path) as idx:
-        head = idx.read(_HEADER.size)
+def _read_header(idx: BinaryIO, path: str) -> tuple[np.dtype, int, int]:
+    head = idx.read(_HEADER.size)
     if len(head) < _HEADER.size or not head.startswith(_MAGIC):
         raise TokenFileError(f"{path}: not a Megatron .idx (starts with {head[:9]!r}, needs {_MAGIC!r})")
     _, version, code, num_sequences, num_entries = _HEADER.unpack(head)
@@ -258,11 +262,6 @@ def _read_header(path: str) -> tuple[np.dtype, int, int]:
     if num_entries == 0:
         raise TokenFileError(f"{path}: its document index is empty, it needs at least the end of the file")
     return np.dtype(_DTYPES[code]), num_sequences, num_entries
-
-
-def _gather(rows: np.ndarray, index: Any) -> np.ndarray:
-    """rows uint8 [n, 8], index [k] -> int64 [k]: only the rows asked for are touched."""
-    return rows[index].view(np.int64)[..., 0]
 
 
 def _open(path: str) -> BinaryIO:

@@ -33,22 +33,28 @@ def test_we_read_what_megatron_writes_with_several_sequences_in_a_document(tmp_p
     builder.finalize(str(tmp_path / "c.idx"))
     ours = TokenFile(tmp_path / "c.bin")
     assert (ours.num_documents, ours.num_tokens, ours.dtype) == (4, 22, np.int32)
-    assert ours.document_starts(np.arange(5)).tolist() == [0, 10, 15, 15, 22]
-    assert ours.read_document_starts(np.array([1, 4])).tolist() == [10, 22]
+    assert ours.document_starts(0, 5).tolist() == [0, 10, 15, 15, 22]
     # Token 15 belongs to the last document, not to the empty one before it.
-    assert ours.documents_after(np.array([0, 9, 10, 14, 15, 21])).tolist() == [1, 1, 2, 2, 4, 4]
+    assert [ours.documents_until(token) for token in (0, 9, 10, 14, 15, 21)] == [1, 1, 2, 2, 4, 4]
+    assert [found.tolist() for found in ours.starts_between(np.array([0, 10]), np.array([15, 14]))] == [
+        [10, 15, 15],
+        [],
+    ]
     out = np.empty(3, np.int32)
     ours.read(13, out)
     assert out.tolist() == [13, 14, 15]
 
 
 def test_searches_agree_with_numpy(tmp_path):
-    lengths = random_lengths(1, 3000, 7)
+    lengths = [length % 9 for length in random_lengths(1, 5000, 7)]  # some empty
     ours = TokenFile(write_tokens(tmp_path / "c", lengths))
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    positions = np.random.default_rng(0).integers(0, starts[-1], 500)
-    assert np.array_equal(ours.documents_after(positions), np.searchsorted(starts[:-1], positions, side="right"))
-    assert np.array_equal(ours.read_document_starts(np.array([0, 5, 2999, 3000])), starts[[0, 5, 2999, 3000]])
+    begins = np.random.default_rng(0).integers(0, starts[-1], 300)
+    begins[:2] = 0, starts[-1] - 1
+    ends = np.minimum(begins + np.random.default_rng(1).integers(1, 12_000, 300), starts[-1])
+    for begin, end, found in zip(begins, ends, ours.starts_between(begins, ends), strict=True):
+        assert np.array_equal(found, starts[(starts > begin) & (starts <= end)])
+        assert ours.documents_until(int(begin)) == np.searchsorted(starts[:-1], begin, side="right")
 
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(65_499, np.uint16), (65_500, np.int32)])
