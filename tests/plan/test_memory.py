@@ -66,14 +66,15 @@ def bytes_kept(groups, name, dtype, sequence_parallel):
 
 @pytest.mark.parametrize(("ranks", "sequence_parallel"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize(("name", "dtype"), [("demo-dense", torch.bfloat16), ("demo-hybrid", torch.float32)])
-def test_attention_and_mlp_keep_what_is_planned(name, dtype, ranks, sequence_parallel):
+def test_sub_layers_keep_what_is_planned(name, dtype, ranks, sequence_parallel):
     spec = read_spec(name)
     for kept in run_ranks(ranks, bytes_kept, name, dtype, sequence_parallel, tp=ranks):
         planned = {kind: kept_bytes_per_token(spec, kind, ranks, sequence_parallel, dtype.itemsize)[1] for kind in kept}
         assert kept["-"] == pytest.approx(planned["-"], rel=0.01)
-        assert kept["*"] == pytest.approx(planned["*"], rel=0.25)  # the reference copies the query, keeps cos and sin
+        # The plan is of fused operations; the reference copies queries and keys, and convolves in fp32.
+        assert planned["*"] < kept["*"] < 1.6 * planned["*"]
         if "M" in kept:
-            assert kept["M"] > planned["M"]  # a floor, until the fused kernels: the reference keeps fp32 copies
+            assert planned["M"] < kept["M"] < 3 * planned["M"]
 
 
 def test_sizes_follow_from_precision_and_layout():
