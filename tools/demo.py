@@ -1,0 +1,140 @@
+"""The whole of mid-training in minutes on two CPU cores: `make demo`.
+
+Builds a corpus of real text, mid-trains a small hybrid on two tensor-parallel ranks, stops it half-way with a signal,
+goes on from the checkpoint, and draws the curves. Each step is a command that is printed and can be run by hand.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from prism_mcore.config import load
+from prism_mcore.train.curves import plot_run, read_records
+from prism_mcore.train.metrics import STEPS_FILE, VALIDATION_FILE
+
+RUN = Path("runs/demo")
+RECIPE = "launch/recipes/demo.yaml"
+DOMAINS = ("general", "code", "math", "science")
+TRAIN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc_per_node",
+    "2",
+    "launch/midtrain.py",
+    "--recipe",
+    RECIPE,
+]
+
+console = Console()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", action="store_true", help="go on with an earlier demo run instead of starting anew")
+    arguments = parser.parse_args()
+    begun = time.monotonic()
+    make_corpus()
+    settings = load(RECIPE)
+    if not arguments.keep:
+        remove_run()
+    half = settings.train.steps // 2
+    console.rule(f"2. mid-training, to be stopped after half of {settings.train.steps} steps")
+    stopped = train(stop_at=half)
+    console.rule(f"3. the same command again: it goes on from step {stopped}")
+    train()
+    console.rule("4. what it learnt")
+    report(stopped, settings.train.steps)
+    console.print(f"{(time.monotonic() - begun) / 60:.1f} minutes. Curves: {plot_run(RUN, {'resumed': stopped})}")
+
+
+def make_corpus() -> None:
+    """Real text of four domains and its token files, unless an earlier demo left them."""
+    console.rule("1. a corpus of real text in four domains, from what is on this machine")
+    corpus = RUN / "corpus"
+    if not all((corpus / f"{domain}.jsonl").is_file() for domain in DOMAINS):
+        call([sys.executable, "tools/make_demo_corpus.py", "--out", str(corpus)])
+    if not all((corpus / f"{domain}.idx").is_file() for domain in DOMAINS):
+        files = [str(corpus / f"{domain}.jsonl") for domain in DOMAINS]
+        tokenizer = ["--train-bpe", "1024", "--tokenizer", str(RUN / "tokenizer")]
+        call([sys.executable, "tools/tokenize_corpus.py", *files, "--out", str(corpus), "--per-file", *tokenizer])
+
+
+def remove_run() -> None:
+    """Everything of an earlier demo run but its corpus and tokenizer."""
+    for path in RUN.iterdir():
+        if path.name not in ("corpus", "tokenizer"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def call(command: list[str]) -> None:
+    """Show and run a command; end the demo where it fails."""
+    show(command)
+    subprocess.run(command, check=True)
+
+
+def show(command: list[str]) -> None:
+    console.print("$ " + shlex.join([Path(command[0]).name, *command[1:]]), style="bold", highlight=False)
+
+
+def train(stop_at: int | None = None) -> int:
+    """Run the training command, with a SIGTERM after `stop_at` steps; returns the step it ended at."""
+    show(TRAIN)
+    process = subprocess.Popen(
+        TRAIN, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE if stop_at else None, text=True
+    )
+    if stop_at:
+        threading.Thread(target=print_until_stopped, args=[process], daemon=True).start()
+    while stop_at and process.poll() is None and last_step() < stop_at:
+        time.sleep(0.2)
+    if process.poll() is None and stop_at:
+        console.print(f"[bold]kill -TERM {process.pid}[/bold] after step {last_step()}")
+        process.send_signal(signal.SIGTERM)
+    code = process.wait()
+    if code and not stop_at:
+        sys.exit(code)
+    return last_step()
+
+
+def print_until_stopped(process: subprocess.Popen[str]) -> None:
+    """The run's own lines; what follows is torchrun's long report of the signal it was sent."""
+    assert process.stderr is not None
+    stopped = False
+    for line in process.stderr:
+        if not stopped and "torch/distributed" not in line:
+            print(line, end="", file=sys.stderr, flush=True)
+        stopped |= line.startswith("stopped by a signal")
+
+
+def last_step() -> int:
+    """Steps in the run's metrics so far."""
+    records = read_records(RUN / STEPS_FILE)
+    return records[-1]["step"] if records else 0
+
+
+def report(stopped: int, steps: int) -> None:
+    """Validation loss by domain, before and after, and proof that no step is missing or double."""
+    validations = read_records(RUN / VALIDATION_FILE)
+    first, last = validations[0], validations[-1]
+    table = Table("domain", "before", "after", title="held-out loss, nats per token")
+    for key in (key for key in first if key != "step"):
+        table.add_row(key.rsplit("/", 1)[1], f"{first[key]:.3f}", f"{last[key]:.3f}")
+    console.print(table)
+    taken = [record["step"] for record in read_records(RUN / STEPS_FILE)]
+    if taken != list(range(1, steps + 1)):
+        sys.exit(f"{RUN / STEPS_FILE} does not have each of the {steps} steps once")
+    console.print(f"all {steps} steps taken once; stopped and resumed after step {stopped}")
+
+
+if __name__ == "__main__":
+    main()
