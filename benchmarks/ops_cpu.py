@@ -69,7 +69,7 @@ def conv(dtype: torch.dtype, boundaries: Boundaries) -> Sides:
         return nemotron.causal_conv1d_fn(rows, weight, bias, activation="silu").transpose(1, 2).flatten(0, 1)
 
     inputs = (x, weight, bias)
-    return both_ways(lambda *a: reference.causal_conv1d(*a, boundaries), *inputs), both_ways(peer, *inputs)
+    return both_ways(lambda x, w, b: reference.causal_conv1d(x, w, b, boundaries), *inputs), both_ways(peer, *inputs)
 
 
 def rms_norm(dtype: torch.dtype) -> Sides:
@@ -119,7 +119,7 @@ def attention(dtype: torch.dtype, boundaries: Boundaries) -> Sides:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.125, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
 
-    return both_ways(lambda *a: reference.attention(*a, boundaries, 0.125), q, k, v), both_ways(peer, q, k, v)
+    return both_ways(lambda q, k, v: reference.attention(q, k, v, boundaries, 0.125), q, k, v), both_ways(peer, q, k, v)
 
 
 def cross_entropy(dtype: torch.dtype, fused: bool) -> Sides:

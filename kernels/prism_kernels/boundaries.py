@@ -31,8 +31,8 @@ class Boundaries:
         if not offsets or offsets[0] != 0 or offsets[-1] == 0 or any(b < a for a, b in pairwise(offsets)):
             shown = ", ".join(map(str, offsets[:8]))
             raise ValueError(
-                f"cu_seqlens must be a non-decreasing list from 0 to the number of tokens (at least 1); got [{shown}...] "
-                f"of shape {tuple(self.cu_seqlens.shape)}"
+                "cu_seqlens must be a non-decreasing list from 0 to the number of tokens (at least 1); "
+                f"got [{shown}...] of shape {tuple(self.cu_seqlens.shape)}"
             )
         return offsets
 
@@ -69,7 +69,7 @@ class Boundaries:
         return {}
 
     def history_slots(self, before: int) -> tuple[Tensor, Tensor]:
-        """Places in a row of tokens with `before` more in front of each non-empty document: (tokens [t], those [., before])."""
+        """Places in a row with `before` more in front of each non-empty document: (tokens [t], those [., before])."""
         if before not in self._history_slots:
             device = self.cu_seqlens.device
             starts = torch.tensor([start for _, start, _ in self.documents], device=device)

@@ -27,7 +27,7 @@ def attention(
     """Causal attention within each document: q [t, h, p], k and v [t, hk, p] with h % hk == 0; returns [t, h, p].
 
     window w: query i sees keys j with i - w < j <= i, itself included (Mistral's convention).
-    Softmax in fp32 (fp64 for fp64 inputs); for bf16 inputs the scores are a bf16 product. On a GPU this is torch's SDPA.
+    Softmax in fp32 (fp64 for fp64); for bf16 inputs the scores are a bf16 product. On a GPU this is torch's SDPA.
     """
     boundaries.check(q=q, k=k, v=v)
     if q.shape[1] % k.shape[1]:
@@ -37,9 +37,10 @@ def attention(
     equal = _sdpa if q.device.type != "cpu" else _BlockAttention.apply
     if boundaries.uniform_len:
         shape = (len(boundaries.documents), boundaries.uniform_len)
-        return equal(*(x.unflatten(0, shape) for x in (q, k, v)), scale, window).flatten(0, 1)
-    parts = [equal(*(x[None, i:j] for x in (q, k, v)), scale, window)[0] for _, i, j in boundaries.documents]
-    return torch.cat(parts)
+        q, k, v = (x.unflatten(0, shape) for x in (q, k, v))
+        return equal(q, k, v, scale, window).flatten(0, 1)
+    documents = [slice(start, end) for _, start, end in boundaries.documents]
+    return torch.cat([equal(q[None, i], k[None, i], v[None, i], scale, window)[0] for i in documents])
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:

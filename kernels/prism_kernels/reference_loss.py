@@ -154,7 +154,7 @@ class _Gradients:
 
 
 def _add_to(total: Tensor, part: Tensor) -> None:
-    """total[: len(part)] += part, widened block by block (a mixed-dtype add widens all of it to fresh memory: 3x slower)."""
+    """total[: len(part)] += part, widened in blocks: a mixed-dtype add first widens all of it to fresh memory."""
     if part.dtype == total.dtype:
         total[: len(part)] += part
         return
