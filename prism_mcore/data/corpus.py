@@ -65,8 +65,10 @@ def documents(chunk: Chunk, text_key: str) -> Iterator[Document]:
     unit = "row" if chunk.path.endswith(".parquet") else "line"
     for number, record in enumerate(chunk.records, start=chunk.first):
         try:
-            yield parse(json.loads(record) if isinstance(record, bytes) else record, text_key)
-        except (ValueError, RecursionError) as error:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
+            yield parse(json.loads(record.strip()) if isinstance(record, bytes) else record, text_key)
+        except json.JSONDecodeError as error:
+            raise CorpusError(f"{chunk.path}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
             raise CorpusError(f"{chunk.path}, {unit} {number}: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 # r rows, s tokens in a row, k spans (runs of one document inside one row)
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -183,7 +184,7 @@ def pack_best_fit(starts: np.ndarray, seq_len: int) -> Spans:
             rests.append((length, start))
     rests.sort(key=lambda rest: (-rest[0], rest[1]))
     opened = len(pieces)
-    rows_with_room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # by free tokens
+    rows_with_room: defaultdict[int, list[int]] = defaultdict(list)  # by free tokens
     rooms = _Rooms()
     homeless = []
     for length, start in rests:
@@ -202,7 +203,7 @@ def pack_best_fit(starts: np.ndarray, seq_len: int) -> Spans:
         if room > length:
             rows_with_room[room - length].append(row)
             rooms.add(room - length)
-    holes = [(room, row) for room in range(1, seq_len) for row in rows_with_room[room]]  # largest last
+    holes = [(room, row) for room, rows in sorted(rows_with_room.items()) for row in rows]  # largest last
     for length, start in homeless:
         while length:
             room, row = holes.pop()
