@@ -1,7 +1,7 @@
 """Mid-train a model: `torchrun [...] launch/midtrain.py --recipe launch/recipes/demo.yaml [section.name=value ...]`.
 
 Exit codes are those of prism_mcore/exit_codes.py. torchrun hides its workers' codes, so that of the run is also written
-to <run.dir>/<run.name>/exit_code, for the script that decides about starting again (launch/slurm/midtrain.sbatch).
+to the file that EXIT_CODE_FILE names, for the script that decides about starting again (launch/slurm/midtrain.sbatch).
 """
 
 import argparse
@@ -40,14 +40,17 @@ def main() -> int:
 def _train(settings: Settings) -> int:
     from prism_mcore.train.loop import run  # imports torch: not before the settings are known to work
 
-    file = settings.run_dir / "exit_code"
-    if _rank() == 0:
-        file.unlink(missing_ok=True)  # a crash leaves none
     code = run(settings)
-    if _rank() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{code}\n")
+    if "EXIT_CODE_FILE" in os.environ:
+        _record(code, Path(os.environ["EXIT_CODE_FILE"]))
     return code
+
+
+def _record(code: int, file: Path) -> None:
+    """Write the exit code, whole or not at all. Every rank does: torchrun kills the others when the first has ended."""
+    part = file.with_name(f"{file.name}.{_rank()}")
+    part.write_text(f"{code}\n")
+    part.replace(file)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """Every recipe that is shipped loads, fits its model, and fits an H100."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prism_mcore.config import load, resolve_spec, validate
+from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
 from prism_mcore.plan.memory import plan_memory
 
 ROOT = Path(__file__).parent.parent
@@ -82,3 +84,13 @@ def test_settings_that_cannot_work_end_with_code_2_and_no_traceback():
     done = midtrain("--recipe", "launch/recipes/demo.yaml", "--dry-run", "parallel.tp=3")
     assert done.returncode == 2
     assert "key/value heads; try 2" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_slurm_script_knows_the_exit_codes():
+    script = (ROOT / "launch" / "slurm" / "midtrain.sbatch").read_text()
+    for code, action in (
+        (DONE, "exit 0"),
+        (STOPPED_BY_SIGNAL, "requeue"),
+        (STOPPED_BY_GUARD, f"exit {STOPPED_BY_GUARD}"),
+    ):
+        assert re.search(rf"^\s*{code}\) .*{action}", script, re.MULTILINE)
