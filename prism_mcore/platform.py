@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._device import _device_constructors
 
 # A collective that waits longer than this ends the run. A killed peer is noticed at once (its sockets close); this
 # bound is for a peer that hangs. Nothing between two collectives of a run may take longer than this on any rank.
@@ -162,7 +163,7 @@ def _redirect_device_arguments() -> None:
         return redirected
 
     # `with torch.device("meta")` looks factories up in this table, made at its first use: it must know the originals.
-    torch.utils._device._device_constructors()
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, redirect(getattr(torch, name)))
     for name in _NEW_METHODS:
