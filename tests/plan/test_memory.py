@@ -101,3 +101,11 @@ def test_recompute_and_pipeline_change_activations_as_they_should():
     per_layer = [(stage.activations - working) / stage.layers for stage in stages]
     # 1F1B: stage k of 4 holds 4 - k micro-batches
     assert [round(x / (kept.activations - working) * 64) for x in per_layer] == [4, 3, 2, 1]
+
+
+def test_one_ssm_group_is_on_every_rank():
+    one, several = read_spec("granite-4.0-h-micro"), read_spec("nemotron-h-8b")
+    for spec, replicated in ((one, 4 * 128 * 2), (several, 0)):
+        outer = 2 * spec.hidden_size * 2
+        whole, half = (kept_bytes_per_token(spec, "M", tp, False, 2)[1] - outer for tp in (1, 2))
+        assert 2 * half - whole == replicated  # [B|C] before and after the convolution, bf16
