@@ -34,6 +34,7 @@ setup(
         "megatron-core==0.16.1",
         "numpy",
         "psutil",  # megatron-core's checkpoint writer needs it and does not declare it
+        "einops",  # and so does its distributed optimizer with several instances
         "safetensors",
         "tokenizers",
         "transformers",

@@ -19,7 +19,7 @@ from prism_mcore.model.ops import Ops
 from prism_mcore.model.spec import LAYER_NAMES, ModelSpec
 from prism_mcore.parallel import Groups, destroy_groups, init_groups
 from prism_mcore.plan.split import split_layers
-from prism_mcore.train.checkpoint import Checkpoints, latest, load_weights, read_state
+from prism_mcore.train.checkpoint import Checkpoints, latest, load, load_weights, newest_undamaged, read_state
 from prism_mcore.train.guards import Guard, GuardStop
 from prism_mcore.train.metrics import Metrics
 from prism_mcore.train.optimizer import build_optimizer, finish_parameter_gather, update, wrap
@@ -119,8 +119,7 @@ def save(run: Run, step: int) -> None:
 
 def resume(run: Run) -> int:
     """Load the newest undamaged checkpoint, given one and `checkpoint.resume`; returns the steps taken so far."""
-    folder = run.checkpoints.folder
-    if not run.settings.checkpoint.resume or (newest := latest(folder)) is None:
+    if not run.settings.checkpoint.resume or (newest := newest_undamaged(run.checkpoints.folder)) is None:
         return 0
     batch, record = run.settings.train.global_batch, read_state(newest)
     if record["state"]["spec"] != spec_record(run.spec):
@@ -128,8 +127,7 @@ def resume(run: Run) -> int:
     if record["state"]["samples"] != record["step"] * batch:
         taken = record["state"]["samples"] // record["step"]
         raise SettingsError(f"{newest} was trained with train.global_batch={taken}, not {batch}; go on with {taken}")
-    loaded = run.checkpoints.load(models(run.chunks), run.optimizer)
-    assert loaded is not None
+    loaded = load(newest, models(run.chunks), run.optimizer, run.groups)
     run.guard.restore(loaded.state["guard"])
     log.info("going on from %s", loaded.path)
     return loaded.step
