@@ -42,14 +42,14 @@ def both_ways(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> C
     return run
 
 
-def scan(dtype: torch.dtype, groups: int, state: int, chunk_len: int, boundaries: Boundaries) -> Sides:
+def scan(dtype: torch.dtype, groups: int, state: int, boundaries: Boundaries) -> Sides:
     x, dt = leaf(TOKENS, HEADS, HEAD_DIM, dtype=dtype), leaf(TOKENS, HEADS, dtype=dtype)
     B, C = (leaf(TOKENS, groups, state, dtype=dtype, scale=state**-0.5) for _ in range(2))
     A_log = torch.arange(1, HEADS + 1).float().log().requires_grad_()
     D, dt_bias = leaf(HEADS, dtype=torch.float32), torch.full((HEADS,), -3.0, requires_grad=True)
 
     def ours(x, dt, A_log, B, C, D, dt_bias):
-        return reference.ssd_scan(x, dt, A_log, B, C, D, dt_bias, boundaries, chunk_len)
+        return reference.ssd_scan(x, dt, A_log, B, C, D, dt_bias, boundaries, 128)
 
     def peer(x, dt, A_log, B, C, D, dt_bias):
         x, dt, B, C = (y.unflatten(0, (BATCH, LENGTH)) for y in (x, dt, B, C))
@@ -142,14 +142,14 @@ def linear(dtype: torch.dtype) -> Sides:
     return both_ways(matmul.linear, x, weight), both_ways(F.linear, x, weight)
 
 
-def cases(dtype: torch.dtype, chunk_len: int) -> dict[str, Callable[[], Sides]]:
+def cases(dtype: torch.dtype) -> dict[str, Callable[[], Sides]]:
     even = Boundaries(torch.arange(0, TOKENS + 1, LENGTH, dtype=torch.int32))
     ragged = Boundaries(torch.tensor([0, 100, 300, 512, 1024, 1500, 1536, 2000, 2048, 2048], dtype=torch.int32))
     return {
-        "scan g=1 n=64": lambda: scan(dtype, 1, 64, chunk_len, even),
-        "scan g=1 n=128": lambda: scan(dtype, 1, 128, chunk_len, even),
-        "scan g=2 n=128": lambda: scan(dtype, 2, 128, chunk_len, even),
-        "scan g=1 n=64 ragged": lambda: scan(dtype, 1, 64, chunk_len, ragged),
+        "scan g=1 n=64": lambda: scan(dtype, 1, 64, even),
+        "scan g=1 n=128": lambda: scan(dtype, 1, 128, even),
+        "scan g=2 n=128": lambda: scan(dtype, 2, 128, even),
+        "scan g=1 n=64 ragged": lambda: scan(dtype, 1, 64, ragged),
         "conv": lambda: conv(dtype, even),
         "conv ragged": lambda: conv(dtype, ragged),
         "rms_norm": lambda: rms_norm(dtype),
@@ -180,7 +180,6 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=12, help="turns of each side; the minimum counts")
-    parser.add_argument("--chunk-len", type=int, default=64, help="of our scan; the peer's is 128, its default")
     parser.add_argument("--only", default="", help="ops whose name contains this")
     args = parser.parse_args()
     # As prism_mcore.platform does, for both sides: never hand freed memory back, or page faults decide the comparison.
@@ -191,7 +190,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {args.dtype}, {args.threads} threads, minimum of {args.rounds} turns")
     print(f"{'op, forward + backward':24} {'ours ms':>9} {'peer ms':>9} {'ratio':>7}")
-    for name, make in cases({"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], args.chunk_len).items():
+    for name, make in cases({"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]).items():
         if args.only in name:
             ours, peer = minima(make(), args.rounds)
             print(f"{name:24} {ours * 1e3:9.2f} {peer * 1e3:9.2f} {peer / ours:7.2f}", flush=True)
