@@ -44,7 +44,7 @@ def ssd_scan(
     x: [t, h, p], dt: [t, h] raw (before dt_bias, softplus, limit), A_log and dt_bias: [h], A = -exp(A_log),
     B and C: [t, g, n] with h % g == 0, D: [h]; initial_state: [documents, h, p, n] (zeros where None).
     Returns y [t, h, p] in x.dtype and, on request, the final states [documents, h, p, n] fp32.
-    The result does not depend on chunk_len beyond rounding: it is the longest chunk allowed, and a CPU takes at most 64.
+    chunk_len changes the result by rounding only: it is the longest chunk allowed, and a CPU takes at most 64.
     Decays and states are fp32 (fp64 for fp64 inputs), products are in x.dtype. Source: arXiv 2405.21060, section 6.
     """
     boundaries.check(x=x, dt=dt, B=B, C=C)
