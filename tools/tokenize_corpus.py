@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "--mask-prompts", action="store_true", help="write PREFIX.mask: only the assistant's words are learnt"
     )
     parser.add_argument("--seed", type=int, default=0, help="order of the documents (default: 0)")
-    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+    parser.add_argument("--workers", type=int, help="processes (default: all cores, fewer for small inputs)")
     return parser
 
 

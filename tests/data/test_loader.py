@@ -210,13 +210,16 @@ def test_validation_shares_no_token_with_training_and_is_the_same_in_every_layou
         held = {int(token) for batch in batches for token in batch.tokens[batch.loss_mask]}
         assert held and not held & train
         assert all(same(a, b) for a, b in zip(batches, alone.validation_batches(source), strict=True))
+        three = list(alone.validation_batches(source, max_samples=3))
         ranks = [
-            list(loader(data, dp_size=2, dp_rank=rank, micro_batch=1).validation_batches(source)) for rank in (0, 1)
+            list(loader(data, dp_size=2, dp_rank=rank, micro_batch=1).validation_batches(source, max_samples=3))
+            for rank in (0, 1)
         ]
-        assert len(ranks[0]) == len(ranks[1])
+        assert [len(rank) for rank in ranks] == [2, 2]  # one row is a filler, which counts nothing
         counted = sorted(int(token) for rank in ranks for batch in rank for token in batch.labels[batch.loss_mask])
-        assert counted == sorted(int(token) for batch in batches for token in batch.labels[batch.loss_mask])
-    assert sum(int((batch.sample_ids >= 0).sum()) for batch in alone.validation_batches(0, max_samples=3)) == 3
+        assert counted == sorted(int(token) for batch in three for token in batch.labels[batch.loss_mask])
+        assert len(set(counted)) == len(counted)
+        assert sum(int((batch.sample_ids >= 0).sum()) for batch in three) == 3
 
 
 def test_reading_ahead_changes_nothing_and_stops_with_the_iterator(two_sources):

@@ -87,6 +87,12 @@ def test_an_epoch_of_best_fit_covers_each_token_once_over_many_windows(tmp_path,
     assert rows.fill_rate == pytest.approx((ends[95] - ends[first]) / (rows.num_rows * 32))
 
 
+def test_best_fit_shuffles_the_rows_of_a_window(tmp_path):
+    rows = BestFit(TokenFile(write_tokens(tmp_path / "c", random_lengths(0, 200, 20))), 0, 200, 32)
+    first, second = (rows.shuffle(np.arange(rows.num_rows) + epoch * rows.num_rows, 1, 0) for epoch in (0, 1))
+    assert not np.array_equal(first, np.arange(rows.num_rows)) and not np.array_equal(first, second)
+
+
 @pytest.mark.parametrize(
     ("lengths", "fraction", "cut"),
     [

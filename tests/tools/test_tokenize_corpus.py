@@ -14,6 +14,7 @@ import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
+from prism_mcore.data import tokenizing
 from prism_mcore.data.corpus import CorpusError, render_chat
 from prism_mcore.data.token_file import TokenFile
 from prism_mcore.data.tokenizing import LoadedTokenizer, load_tokenizer, tokenize_files, train_bpe
@@ -89,7 +90,8 @@ def test_the_result_does_not_depend_on_the_number_of_processes(folder, tokenizer
 def test_chats_are_written_the_papers_way():
     document = render_chat(CHAT)
     assert document.text == (
-        "Be brief.\nUser: What is 12 + 30?\nAssistant: <think>\n12 + 30 = 42\n</think>\n42\nUser: And twice that?\nAssistant: 84"
+        "Be brief.\nUser: What is 12 + 30?\nAssistant: <think>\n12 + 30 = 42\n</think>\n42\n"
+        "User: And twice that?\nAssistant: 84"
     )
     assert [document.text[a:b] for a, b in document.answers] == ["<think>\n12 + 30 = 42\n</think>\n42", "84"]
 
@@ -106,8 +108,8 @@ def test_the_mask_counts_the_answers_and_the_end_only(folder, tokenizer, tmp_pat
         answers = ["<think>\n12 + 30 = 42\n</think>\n42"]
         if "84" in auto.decode(theirs[number]):
             answers.append("84<|eos|>")
-        # A token may hold the space before the answer's first word too.
-        assert learnt.replace(" ", "") == "".join(answers).replace(" ", "")
+        # The token "<" may hold the space before it.
+        assert learnt.removeprefix(" ") == "".join(answers)
         assert theirs[number][-1] == tokenizer.eos_id
 
 
@@ -124,7 +126,8 @@ def test_a_corpus_of_nothing_is_an_error(folder, tokenizer, tmp_path):
         tokenize_files([tmp_path / "e.jsonl"], tmp_path / "c", tokenizer, workers=1)
 
 
-def test_the_manifest_knows_the_largest_token(folder, tokenizer, tmp_path):
+def test_the_manifest_knows_the_largest_token(folder, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizing, "_COPY_DOCUMENTS", 4)
     manifest = tokenize_files([folder / "plain.jsonl"], tmp_path / "c", tokenizer, workers=1)
     theirs = IndexedDataset(str(tmp_path / "c"))
     assert manifest["max_token_id"] == max(int(document.max()) for document in theirs)
