@@ -3,13 +3,13 @@
     python benchmarks/training_step.py [--shape dense|hybrid] [--dtype fp32|bf16] [--steps 12] [--threads 2]
 
 Steps are interleaved (one of ours, one of theirs, ...) and the minima compared. Peak memory is measured in a process of
-its own for each side: the high-water mark over the steps less what was resident when the model and optimizer were built.
+its own for each side, theirs without our allocator settings: the high-water mark over the steps less what was resident
+when model and optimizer were built.
 """
 
 import argparse
 import gc
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,7 +123,7 @@ def our_step(spec: ModelSpec, dtype: torch.dtype) -> Callable[[], float]:
 
 
 def their_step(config: dict, dtype: torch.dtype) -> Callable[[], float]:
-    """transformers' model with SDPA attention and torch's fused AdamW; bf16 weights with bf16 moments, as torch does it."""
+    """transformers' model with SDPA attention and torch's fused AdamW; in bf16 its moments are bf16, too."""
     import transformers
 
     hf_config = transformers.AutoConfig.for_model(**config)
@@ -182,9 +182,11 @@ def measure_memory(side: str, shape: str, dtype: str) -> float:
     step = build(side, shape, dtype)
     gc.collect()
     before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here, not at the parent's
     for _ in range(3):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e6
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return (int(status["VmHWM"].split()[0]) * 1024 - before) / 1e6
 
 
 def main() -> None:
@@ -196,7 +198,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--memory-of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    platform.start(threads=arguments.threads)
+    if arguments.memory_of == "theirs":
+        torch.set_num_threads(arguments.threads)
+    else:
+        platform.start(threads=arguments.threads)
     shapes, dtypes = arguments.shape or list(SHAPES), arguments.dtype or list(DTYPES)
     if arguments.memory_of:
         print(measure_memory(arguments.memory_of, shapes[0], dtypes[0]))
@@ -207,8 +212,8 @@ def main() -> None:
             ours, theirs = compare_times(shape, dtype, arguments.steps)
             memory = [peak_memory_mb(side, shape, dtype, arguments.threads) for side in ("ours", "theirs")]
             print(
-                f"{shape:6} {dtype}: ours {1e3 * ours:6.1f} ms, transformers {1e3 * theirs:6.1f} ms, speed x{theirs / ours:.2f};"
-                f" steps add {memory[0]:.0f} MB, {memory[1]:.0f} MB (logits: {4 * B * S * VOCAB / 1e6:.0f} MB in fp32)",
+                f"{shape:6} {dtype}: ours {1e3 * ours:6.1f} ms, transformers {1e3 * theirs:6.1f} ms,"
+                f" speed x{theirs / ours:.2f}; steps add {memory[0]:.0f} MB, {memory[1]:.0f} MB (logits: {4 * B * S * VOCAB / 1e6:.0f} MB in fp32)",
                 flush=True,
             )
             results.append(

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from prism_mcore.config import Settings, SettingsError, help_text, load, resolve_spec, validate
-from prism_mcore.exit_codes import BAD_SETTINGS, DONE
+from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
 
 
 def main() -> int:
@@ -38,11 +38,25 @@ def main() -> int:
 
 
 def _train(settings: Settings) -> int:
+    from prism_mcore.data.token_file import TokenFileError
+    from prism_mcore.train.checkpoint import CheckpointError
     from prism_mcore.train.loop import run  # imports torch: not before the settings are known to work
 
-    code = run(settings)
+    try:
+        code = run(settings)
+    except (SettingsError, TokenFileError) as error:
+        code = _complain(error, BAD_SETTINGS)
+    except CheckpointError as error:
+        code = _complain(error, FAILED)
     if "EXIT_CODE_FILE" in os.environ:
         _record(code, Path(os.environ["EXIT_CODE_FILE"]))
+    return code
+
+
+def _complain(error: Exception, code: int) -> int:
+    """Say once what every rank found, without the tracebacks of all of them."""
+    if _rank() == 0:
+        print(f"error: {error}", file=sys.stderr)
     return code
 
 

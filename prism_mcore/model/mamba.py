@@ -42,8 +42,7 @@ class Mamba(nn.Module):
     def forward(self, x: Tensor, seq: Sequence, state: None = None) -> Tensor:
         """[t, 1, d] -> [t, 1, d]."""
         spec = self.spec
-        weight = torch.cat([self.in_proj(), self.in_proj_bc()])
-        zdtxbc = column_product(x, weight, self.build).squeeze(1)
+        zdtxbc = column_product(x, [self.in_proj(), self.in_proj_bc()], self.build).squeeze(1)
         z, dt, xbc = zdtxbc.split([self.inner, self.heads, self.inner + 2 * self.state], dim=-1)
         conv_weight = torch.cat([self.conv_x(), self.conv_bc()])
         conv_bias = torch.cat([self.conv_x.bias, self.conv_bc.bias]) if spec.conv_bias else None
