@@ -213,7 +213,8 @@ def main() -> None:
             memory = [peak_memory_mb(side, shape, dtype, arguments.threads) for side in ("ours", "theirs")]
             print(
                 f"{shape:6} {dtype}: ours {1e3 * ours:6.1f} ms, transformers {1e3 * theirs:6.1f} ms,"
-                f" speed x{theirs / ours:.2f}; steps add {memory[0]:.0f} MB, {memory[1]:.0f} MB (logits: {4 * B * S * VOCAB / 1e6:.0f} MB in fp32)",
+                f" speed x{theirs / ours:.2f};"
+                f" steps add {memory[0]:.0f} MB, {memory[1]:.0f} MB (logits: {4 * B * S * VOCAB / 1e6:.0f} MB in fp32)",
                 flush=True,
             )
             results.append(

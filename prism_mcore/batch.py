@@ -15,7 +15,7 @@ class PackedBatch:
 
         tokens       [[5, 6, 7, 9], [3, 4, 8, 2]]
         labels       [[6, 7, 9, 1], [4, 8, 2, 6]]      # the next token of the corpus, always a valid id
-        loss_mask    [[1, 1, 0, 0], [1, 1, 1, 0]]      # 0 where the label is in another document (or masked by the corpus)
+        loss_mask    [[1, 1, 0, 0], [1, 1, 1, 0]]      # 0: the label is in another document, or masked
         position_ids [[0, 1, 2, 0], [0, 1, 2, 3]]      # restart at each document
         seq_idx      [[0, 0, 0, 1], [2, 2, 2, 2]]      # which document of the micro-batch
         cu_seqlens   [0, 3, 4, 8, 8, 8, 8, 8, 8]       # document i is tokens[cu_seqlens[i]:cu_seqlens[i + 1]] of the t

@@ -20,6 +20,13 @@ DENSE = {
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
     "rope_theta": 100.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
     "tie_word_embeddings": False,
     "vocab_size": 61,
 }

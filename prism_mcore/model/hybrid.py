@@ -144,7 +144,8 @@ class HybridModel(MegatronModule):
         rope = None
         if self.spec.position == "rope":
             positions = batch.position_ids.flatten()
-            rope = rope_table(positions, self.spec.head_dim, self.spec.rope_theta, self.spec.rope_scaling)
+            scaling = self.spec.rope_scaling.as_config() if self.spec.rope_scaling else None
+            rope = rope_table(positions, self.spec.head_dim, self.spec.rope_theta, scaling)
         return Sequence(Boundaries(batch.cu_seqlens), rope)
 
     # What megatron-core asks of a model.

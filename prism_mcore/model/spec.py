@@ -28,6 +28,16 @@ class RopeScaling:
     high_freq_factor: float
     original_max_positions: int
 
+    def as_config(self) -> dict[str, Any]:
+        """The same under the keys of a config.json."""
+        return {
+            "rope_type": "llama3",
+            "factor": self.factor,
+            "low_freq_factor": self.low_freq_factor,
+            "high_freq_factor": self.high_freq_factor,
+            "original_max_position_embeddings": self.original_max_positions,
+        }
+
 
 @dataclass(frozen=True)
 class ModelSpec:

@@ -29,9 +29,7 @@ class StepStats:
     grad_norm: float  # nan where gradients were not computed
     source_loss: tuple[float, ...]  # nats per token of each of data.sources
     source_tokens: tuple[int, ...]  # tokens that counted
-    row_losses: (
-        list[list[float]] | None
-    )  # of this rank's rows, by micro-batch; None before the last stage
+    row_losses: list[list[float]] | None  # of this rank's rows, by micro-batch; None before the last stage
 
 
 def train_step(

@@ -19,7 +19,7 @@ SETTINGS = OptimizerSettings(lr=1e-2, schedule="cosine", warmup_steps=5, weight_
 
 
 def step_batches(spec, step):
-    """Two micro-batches of two rows of 16 tokens, each row one document; sorted, so that there is something to learn."""
+    """Two micro-batches of two rows of 16 sorted tokens (there is something to learn), each row one document."""
     generator = torch.Generator().manual_seed(step)
     rows = torch.randint(spec.vocab_size, (4, 16), generator=generator).sort(-1).values
     return [packed_batch(list(pair), 16) for pair in rows.split(2)]
