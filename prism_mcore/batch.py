@@ -22,8 +22,8 @@ class PackedBatch:
         max_seqlen   4
         num_tokens   5                                 # labels that count: loss_mask.sum()
 
-    With `data.document_mask=false` every row is one document: cu_seqlens holds the multiples of s, positions run 0..s-1,
-    and labels count across document borders.
+    With `data.document_mask=false` every row is one document: cu_seqlens holds the multiples of s, positions run
+    0..s-1, and labels count across document borders.
     """
 
     tokens: Tensor | None  # [b, s] int64; None on ranks that embed nothing (all but the first pipeline stage)
@@ -31,7 +31,7 @@ class PackedBatch:
     loss_mask: Tensor | None  # [b, s] bool; None where labels is None
     position_ids: Tensor  # [b, s] int64
     seq_idx: Tensor  # [b, s] int32
-    cu_seqlens: Tensor  # [b*s + 1] int32 (documents isolated) or [b + 1]; fixed length, padded with b*s; has every multiple of s
+    cu_seqlens: Tensor  # [b*s + 1] int32 (documents isolated) or [b + 1]; has every multiple of s, padded with b*s
     max_seqlen: int  # longest document, tokens
     num_tokens: int  # labels that count; 0 where labels is None
     source_ids: Tensor  # [b] int32: index into data.sources

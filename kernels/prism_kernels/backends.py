@@ -7,20 +7,23 @@ from dataclasses import dataclass
 import torch
 
 # op -> implementation -> the package it needs ("" for none) in order of preference; Triton kernels join here.
+REFERENCE_ONLY = {"reference": ""}
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    op: {"reference": ""}
-    for op in (
-        "rms_norm",
-        "gated_rms_norm",
-        "swiglu",
-        "squared_relu",
-        "rope",
-        "causal_conv1d",
-        "ssd_scan",
-        "linear_cross_entropy",
-        "attention",
-    )
+    "linear": {
+        "te": "transformer_engine",
+        "megatron": "",
+    },  # the column- and row-parallel linears around attention and MLP
+    "rms_norm": {"te": "transformer_engine", "reference": ""},
+    "attention": {"te": "transformer_engine", "reference": ""},
+    "gated_rms_norm": REFERENCE_ONLY,
+    "swiglu": REFERENCE_ONLY,
+    "squared_relu": REFERENCE_ONLY,
+    "rope": REFERENCE_ONLY,
+    "causal_conv1d": REFERENCE_ONLY,
+    "ssd_scan": REFERENCE_ONLY,
+    "linear_cross_entropy": REFERENCE_ONLY,
 }
+CUDA_ONLY = {"te"}
 INSTALL = {
     "te": "pip install 'transformer-engine[pytorch]'",
     "flash_attn": "pip install flash-attn",
@@ -53,7 +56,11 @@ def select(overrides: Mapping[str, str], device: torch.device | str) -> Backends
 
 def _choose(op: str, wanted: str, device: torch.device) -> Choice:
     table = IMPLEMENTATIONS[op]
-    available = [name for name, package in table.items() if not package or importlib.util.find_spec(package)]
+    available = [
+        name
+        for name, package in table.items()
+        if (not package or importlib.util.find_spec(package)) and (device.type == "cuda" or name not in CUDA_ONLY)
+    ]
     if wanted == "auto":
         only = "the only one" if len(table) == 1 else "the fastest one"
         return Choice(available[0], f"{only} here for this op on {device.type}")

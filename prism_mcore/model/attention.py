@@ -8,6 +8,28 @@ from prism_mcore.model.linear import Build, column_linear, row_linear
 from prism_mcore.model.sequence import Sequence
 
 
+class TransformerEngineAttention(nn.Module):
+    """Transformer Engine's fused attention over packed documents, through megatron-core's wrapper."""
+
+    def __init__(self, build: Build):
+        super().__init__()
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+        from megatron.core.transformer.enums import AttnMaskType
+
+        self.mask_type = AttnMaskType.padding_causal
+        self.core = TEDotProductAttention(  # window and head counts come from the config
+            build.config, 1, self.mask_type, "self", softmax_scale=build.spec.attention_scale
+        )
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
+        """q [t, h, p], k and v [t, hk, p] -> [t, h * p]."""
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        ends, longest = seq.boundaries.cu_seqlens, seq.max_seqlen
+        packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+        return self.core(q, k, v, None, self.mask_type, packed_seq_params=packed)
+
+
 class Attention(nn.Module):
     def __init__(self, build: Build):
         super().__init__()
@@ -17,7 +39,8 @@ class Attention(nn.Module):
         width = spec.num_heads * spec.head_dim
         self.qkv = column_linear(build, width + 2 * spec.num_kv_heads * spec.head_dim, spec.hidden_size)
         self.out_proj = row_linear(build, spec.hidden_size, width)
-        self.apply_rope, self.attention = build.ops["rope"], build.ops["attention"]
+        self.apply_rope = build.ops["rope"]
+        self.attention = TransformerEngineAttention(build) if build.ops.uses_te("attention") else build.ops["attention"]
 
     def forward(self, x: Tensor, seq: Sequence, state: None = None) -> Tensor:
         """[t, 1, d] -> [t, 1, d]."""
@@ -28,5 +51,8 @@ class Attention(nn.Module):
         k, v = grouped[:, :, -2], grouped[:, :, -1]
         if seq.rope is not None:
             q, k = self.apply_rope(q, k, *seq.rope)
-        y = self.attention(q, k, v, seq.boundaries, self.spec.attention_scale, self.spec.sliding_window)
+        if isinstance(self.attention, TransformerEngineAttention):
+            y = self.attention(q, k, v, seq)
+        else:
+            y = self.attention(q, k, v, seq.boundaries, self.spec.attention_scale, self.spec.sliding_window)
         return self.out_proj(y.reshape(tokens, 1, -1))[0]

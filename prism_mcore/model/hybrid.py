@@ -3,6 +3,7 @@
 # t packed tokens (t / tp of them where activations are sequence-parallel), d hidden
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import (
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prism_kernels.boundaries import Boundaries
+from prism_kernels.matmul import mm
 from prism_kernels.reference import rope_table
 from prism_mcore.batch import PackedBatch
 from prism_mcore.model.attention import Attention
@@ -82,20 +84,33 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor, loss_mask: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """[t, 1, d], labels [t], mask [t] -> sum of -log p over unmasked labels, log p of every label [t] fp32."""
-        tp = self.build.groups.tp
-        if self.build.config.sequence_parallel:
-            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=tp)
-        else:
-            x = copy_to_tensor_model_parallel_region(x, group=tp)
+        weight = self.weight if weight is None else weight
+        if not torch.is_grad_enabled():
+            weight = weight.detach()  # an autograd.Function cannot see no_grad: it would compute the weight's gradient
         return self.linear_cross_entropy(
-            x.squeeze(1),
-            self.weight if weight is None else weight,
+            self._all_tokens(x),
+            weight,
             labels,
             token_weights=loss_mask.float(),
             logits_divisor=self.build.spec.logits_divisor,
             vocab_size=self.build.spec.vocab_size,
-            group=tp if self.build.groups.tp_size > 1 else None,
+            group=self.build.groups.tp if self.build.groups.tp_size > 1 else None,
         )
+
+    def logits(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """[t, 1, d] -> logits [t, v] fp32 of the whole vocabulary, unpadded, on every rank; no gradients."""
+        spec, groups = self.build.spec, self.build.groups
+        mine = mm(self._all_tokens(x), (self.weight if weight is None else weight).t())
+        ranks = [torch.empty_like(mine) for _ in range(groups.tp_size)]
+        dist.all_gather(ranks, mine, group=groups.tp)
+        return torch.cat(ranks, dim=-1)[:, : spec.vocab_size].float() / spec.logits_divisor
+
+    def _all_tokens(self, x: Tensor) -> Tensor:
+        """[t, 1, d], or a sequence-parallel part of it, -> [t, d]."""
+        tp = self.build.groups.tp
+        if self.build.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=tp).squeeze(1)
+        return copy_to_tensor_model_parallel_region(x, group=tp).squeeze(1)
 
 
 class HybridModel(MegatronModule):
@@ -124,8 +139,11 @@ class HybridModel(MegatronModule):
             self.output = Head(build, self.embedding.weight if self.pre_process and spec.tied_embeddings else None)
         self._mark_parameters()
 
-    def forward(self, batch: PackedBatch) -> Tensor | tuple[Tensor, Tensor]:
-        """Hidden states [t, 1, d] for the next stage; from the last stage (loss sum in nats, log-probs [t] fp32)."""
+    def forward(self, batch: PackedBatch, logits: bool = False) -> Tensor | tuple[Tensor, ...]:
+        """Hidden states [t, 1, d] for the next stage; from the last stage (loss sum in nats, log-probs [t] fp32).
+
+        With `logits` the last stage adds those of the whole vocabulary, [t, v] fp32 and without gradients.
+        """
         seq = self._sequence(batch)
         if self.pre_process:
             assert batch.tokens is not None, "the loader gives the first stage its tokens"
@@ -138,7 +156,9 @@ class HybridModel(MegatronModule):
             return x
         assert batch.labels is not None and batch.loss_mask is not None, "the loader gives the last stage its labels"
         tied = self.embedding.weight if self.pre_process and self.spec.tied_embeddings else None
-        return self.output(self.final_norm(x), batch.labels.flatten(), batch.loss_mask.flatten(), tied)
+        x = self.final_norm(x)
+        loss = self.output(x, batch.labels.flatten(), batch.loss_mask.flatten(), tied)
+        return (*loss, self.output.logits(x.detach(), tied)) if logits else loss
 
     def _sequence(self, batch: PackedBatch) -> Sequence:
         rope = None
@@ -146,7 +166,7 @@ class HybridModel(MegatronModule):
             positions = batch.position_ids.flatten()
             scaling = self.spec.rope_scaling.as_config() if self.spec.rope_scaling else None
             rope = rope_table(positions, self.spec.head_dim, self.spec.rope_theta, scaling)
-        return Sequence(Boundaries(batch.cu_seqlens), rope)
+        return Sequence(Boundaries(batch.cu_seqlens), batch.max_seqlen, rope)
 
     # What megatron-core asks of a model.
 

@@ -28,7 +28,7 @@ class Build:
 def column_linear(build: Build, rows: int, columns: int) -> nn.Module:
     """[t, 1, columns] -> [t, 1, rows / tp], no bias; gathers sequence-parallel input."""
     kwargs = _linear_arguments(build)
-    if build.ops.transformer_engine:
+    if build.ops.uses_te("linear"):
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 
         return TEColumnParallelLinear(
@@ -40,7 +40,7 @@ def column_linear(build: Build, rows: int, columns: int) -> nn.Module:
 def row_linear(build: Build, rows: int, columns: int) -> nn.Module:
     """[t, 1, columns / tp] -> [t, 1, rows], no bias; summed over ranks, scattered where sequence-parallel."""
     kwargs = _linear_arguments(build)
-    if build.ops.transformer_engine:
+    if build.ops.uses_te("linear"):
         from megatron.core.extensions.transformer_engine import TERowParallelLinear
 
         return TERowParallelLinear(
@@ -74,7 +74,7 @@ class RMSNorm(nn.Module):
 
 def norm(build: Build) -> nn.Module:
     """RMSNorm over the hidden dimension: [t, 1, d] -> [t, 1, d]."""
-    if build.ops.transformer_engine:
+    if build.ops.uses_te("rms_norm"):
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm(build.config, build.spec.hidden_size, build.spec.norm_eps)

@@ -1,7 +1,6 @@
 """The functions behind the op table: what the model's layers call."""
 
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,7 +26,10 @@ class Ops:
 
     def __init__(self, overrides: Mapping[str, str], device: torch.device):
         self.choices: dict[str, Choice] = select(overrides, device)
-        self.transformer_engine = device.type == "cuda" and find_spec("transformer_engine") is not None
+
+    def uses_te(self, op: str) -> bool:
+        """Is this op one of Transformer Engine's modules? It then has no function here."""
+        return self.choices[op].backend == "te"
 
     def __getitem__(self, op: str) -> Callable[..., Any]:
         return REFERENCE[op]

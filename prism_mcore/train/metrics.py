@@ -99,7 +99,7 @@ class Metrics:
             "throughput/tokens_per_s": self.tokens_per_step / step_s,
             "throughput/tflops": flops / 1e12,
             **({"throughput/mfu": flops / self.peak} if self.peak else {}),
-            "memory/peak_gb": _peak_memory_gb(),
+            "memory/peak_gb": peak_memory_gb(),
         }
         self._write(STEPS_FILE, step, record)
         if step % self.every == 0 or step == self.steps:
@@ -166,7 +166,8 @@ def truncate_after(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def _peak_memory_gb() -> float:
+def peak_memory_gb() -> float:
+    """The most memory this rank has had: of the device, or resident in the process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

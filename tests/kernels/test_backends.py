@@ -12,13 +12,21 @@ def test_every_op_has_a_backend_and_a_reason():
     chosen = select({"ssd_scan": "reference", "rope": "auto"}, "cpu")
     assert set(chosen) == set(IMPLEMENTATIONS)
     assert chosen["ssd_scan"].reason == "asked for by kernels.ssd_scan"
-    assert all(choice.backend == "reference" for choice in chosen.values())
+    assert {choice.backend for choice in chosen.values()} == {"reference", "megatron"}
+
+
+def test_transformer_engine_is_taken_on_a_gpu_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: package)
+    on_gpu, on_cpu = select({}, "cuda"), select({}, "cpu")
+    assert {op for op, choice in on_gpu.items() if choice.backend == "te"} == {"linear", "rms_norm", "attention"}
+    assert not [op for op, choice in on_cpu.items() if choice.backend == "te"]
+    assert select({"attention": "reference"}, "cuda")["attention"].backend == "reference"
 
 
 def test_a_backend_that_is_not_there_is_refused_with_what_to_do():
     with pytest.raises(ValueError, match=r"kernels.attention=flash_attn: .*available are reference.*pip install"):
         select({"attention": "flash_attn"}, "cpu")
-    with pytest.raises(ValueError, match=r"kernels.attn: no such op; ops are rms_norm"):
+    with pytest.raises(ValueError, match=r"kernels.attn: no such op; ops are linear, rms_norm"):
         select({"attn": "reference"}, "cpu")
 
 
