@@ -16,7 +16,7 @@ EXTRAS = {
 setup(
     name="prism_mcore",
     version="0.1.0",
-    description="Mid-training, RL, evaluation and analysis of open 3-24B dense and hybrid language models on megatron-core",
+    description="Mid-training, RL, evaluation and analysis of open 3-24B language models on megatron-core",
     python_requires=">=3.11",
     # kernels/ itself is not a package: one called "kernels" at the root shadows the one transformers imports.
     package_dir={"prism_mcore": "prism_mcore", "prism_kernels": "kernels/prism_kernels"},
@@ -24,6 +24,7 @@ setup(
         "prism_mcore",
         "prism_mcore.data",
         "prism_mcore.model",
+        "prism_mcore.convert",
         "prism_mcore.train",
         "prism_mcore.plan",
         "prism_kernels",

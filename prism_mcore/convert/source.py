@@ -1,0 +1,236 @@
+"""A Hugging Face directory of safetensors files: what is in it, checked before a number is read.
+
+Its layout (shard names, headers to the byte, side files) can be kept in a small folder, from which an export gives the
+same files again when the directory itself is gone.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from prism_mcore.convert.names import ExchangeError, HFTensor, Shape, hf_tensors
+from prism_mcore.model.spec import ModelSpec, UnsupportedModel, read_spec
+from prism_mcore.train.manifest import MANIFEST
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LAYOUT = "layout.json"
+LAYOUT_VERSION = 1
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a shard."""
+
+    dtype: str  # "BF16", "F16" or "F32"
+    shape: Shape
+    start: int  # bytes, after the header
+    end: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its header as it is on the disk, and what that says."""
+
+    header: str  # JSON, padded with spaces
+    entries: dict[str, Entry] = field(compare=False)  # in the order of their bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return 8 + len(self.header.encode()) + max((entry.end for entry in self.entries.values()), default=0)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Hugging Face directory, or the layout of one that was kept."""
+
+    folder: Path  # of the side files
+    shards: dict[str, Shard]  # by file name
+    side_files: tuple[str, ...]  # config, tokenizer, index: all that is copied as it is
+
+    @property
+    def names(self) -> set[str]:
+        return {name for shard in self.shards.values() for name in shard.entries}
+
+    def entries(self) -> Iterator[tuple[str, str, Entry]]:
+        """(file, tensor, entry) in the order of files and bytes."""
+        for file, shard in self.shards.items():
+            for name, entry in shard.entries.items():
+                yield file, name, entry
+
+    def spec(self) -> ModelSpec:
+        """The model's shape; an ExchangeError for what the engine cannot run."""
+        try:
+            return read_spec(self.folder / "config.json")
+        except (UnsupportedModel, FileNotFoundError) as error:
+            raise ExchangeError(str(error)) from error
+
+    def tensors(self, spec: ModelSpec) -> dict[str, HFTensor]:
+        """What the names mean for this model; an ExchangeError unless every tensor, and no other, is there."""
+        tensors = hf_tensors(spec, self.names)
+        self._check(tensors)
+        return {name: tensor for name, tensor in tensors.items() if name in self.names}
+
+    def _check(self, tensors: dict[str, HFTensor]) -> None:
+        for file, name, entry in self.entries():
+            if name not in tensors:
+                raise ExchangeError(
+                    f"{self.folder / file} has {name}, which nothing would read: the model has no such tensor"
+                )
+            if entry.shape != tensors[name].shape:
+                raise ExchangeError(
+                    f"{self.folder / file}: {name} has the shape {list(entry.shape)};"
+                    f" config.json needs {list(tensors[name].shape)}"
+                )
+        missing = [name for name, tensor in tensors.items() if name not in self.names and not tensor.optional]
+        if missing:
+            raise ExchangeError(f"{self.folder} has no {_some(missing)}, which the model needs")
+
+
+def read_source(folder: Path) -> Source:
+    """The directory's files and headers, all checked against each other and against the files' sizes.
+
+    Raises ExchangeError naming the file, and the tensor where there is one.
+    """
+    if not folder.is_dir():
+        raise ExchangeError(f"{folder} is not a directory; needed: one with config.json and safetensors files")
+    index = folder / INDEX
+    files = _read_index(index) if index.is_file() else {SINGLE: None}
+    if not index.is_file() and not (folder / SINGLE).is_file():
+        raise ExchangeError(_no_safetensors(folder))
+    shards = {}
+    for file, listed in files.items():
+        if not (folder / file).is_file():
+            raise ExchangeError(f"{index} names {file}, which is missing from {folder}")
+        shards[file] = _read_shard(folder / file)
+        if listed is not None:
+            _check_listed(index, folder / file, set(listed), set(shards[file].entries))
+    return Source(folder, shards, tuple(_side_files(folder)))
+
+
+def keep_source(source: Source, folder: Path) -> None:
+    """Write the layout and the side files of a directory to a small folder, in place of what was there."""
+    temporary = folder.with_name(f".tmp_{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name in source.side_files:
+        shutil.copyfile(source.folder / name, temporary / name)
+    headers = {file: shard.header for file, shard in source.shards.items()}
+    layout = {"version": LAYOUT_VERSION, "headers": headers}
+    (temporary / LAYOUT).write_text(json.dumps(layout, indent=1), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def kept_source(folder: Path) -> Source:
+    """The source whose layout `keep_source` wrote."""
+    try:
+        layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
+        version, headers = layout["version"], layout["headers"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExchangeError(f"{folder / LAYOUT} cannot be read: {error!r}") from error
+    if version != LAYOUT_VERSION:
+        raise ExchangeError(f"{folder / LAYOUT} has version {version}; this program reads version {LAYOUT_VERSION}")
+    shards = {file: Shard(header, parse_header(header, folder / file)) for file, header in headers.items()}
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != LAYOUT)
+    return Source(folder, shards, tuple(names))
+
+
+def parse_header(header: str, file: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors header in the order of their bytes; `file` is what messages call it."""
+    try:
+        raw = json.loads(header)
+        described = {name: value for name, value in raw.items() if name != "__metadata__"}
+        entries = {
+            name: Entry(value["dtype"], tuple(value["shape"]), *value["data_offsets"])
+            for name, value in sorted(described.items(), key=lambda item: item[1]["data_offsets"])
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExchangeError(f"{file} is not a safetensors file: its header cannot be read ({error!r})") from error
+    end = 0
+    for name, entry in entries.items():
+        if entry.dtype not in DTYPES:
+            raise ExchangeError(f"{file}: {name} is {entry.dtype}; only {', '.join(DTYPES)} can be read")
+        if entry.start != end or entry.end - entry.start != math.prod(entry.shape) * entry.torch_dtype.itemsize:
+            raise ExchangeError(f"{file}: the bytes of {name} are not where they should be: the header is damaged")
+        end = entry.end
+    return entries
+
+
+def _read_index(index: Path) -> dict[str, list[str]]:
+    """The files that the index names, in the order in which it names them first, and the tensors it puts in each."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[str, list[str]] = {}
+        for name, file in weight_map.items():
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise ExchangeError(f"{index} names {file!r} for {name}; needed: a safetensors file beside it")
+            files.setdefault(file, []).append(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ExchangeError):
+            raise
+        raise ExchangeError(f"{index} is not an index of safetensors files: {error!r}") from error
+    return dict(sorted(files.items()))
+
+
+def _read_shard(path: Path) -> Shard:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise ExchangeError(f"{path} is truncated or not a safetensors file: {size} bytes do not hold its header")
+        header = file.read(length)
+    try:
+        text = header.decode()
+    except UnicodeDecodeError as error:
+        raise ExchangeError(f"{path} is not a safetensors file: its header is not text") from error
+    shard = Shard(text, parse_header(text, path))
+    if shard.size != size:
+        cut = [name for name, entry in shard.entries.items() if 8 + length + entry.end > size]
+        what = f"truncated: {_some(cut)} cut off" if cut else "damaged: too long"
+        raise ExchangeError(f"{path} has {size} bytes, its header needs {shard.size}; it is {what}")
+    return shard
+
+
+def _check_listed(index: Path, path: Path, listed: set[str], found: set[str]) -> None:
+    if lacking := sorted(listed - found):
+        raise ExchangeError(f"{index} says that {path.name} has {_some(lacking)}; it has not")
+    if extra := sorted(found - listed):
+        raise ExchangeError(f"{path} has {_some(extra)}, of which {index.name} says nothing")
+
+
+def _side_files(folder: Path) -> Iterable[str]:
+    for path in sorted(folder.iterdir()):
+        hidden, weights = path.name.startswith("."), path.name.endswith(WEIGHTS)
+        index_of_others = path.name.endswith(".index.json") and path.name != INDEX
+        if path.is_file() and not (hidden or weights or index_of_others or path.name == MANIFEST):
+            yield path.name
+
+
+def _no_safetensors(folder: Path) -> str:
+    foreign = sorted(path.name for path in folder.iterdir() if path.name.endswith((".bin", ".pt", ".pth")))
+    if not foreign:
+        return f"{folder} has neither {SINGLE} nor {INDEX}"
+    return (
+        f"{folder / foreign[0]} is a pickle, and only safetensors is read; convert it where you trust the file:"
+        " python -c 'from transformers import AutoModelForCausalLM as M;"
+        f' M.from_pretrained("{folder}", dtype="auto").save_pretrained("{folder}-safetensors")\''
+    )
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
