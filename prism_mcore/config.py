@@ -90,17 +90,19 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Settings:
+def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Settings:
     """The settings of a recipe: its bases, then itself, then `a.b=c` overrides whose values are YAML.
+
+    Without a recipe the overrides change the defaults.
 
     `base:` names one recipe or a list of them, relative to the recipe that says so; later ones win, mappings are merged
     and lists replaced. Raises SettingsError for a file that cannot be read, a cycle of bases, an unknown key (naming
     the nearest valid one) and a value of the wrong type (naming field, got and needed).
     """
-    raw = _read_recipe(Path(recipe), ())
+    raw = _read_recipe(Path(recipe), ()) if recipe else {}
     for override in overrides:
         _apply_override(raw, override)
-    if not raw.setdefault("run", {}).get("name"):
+    if recipe and not raw.setdefault("run", {}).get("name"):
         raw["run"]["name"] = Path(recipe).stem
     try:
         return Settings.model_validate(raw)
