@@ -1,0 +1,186 @@
+"""Log-probability of every next token: `torchrun [...] launch/score.py --hf DIR --tokens FILE --out FILE`.
+
+The tokens are JSON, a list of equal-length lists of token ids. The output is a safetensors file with `logprobs`
+[n, len - 1] fp32, log p of each next token, and with --logits `logits` [n, len, vocab] fp32. The layout is set by
+parallel.tp=2 and the like, numbers by precision.dtype=fp32; ranks that are left over share out the sequences.
+"""
+
+import argparse
+import os
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prism_mcore.config import Settings, SettingsError
+from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
+from prism_mcore.model.spec import ModelSpec, read_spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SECTIONS = ("parallel", "precision", "kernels")
+
+
+def main() -> int:
+    arguments = _parser().parse_intermixed_args()
+    try:
+        settings, spec, tokens = _read(arguments)
+    except (SettingsError, ValueError, OSError) as error:
+        return _complain(error, BAD_SETTINGS)
+    if arguments.dry_run:
+        _print_plan(arguments, settings, spec, tokens)
+        return DONE
+    from prism_mcore.convert.names import ExchangeError
+
+    try:
+        _score(arguments, settings, spec, tokens)
+    except ExchangeError as error:  # the same on every rank
+        return _complain(error, BAD_SETTINGS)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    return DONE
+
+
+def _read(arguments: argparse.Namespace) -> tuple[Settings, ModelSpec, "Tensor"]:
+    """Everything that can be checked before a process group: settings, model, tokens and where they go."""
+    for override in arguments.overrides:
+        if override.split(".")[0] not in SECTIONS:
+            raise SettingsError(f"{override} changes nothing here; what can be set is {', '.join(SECTIONS)}.<name>")
+    if not arguments.out.parent.is_dir():
+        raise ValueError(f"--out {arguments.out}: there is no folder {arguments.out.parent}; make it first")
+    spec = read_spec(arguments.hf)
+    from prism_mcore.train.scoring import read_token_lists, scoring_settings  # torch and megatron-core take seconds
+
+    tokens = read_token_lists(arguments.tokens, spec.vocab_size)
+    world_size = None if arguments.dry_run else int(os.environ.get("WORLD_SIZE", "1"))
+    settings = scoring_settings(arguments.hf, tokens.shape[1], arguments.micro_batch, arguments.overrides, world_size)
+    return settings, spec, tokens
+
+
+def _score(arguments: argparse.Namespace, settings: Settings, spec: ModelSpec, tokens: "Tensor") -> None:
+    import torch.distributed as dist
+
+    from prism_mcore import platform
+    from prism_mcore.parallel import init_groups
+    from prism_mcore.train.scoring import ScoreFile, model_from_hf, score
+
+    device = platform.start()
+    groups = init_groups(settings.parallel)
+    chunks = model_from_hf(settings, groups, device)
+    file = ScoreFile(arguments.out, _shapes(arguments, spec, tokens))
+    if groups.rank == 0:
+        file.create()
+    dist.barrier()
+
+    def write(sequences: list[int], logprobs: "Tensor", logits: "Tensor | None") -> None:
+        for place, sequence in enumerate(sequences):
+            file.write("logprobs", sequence, logprobs[place])
+            if logits is not None:
+                file.write("logits", sequence, logits[place])
+
+    started = time.monotonic()
+    total = (
+        -(-len(tokens) // groups.dp_size) * settings.parallel.vpp
+    )  # of this rank; every virtual stage sees each sequence
+    with _progress(total) if groups.rank == 0 else nullcontext(lambda sequences: None) as advance:
+        score(
+            chunks, tokens, groups, write, micro_batch=arguments.micro_batch, logits=arguments.logits, on_batch=advance
+        )
+    file.close()
+    dist.barrier()
+    if groups.rank == 0:
+        file.publish()
+        seconds = time.monotonic() - started
+        print(
+            f"{arguments.out}: {len(tokens):,} sequences of {tokens.shape[1]:,} tokens"
+            f" in {seconds:.1f} s ({tokens.numel() / seconds:,.0f} tokens/s)"
+        )
+    platform.shutdown()
+
+
+def _shapes(arguments: argparse.Namespace, spec: ModelSpec, tokens: "Tensor") -> dict[str, tuple[int, ...]]:
+    n, length = tokens.shape
+    logits = {"logits": (n, length, spec.vocab_size)} if arguments.logits else {}
+    return {"logprobs": (n, length - 1), **logits}
+
+
+def _progress(total: int) -> AbstractContextManager[Any]:
+    """A progress bar; gives the function to call with the number of sequences that were started."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    @contextmanager
+    def bar():
+        columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("", total=total)
+            yield lambda sequences: progress.advance(task, sequences)
+
+    return bar()
+
+
+def _print_plan(arguments: argparse.Namespace, settings: Settings, spec: ModelSpec, tokens: "Tensor") -> None:
+    import math
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from prism_mcore.plan.memory import num_parameters, plan_memory
+
+    parallel = settings.parallel
+    ranks = parallel.tp * parallel.pp
+    weights = max(stage.weights for stage in plan_memory(settings, spec, ranks))
+    size = 4 * sum(math.prod(shape) for shape in _shapes(arguments, spec, tokens).values())
+    table = Table(show_header=False, title="Scoring", title_justify="left")
+    table.add_row("model", f"{spec.family}, {num_parameters(spec):,} parameters in {settings.precision.dtype}")
+    table.add_row("ranks of one replica", f"{ranks} = tp {parallel.tp} x pp {parallel.pp}")
+    table.add_row("weights per rank", f"{weights / 1e9:.3g} GB")
+    table.add_row("sequences", f"{len(tokens):,} of {tokens.shape[1]:,} tokens, {arguments.micro_batch} at a time")
+    table.add_row("output", f"{size / 1e9:.3g} GB")
+    Console().print(table)
+
+
+def _complain(error: Exception, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        usage="torchrun [...] launch/score.py --hf DIR --tokens FILE --out FILE [--logits] [section.name=value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face directory with the model")
+    parser.add_argument("--tokens", type=Path, required=True, metavar="FILE", help="JSON: equal-length lists of ids")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
+    parser.add_argument("--logits", action="store_true", help="write the logits of every position, too")
+    parser.add_argument(
+        "--micro-batch", type=_positive, default=1, metavar="N", help="sequences in a forward pass (default: 1)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything and say what it would take")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.name=value",
+        help="layout, precision and kernels, as in a recipe: parallel.tp=2 parallel.sequence_parallel=true"
+        " precision.dtype=fp32",
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}; needs at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
