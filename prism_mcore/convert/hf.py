@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,11 +10,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from prism_mcore.convert.layout import Places, held_columns, held_rows
-from prism_mcore.convert.names import ExchangeError, HFTensor
-from prism_mcore.convert.source import Source, read_source
+from prism_mcore.convert.export import blocks, write_directory
+from prism_mcore.convert.layout import Places, held_columns, held_rows, overlap, runs_within
+from prism_mcore.convert.names import ExchangeError, HFTensor, parts
+from prism_mcore.convert.source import Entry, Source, SourceTensors, read_source
 from prism_mcore.model.hybrid import HybridModel
-from prism_mcore.model.parameters import Parameter
+from prism_mcore.model.parameters import Parameter, parameters
 from prism_mcore.parallel import Groups
 
 
@@ -31,6 +33,7 @@ def load_hf(path: str | Path, chunks: list[HybridModel], groups: Groups) -> None
             raise ExchangeError(f"{path} is a {source.spec().family} model; the model to fill is {spec.family}")
         with _Reader(source) as reader:
             _fill(chunks, groups, source.tensors(spec), reader)
+            _check_tied(chunks, groups, source)
 
 
 @contextlib.contextmanager
@@ -75,8 +78,6 @@ def _fill(chunks: list[HybridModel], groups: Groups, tensors: dict[str, HFTensor
     for chunk in chunks:
         for name, weight, parameter in chunk.table():
             _fill_one(name, weight, parameter, groups, places, reader)
-            if name == "embedding.weight":
-                _check_duplicates(name, parameter, groups, tensors, places, reader)
 
 
 def _fill_one(
@@ -94,22 +95,102 @@ def _fill_one(
     weight[filled:].zero_()  # what pads the vocabulary
 
 
-def _check_duplicates(
-    name: str,
-    parameter: Parameter,
-    groups: Groups,
-    tensors: dict[str, HFTensor],
-    places: Places,
-    reader: _Reader,
-) -> None:
-    """A directory may hold a tied output layer beside the embedding: they must be equal."""
-    for duplicate, tensor in tensors.items():
-        for run, _ in held_rows(name, parameter, groups.tp_rank, groups.tp_size) if tensor.optional else ():
-            for copy in places.find(run):
-                rows = slice(copy.hf_row, copy.hf_row + copy.rows)
-                one, other = reader.read(copy.name, rows, slice(None)), reader.read(duplicate, rows, slice(None))
-                if not torch.equal(one, other):
-                    raise ExchangeError(
-                        f"{reader.folder / reader.files[duplicate]}: {duplicate} differs from {copy.name}, but"
-                        " config.json says tie_word_embeddings=true; set it to false in a copy to keep both"
-                    )
+def _check_tied(chunks: list[HybridModel], groups: Groups, source: Source) -> None:
+    """The ranks that hold the embedding compare its rows with a tied output layer, where the directory has one."""
+    spec = chunks[0].spec
+    with SourceTensors(source) as tensors:
+        for chunk in chunks:
+            if chunk.pre_process:
+                parameter = parameters(spec)["embedding.weight"]
+                for run, _ in held_rows("embedding.weight", parameter, groups.tp_rank, groups.tp_size):
+                    tensors.check_tied(source.tensors(spec), run.start, run.start + run.rows)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def save_hf(chunks: list[HybridModel], groups: Groups, out: str | Path, source: Source) -> None:
+    """Write the running model as a Hugging Face directory in the layout of `source`; every rank calls it.
+
+    Rank 0 writes, cast to the dtypes of the layout; the others send it their slices, a block at a time. Raises
+    ExchangeError on every rank where the directory cannot be written; then nothing is left of it.
+    """
+    with agreed():
+        tensors = source.tensors(chunks[0].spec)
+    gatherer = _Gatherer(chunks, groups, source, tensors)
+    with agreed():
+        if groups.rank == 0:
+            try:
+                write_directory(Path(out), source, lambda *rows: gatherer.next_block())
+            finally:
+                gatherer.exhaust()  # after an error the others must not wait for ever
+        else:
+            gatherer.exhaust()
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """What a rank holds, as every rank knows it."""
+
+    rank: int
+    tp_rank: int
+    first: bool  # of the data-parallel and context-parallel replicas
+    names: frozenset[str]
+
+
+class _Gatherer:
+    """Blocks of the whole model's tensors on rank 0, sent by the ranks that hold them; all go through one order."""
+
+    def __init__(self, chunks: list[HybridModel], groups: Groups, source: Source, tensors: dict[str, HFTensor]):
+        self.groups, self.tensors = groups, tensors
+        self.table, self.dtype = parameters(chunks[0].spec), chunks[0].config.params_dtype
+        self.owner = {key: name for name, parameter in self.table.items() for key in parts(name, parameter)}
+        # A tied embedding may be there twice: the first chunk's counts.
+        self.local = {name: weight.detach() for chunk in reversed(chunks) for name, weight, _ in chunk.table()}
+        me = _Holder(groups.rank, groups.tp_rank, groups.dp_rank == groups.cp_rank == 0, frozenset(self.local))
+        holders: list[_Holder] = [me] * groups.world_size
+        dist.all_gather_object(holders, me)
+        self.holder = {(name, h.tp_rank): h.rank for h in reversed(holders) if h.first for name in h.names}
+        self.blocks = ((name, entry, *rows) for _, name, entry in source.entries() for rows in blocks(entry))
+
+    def next_block(self) -> Tensor:
+        """The next rows of the order, complete on rank 0, on the CPU."""
+        return self._gather(*next(self.blocks))
+
+    def exhaust(self) -> None:
+        """Do this rank's part of all blocks that are left."""
+        for block in self.blocks:
+            self._gather(*block)
+
+    def _gather(self, name: str, entry: Entry, start: int, stop: int) -> Tensor:
+        tensor, tp = self.tensors[name], self.groups.tp_size
+        tail = self.table[self.owner[tensor.runs[0].key]].shape[1:]
+        block = torch.empty((stop - start, *tail), dtype=entry.torch_dtype)
+        for run, row in runs_within(tensor, start, stop):
+            owner = self.owner[run.key]
+            parameter = self.table[owner]
+            for tp_rank in range(1 if parameter.tp_axis is None else tp):
+                for held, local_row in held_rows(owner, parameter, tp_rank, tp):
+                    if held.key == run.key and (shared := overlap(run, held)):
+                        at = row + shared.start - run.start
+                        target = block[at : at + shared.rows]
+                        if parameter.tp_axis == 1:
+                            target = target[:, held_columns(parameter, tp_rank, tp)]
+                        self._bring(owner, tp_rank, local_row + shared.start - held.start, target)
+        return block
+
+    @torch.no_grad()
+    def _bring(self, name: str, tp_rank: int, row: int, target: Tensor) -> None:
+        """Rows of a rank's parameter, from `row` on, into `target` on rank 0."""
+        rank, me = self.holder[name, tp_rank], self.groups.rank
+        if rank == me:
+            rows = self.local[name][row : row + target.shape[0]]
+            if me == 0:
+                target.copy_(rows)
+            else:
+                dist.send(rows.contiguous().flatten().view(torch.uint8), 0)
+        elif me == 0:
+            dtype = torch.float32 if self.table[name].fp32 else self.dtype
+            rows = torch.empty(target.shape, dtype=dtype, device=next(iter(self.local.values())).device)
+            dist.recv(rows.flatten().view(torch.uint8), rank)
+            target.copy_(rows)

@@ -32,10 +32,8 @@ class Places:
     def find(self, wanted: Run, row: int = 0) -> Iterator[Copy]:
         """Every piece of `wanted`, whose first row is row `row` of a tensor of ours."""
         for run, name, hf_row in self._runs[wanted.key]:
-            start = max(run.start, wanted.start)
-            end = min(run.start + run.rows, wanted.start + wanted.rows)
-            if start < end:
-                yield Copy(name, hf_row + start - run.start, row + start - wanted.start, end - start)
+            if shared := overlap(run, wanted):
+                yield Copy(name, hf_row + shared.start - run.start, row + shared.start - wanted.start, shared.rows)
 
 
 def held_rows(name: str, parameter: Parameter, rank: int, tp: int) -> Iterator[tuple[Run, int]]:
@@ -60,3 +58,19 @@ def held_columns(parameter: Parameter, rank: int, tp: int) -> slice:
         return slice(None)
     each = parameter.shape[1] // tp
     return slice(rank * each, (rank + 1) * each)
+
+
+def runs_within(tensor: HFTensor, start: int, stop: int) -> Iterator[tuple[Run, int]]:
+    """Rows [start, stop) of a Hugging Face tensor: which rows of which keys, and where they come in the result."""
+    hf_row = 0
+    for run in tensor.runs:
+        first, last = max(start, hf_row), min(stop, hf_row + run.rows)
+        if first < last:
+            yield Run(run.key, run.start + first - hf_row, last - first), first - start
+        hf_row += run.rows
+
+
+def overlap(run: Run, other: Run) -> Run | None:
+    """The rows that two runs of one key share."""
+    start, stop = max(run.start, other.start), min(run.start + run.rows, other.start + other.rows)
+    return Run(run.key, start, stop - start) if start < stop else None

@@ -4,6 +4,7 @@ Its layout (shard names, headers to the byte, side files) can be kept in a small
 same files again when the directory itself is gone.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -13,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from prism_mcore.convert.names import ExchangeError, HFTensor, Shape, hf_tensors
 from prism_mcore.model.spec import ModelSpec, UnsupportedModel, read_spec
-from prism_mcore.train.manifest import MANIFEST
+from prism_mcore.train.manifest import MANIFEST, sync_file, sync_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LAYOUT = "layout.json"
@@ -24,6 +26,7 @@ LAYOUT_VERSION = 1
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+TIED_ROWS = 4096  # compared at once
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -49,18 +52,23 @@ class Shard:
     entries: dict[str, Entry] = field(compare=False)  # in the order of their bytes
 
     @property
+    def data_start(self) -> int:
+        """Where in the file the bytes of the first tensor begin."""
+        return 8 + len(self.header.encode())
+
+    @property
     def size(self) -> int:
         """Bytes of the file."""
-        return 8 + len(self.header.encode()) + max((entry.end for entry in self.entries.values()), default=0)
+        return self.data_start + max((entry.end for entry in self.entries.values()), default=0)
 
 
 @dataclass(frozen=True)
 class Source:
     """A Hugging Face directory, or the layout of one that was kept."""
 
-    folder: Path  # of the side files
+    folder: Path
     shards: dict[str, Shard]  # by file name
-    side_files: tuple[str, ...]  # config, tokenizer, index: all that is copied as it is
+    side_files: tuple[Path, ...]  # config, tokenizer, index: all that is copied as it is
 
     @property
     def names(self) -> set[str]:
@@ -119,7 +127,7 @@ def read_source(folder: Path) -> Source:
         shards[file] = _read_shard(folder / file)
         if listed is not None:
             _check_listed(index, folder / file, set(listed), set(shards[file].entries))
-    return Source(folder, shards, tuple(_side_files(folder)))
+    return Source(folder, shards, tuple(side_files(folder)))
 
 
 def keep_source(source: Source, folder: Path) -> None:
@@ -127,11 +135,14 @@ def keep_source(source: Source, folder: Path) -> None:
     temporary = folder.with_name(f".tmp_{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name in source.side_files:
-        shutil.copyfile(source.folder / name, temporary / name)
+    for path in source.side_files:
+        shutil.copyfile(path, temporary / path.name)
     headers = {file: shard.header for file, shard in source.shards.items()}
     layout = {"version": LAYOUT_VERSION, "headers": headers}
     (temporary / LAYOUT).write_text(json.dumps(layout, indent=1), encoding="utf-8")
+    for path in temporary.iterdir():
+        sync_file(path)
+    sync_folder(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
@@ -146,8 +157,55 @@ def kept_source(folder: Path) -> Source:
     if version != LAYOUT_VERSION:
         raise ExchangeError(f"{folder / LAYOUT} has version {version}; this program reads version {LAYOUT_VERSION}")
     shards = {file: Shard(header, parse_header(header, folder / file)) for file, header in headers.items()}
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != LAYOUT)
-    return Source(folder, shards, tuple(names))
+    return Source(folder, shards, tuple(path for path in side_files(folder) if path.name != LAYOUT))
+
+
+class SourceTensors(contextlib.ExitStack):
+    """Rows of the tensors of a Hugging Face directory, read without mapping the files."""
+
+    def __init__(self, source: Source):
+        super().__init__()
+        self.source, self.descriptors = source, dict[str, int]()
+        self.places = {name: (file, entry) for file, name, entry in source.entries()}
+
+    def read(self, name: str, row: int, out: Tensor) -> None:
+        """Fill `out`, contiguous and of the tensor's dtype, with its rows from `row` on."""
+        file, entry = self.places[name]
+        if file not in self.descriptors:
+            self.descriptors[file] = os.open(self.source.folder / file, os.O_RDONLY)
+            self.callback(os.close, self.descriptors[file])
+        start = self.source.shards[file].data_start + entry.start + row * (entry.end - entry.start) // entry.shape[0]
+        read_exactly(self.descriptors[file], start, out, self.source.folder / file)
+
+    def check_tied(self, tensors: dict[str, HFTensor], start: int, stop: int) -> None:
+        """Raise ExchangeError where rows of an output layer differ from the embedding that it is tied to."""
+        for name, tensor in tensors.items():
+            if not tensor.optional:
+                continue
+            tied = next(n for n, other in tensors.items() if other.runs == tensor.runs and not other.optional)
+            for row in range(start, stop, TIED_ROWS):
+                if not torch.equal(*(self._rows(n, row, min(stop, row + TIED_ROWS)) for n in (name, tied))):
+                    raise ExchangeError(
+                        f"{self.source.folder / self.places[name][0]}: {name} differs from {tied}, but config.json"
+                        " says tie_word_embeddings=true; set it to false in a copy of the directory to keep both"
+                    )
+
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+        entry = self.places[name][1]
+        rows = torch.empty((stop - start, *entry.shape[1:]), dtype=entry.torch_dtype)
+        self.read(name, start, rows)
+        return rows
+
+
+def read_exactly(descriptor: int, start: int, out: Tensor, path: Path) -> None:
+    """Fill a contiguous tensor with the bytes of an open file from `start` on; `path` is what messages call it."""
+    data = memoryview(out.flatten().view(torch.uint8).numpy())
+    done = 0
+    while done < len(data):
+        count = os.preadv(descriptor, [data[done:]], start + done)
+        if count == 0:
+            raise ExchangeError(f"{path} ends before byte {start + len(data)}: it is truncated")
+        done += count
 
 
 def parse_header(header: str, file: Path) -> dict[str, Entry]:
@@ -213,12 +271,13 @@ def _check_listed(index: Path, path: Path, listed: set[str], found: set[str]) ->
         raise ExchangeError(f"{path} has {_some(extra)}, of which {index.name} says nothing")
 
 
-def _side_files(folder: Path) -> Iterable[str]:
+def side_files(folder: Path) -> Iterable[Path]:
+    """The files of a directory that are copied as they are: all but weights, their indices, manifests, hidden ones."""
     for path in sorted(folder.iterdir()):
         hidden, weights = path.name.startswith("."), path.name.endswith(WEIGHTS)
         index_of_others = path.name.endswith(".index.json") and path.name != INDEX
         if path.is_file() and not (hidden or weights or index_of_others or path.name == MANIFEST):
-            yield path.name
+            yield path
 
 
 def _no_safetensors(folder: Path) -> str:

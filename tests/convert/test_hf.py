@@ -17,6 +17,7 @@ LAYOUTS = {
     "tp2": (2, {"tp": 2}),
     "pp2": (2, {"pp": 2}),
     "pp2 x vpp2": (2, {"pp": 2, "vpp": 2}),
+    "tp2 x dp2": (4, {"tp": 2}),
     "tp2 x pp2": (4, {"tp": 2, "pp": 2}),
 }
 
@@ -79,3 +80,30 @@ def test_every_layout_reads_the_same_weights(directories, name, layout):
         wrong = [n for n in want if not torch.equal(weights[n], want[n].to(weights[n].dtype))]
         assert not wrong, wrong
         assert degrees.get("tp", 1) == 1 or all(row.eq(0).all() for row in padding)
+
+
+# --- there and back ---------------------------------------------------------------------------------------------------
+
+
+def load_and_save(groups, path, out, spec_name, dtype):
+    from prism_mcore.convert.hf import load_hf, save_hf
+    from prism_mcore.convert.source import read_source
+
+    chunks = chunks_for(groups, SPECS[spec_name], dtype)
+    load_hf(path, chunks, groups)
+    save_hf(chunks, groups, out, read_source(path))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_running_model_gives_back_the_same_files(directories, tmp_path, name, layout):
+    path, _ = directories[name]
+    world_size, degrees = LAYOUTS[layout]
+    run_ranks(world_size, load_and_save, path, tmp_path / "out", name, torch.bfloat16, **degrees)
+    assert_same_files(path, tmp_path / "out")
+
+
+def assert_same_files(path, out):
+    names = {file.name for file in path.iterdir()}
+    assert {file.name for file in out.iterdir()} == names | {"manifest.json"}
+    assert [name for name in sorted(names) if (path / name).read_bytes() != (out / name).read_bytes()] == []

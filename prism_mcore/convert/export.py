@@ -1,0 +1,142 @@
+"""Writing a Hugging Face directory from anything that gives rows of its tensors, in bounded memory."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prism_mcore.convert.files import HashedFile, HashThreads, new_directory
+from prism_mcore.convert.manifest import TensorRecord, tensor_record, write_export_manifest
+from prism_mcore.convert.names import hf_tensors
+from prism_mcore.convert.source import DTYPE_NAMES, INDEX, SINGLE, Entry, Shard, Source, parse_header
+from prism_mcore.model.spec import ModelSpec
+from prism_mcore.train.manifest import FileRecord
+
+BLOCK_BYTES = 32 * 2**20  # what is read, written and hashed at once
+SHARD_BYTES = 5 * 10**9  # of a model that did not come from Hugging Face
+
+ReadRows = Callable[[str, int, int], Tensor]  # (tensor, first row, end) -> those rows, on the CPU, in any dtype
+
+
+def write_directory(
+    out: Path, source: Source, read_rows: ReadRows, on_bytes: Callable[[int], None] = lambda size: None
+) -> None:
+    """Write a model in the layout of `source`, with its side files and a manifest, to a directory that is not there.
+
+    Rows are cast to the dtypes of the layout. on_bytes: told of the size of every block written. Raises ExchangeError
+    where the disk is full or cannot be written; then nothing is left behind.
+    """
+    with new_directory(out) as folder:
+        for path in source.side_files:
+            shutil.copyfile(path, folder / path.name)
+        files: dict[str, FileRecord] = {}
+        tensors: dict[str, dict[str, TensorRecord]] = {}
+        with HashThreads(2) as threads:
+            for name, shard in source.shards.items():
+                files[name], tensors[name] = _write_shard(folder / name, shard, threads, read_rows, on_bytes)
+        if (text := index_text(source)) is not None:
+            (folder / INDEX).write_text(text, encoding="utf-8")
+        write_export_manifest(folder, files, tensors)
+
+
+def _write_shard(
+    path: Path, shard: Shard, threads: HashThreads, read_rows: ReadRows, on_bytes: Callable[[int], None]
+) -> tuple[FileRecord, dict[str, TensorRecord]]:
+    digests = {name: hashlib.sha256() for name in shard.entries}
+    file = HashedFile(path, threads)
+    try:
+        header = shard.header.encode()
+        file.append(len(header).to_bytes(8, "little") + header)
+        for name, entry in shard.entries.items():
+            for start, stop in blocks(entry):
+                data = as_bytes(read_rows(name, start, stop).to(entry.torch_dtype))
+                file.append(data, digests[name])
+                on_bytes(len(data))
+    finally:
+        file.close()
+    return file.record, {name: tensor_record(entry, digests[name]) for name, entry in shard.entries.items()}
+
+
+def blocks(entry: Entry) -> Iterator[tuple[int, int]]:
+    """Rows [start, stop) of a tensor, about BLOCK_BYTES at a time."""
+    rows = entry.shape[0]
+    each = max(1, BLOCK_BYTES * rows // max(1, entry.end - entry.start))
+    for start in range(0, rows, each):
+        yield start, min(rows, start + each)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU; not copied where it is contiguous."""
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+# --- layouts that no directory gave -----------------------------------------------------------------------------------
+
+
+def conventional_source(
+    spec: ModelSpec, folder: Path, side_files: tuple[Path, ...], dtypes: dict[str, torch.dtype]
+) -> Source:
+    """The layout in which Hugging Face would write a model: the family's names, shards of at most 5 GB.
+
+    dtypes: of each tensor by Hugging Face's name. A tied output layer is left out.
+    """
+    tensors = {name: tensor for name, tensor in hf_tensors(spec).items() if not tensor.optional}
+    groups: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        bytes_ = torch.Size(tensor.shape).numel() * dtypes[name].itemsize
+        if groups[-1] and size + bytes_ > SHARD_BYTES:
+            groups.append({})
+            size = 0
+        groups[-1][name] = dtypes[name], tensor.shape
+        size += bytes_
+    # The order that safetensors itself writes: wide dtypes first, then by name.
+    ordered = [dict(sorted(group.items(), key=lambda item: (-item[1][0].itemsize, item[0]))) for group in groups]
+    if len(ordered) == 1:
+        return Source(folder, {SINGLE: make_shard(ordered[0], SINGLE)}, side_files)
+    names = [f"model-{i:05d}-of-{len(ordered):05d}.safetensors" for i in range(1, len(ordered) + 1)]
+    return Source(folder, {n: make_shard(g, n) for n, g in zip(names, ordered, strict=True)}, side_files)
+
+
+def in_fp32(source: Source) -> Source:
+    """The same layout with every tensor in fp32."""
+    shards = {}
+    for file, shard in source.shards.items():
+        tensors = {name: (torch.float32, entry.shape) for name, entry in shard.entries.items()}
+        shards[file] = make_shard(tensors, file, json.loads(shard.header).get("__metadata__"))
+    return replace(source, shards=shards, side_files=tuple(path for path in source.side_files if path.name != INDEX))
+
+
+def make_shard(
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], file: str, metadata: dict[str, str] | None = None
+) -> Shard:
+    """A shard of these tensors, (dtype, shape) by name, one after the other."""
+    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+    text += " " * (-len(text.encode()) % 8)  # data starts at a multiple of 8
+    return Shard(text, parse_header(text, Path(file)))
+
+
+def index_text(source: Source) -> str | None:
+    """The index to write beside the shards; None where there is one file, or the source's own index is copied."""
+    if INDEX in {path.name for path in source.side_files} or set(source.shards) == {SINGLE}:
+        return None
+    entries = list(source.entries())
+    index = {
+        "metadata": {
+            "total_parameters": sum(torch.Size(entry.shape).numel() for _, _, entry in entries),
+            "total_size": sum(entry.end - entry.start for _, _, entry in entries),
+        },
+        "weight_map": {name: file for file, name, _ in sorted(entries, key=lambda item: item[1])},
+    }
+    return json.dumps(index, indent=2) + "\n"
