@@ -117,14 +117,14 @@ def read_source(folder: Path) -> Source:
     if not folder.is_dir():
         raise ExchangeError(f"{folder} is not a directory; needed: one with config.json and safetensors files")
     index = folder / INDEX
-    files = _read_index(index) if index.is_file() else {SINGLE: None}
     if not index.is_file() and not (folder / SINGLE).is_file():
         raise ExchangeError(_no_safetensors(folder))
-    shards = {}
+    files = _read_index(index) if index.is_file() else {SINGLE: None}
     for file, listed in files.items():
         if not (folder / file).is_file():
-            raise ExchangeError(f"{index} names {file}, which is missing from {folder}")
-        shards[file] = _read_shard(folder / file)
+            raise ExchangeError(f"{index} names {file}, with {_some(listed or [])}; it is missing from {folder}")
+    shards = {file: _read_shard(folder / file) for file in files}
+    for file, listed in files.items():
         if listed is not None:
             _check_listed(index, folder / file, set(listed), set(shards[file].entries))
     return Source(folder, shards, tuple(side_files(folder)))
@@ -229,8 +229,8 @@ def parse_header(header: str, file: Path) -> dict[str, Entry]:
     return entries
 
 
-def _read_index(index: Path) -> dict[str, list[str]]:
-    """The files that the index names, in the order in which it names them first, and the tensors it puts in each."""
+def _read_index(index: Path) -> dict[str, list[str] | None]:
+    """The files that the index names, sorted, and the tensors it puts in each."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files: dict[str, list[str]] = {}
