@@ -1,7 +1,9 @@
 """The whole of mid-training in minutes on two CPU cores: `make demo`.
 
 Builds a corpus of real text, mid-trains a small hybrid on two tensor-parallel ranks, stops it half-way with a signal,
-goes on from the checkpoint, and draws the curves. Each step is a command that is printed and can be run by hand.
+goes on from the checkpoint, draws the curves, exports the model to Hugging Face's format, checks it against
+transformers, lets transformers write with it, and starts a run from it. Each step is a command that is printed and can
+be run by hand.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from prism_mcore.train.curves import plot_run, read_records
 from prism_mcore.train.metrics import STEPS_FILE, VALIDATION_FILE
 
 RUN = Path("runs/demo")
+HF = RUN / "hf"
 RECIPE = "launch/recipes/demo.yaml"
 DOMAINS = ("general", "code", "math", "science")
 TRAIN = [
@@ -55,7 +58,10 @@ def main() -> None:
     train()
     console.rule("4. what it learnt")
     report(stopped, settings.train.steps)
-    console.print(f"{(time.monotonic() - begun) / 60:.1f} minutes. Curves: {plot_run(RUN, {'resumed': stopped})}")
+    curves = plot_run(RUN, {"resumed": stopped})
+    console.rule("5. to Hugging Face, and back")
+    exchange()
+    console.print(f"{(time.monotonic() - begun) / 60:.1f} minutes. Curves: {curves}")
 
 
 def make_corpus() -> None:
@@ -85,6 +91,35 @@ def call(command: list[str]) -> None:
 
 def show(command: list[str]) -> None:
     console.print("$ " + shlex.join([Path(command[0]).name, *command[1:]]), style="bold", highlight=False)
+
+
+def exchange() -> None:
+    """Export, compare with transformers, write some text with transformers, and start a run from the export."""
+    tool = [sys.executable, "tools/convert_checkpoint.py", "to-hf", str(RUN), str(HF)]
+    call([*tool, "--tokenizer", str(RUN / "tokenizer"), "--verify"])
+    call([sys.executable, "tools/verify_hf.py", str(HF)])
+    write_text("User: What is 7 + 5?\nAssistant:")
+    settings = [
+        f"model.init={HF}",
+        "run.name=demo-from-hf",
+        "train.steps=20",
+        "optimizer.lr=3e-4",
+        "checkpoint.resume=false",
+    ]
+    call([*TRAIN, *settings])
+
+
+def write_text(prompt: str) -> None:
+    """A continuation by transformers, greedy, from the exported directory alone."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(HF)
+    model = transformers.AutoModelForCausalLM.from_pretrained(HF)
+    tokens = tokenizer(prompt, return_tensors="pt")
+    written = model.generate(**tokens, max_new_tokens=60, do_sample=False)
+    console.print("[bold]transformers writes:[/bold]")
+    console.print(tokenizer.decode(written[0], skip_special_tokens=True), highlight=False, markup=False)
 
 
 def train(stop_at: int | None = None) -> int:

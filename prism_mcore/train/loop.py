@@ -11,6 +11,8 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from prism_mcore import platform
 from prism_mcore.config import Settings, SettingsError, dump, resolve_spec
+from prism_mcore.convert.checkpoint import SOURCE, remember_source
+from prism_mcore.convert.hf import load_hf
 from prism_mcore.data.loader import DataLoader
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
 from prism_mcore.model.build import build_chunks
@@ -59,6 +61,7 @@ class Run:
     loader: DataLoader
     checkpoints: Checkpoints
     guard: Guard
+    resume_from: Path | None  # the newest undamaged checkpoint of the run, to go on from
 
 
 def train(run: Run) -> int:
@@ -118,8 +121,9 @@ def save(run: Run, step: int) -> None:
 
 
 def resume(run: Run) -> int:
-    """Load the newest undamaged checkpoint, given one and `checkpoint.resume`; returns the steps taken so far."""
-    if not run.settings.checkpoint.resume or (newest := newest_undamaged(run.checkpoints.folder)) is None:
+    """Load the checkpoint to go on from, where there is one; returns the steps taken so far."""
+    newest = run.resume_from
+    if newest is None:
         return 0
     batch, record = run.settings.train.global_batch, read_state(newest)
     if record["state"]["spec"] != spec_record(run.spec):
@@ -159,7 +163,10 @@ def build(settings: Settings, groups: Groups, device: torch.device) -> Run:
         sequence_parallel=parallel.sequence_parallel,
         recompute=frozenset(kind for kind, name in LAYER_NAMES.items() if name in train.recompute),
     )
-    set_initial_weights(settings, chunks, groups)
+    checkpoints = Checkpoints(settings.run_dir / "checkpoints", settings.checkpoint, groups)
+    resume_from = newest_undamaged(checkpoints.folder) if settings.checkpoint.resume else None
+    if resume_from is None:
+        set_initial_weights(settings, chunks, groups)
     wrapped = wrap(
         chunks,
         groups,
@@ -173,18 +180,24 @@ def build(settings: Settings, groups: Groups, device: torch.device) -> Run:
         wrapped,
         build_optimizer(wrapped, settings.optimizer, groups),
         loader,
-        Checkpoints(settings.run_dir / "checkpoints", settings.checkpoint, groups),
+        checkpoints,
         Guard(settings.guards, settings.run_dir, groups),
+        resume_from,
     )
 
 
 def set_initial_weights(settings: Settings, chunks: list[HybridModel], groups: Groups) -> None:
-    """Weights as `model.init` says: drawn from run.seed, or those of a checkpoint."""
-    if settings.model.init == "random":
+    """Weights as `model.init` says: drawn from run.seed, those of a Hugging Face directory, or of a checkpoint."""
+    init = settings.model.init
+    if init == "random":
         for chunk in chunks:
             chunk.initialise(settings.run.seed)
+    elif (Path(init) / "config.json").is_file():
+        load_hf(init, chunks, groups)
     else:
-        load_weights(checkpoint_of(settings.model.init), chunks, groups)
+        load_weights(checkpoint_of(init), chunks, groups)
+    if groups.rank == 0:  # what an export needs to know
+        remember_source(init, settings.model.spec, settings.run_dir / SOURCE)
 
 
 def checkpoint_of(path: str) -> Path:
@@ -192,7 +205,9 @@ def checkpoint_of(path: str) -> Path:
     for folder in (Path(path), Path(path) / "checkpoints"):
         if (found := folder if (folder / "state.json").is_file() else latest(folder)) is not None:
             return found
-    raise SettingsError(f"model.init={path} holds no checkpoint; give a run's folder, a checkpoint's, or random")
+    raise SettingsError(
+        f"model.init={path} holds neither a Hugging Face model nor a checkpoint; give a directory that does, or random"
+    )
 
 
 def models(chunks: list[DistributedDataParallel]) -> list[HybridModel]:
