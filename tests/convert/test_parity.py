@@ -130,6 +130,15 @@ def test_gradients_equal_transformers(saved, family, layout):
         assert [name for name in got if not close(got[name], want[name], 1e-4)] == []
 
 
+def test_strong_decays_keep_their_digits(tmp_path):
+    """32 heads, whose fastest forgets within a token: over a chunk the log decays sum to thousands."""
+    model = save_hf("granite-4.0-h-micro", tmp_path, mamba_n_heads=32, mamba_d_head=3, mamba_chunk_size=64)
+    with torch.no_grad():
+        want = model(input_ids=random_tokens(read_spec(tmp_path)), use_cache=False).logits
+    scores = run_ranks(1, our_scores, tmp_path, False)[0]
+    assert close(torch.stack([scores[i][1] for i in range(SEQUENCES)]), want)
+
+
 # What a reader of config.json could drop without an error: each must change the logits of its tiny model.
 BITES = [
     ("llama-3.1", {"rope_scaling": None}),
