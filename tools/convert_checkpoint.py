@@ -12,6 +12,7 @@ written.
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,10 @@ console = Console(stderr=True)
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        # "Transformer Engine and Apex are not installed": nothing here would use them.
+        warnings.simplefilter("ignore")
+        import prism_mcore.convert.checkpoint  # noqa: F401
     try:
         options.run(options)
     except (ValueError, OSError) as error:

@@ -49,7 +49,7 @@ def merge(checkpoints: list[str], out: Path, like: Path | None, console: Console
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Average(sources, shares) as average, Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=size)
-        write_directory(out, layout, average.rows, lambda done: progress.advance(bar, done))
+        write_directory(out, layout, average.fill, lambda done: progress.advance(bar, done))
     seconds = time.monotonic() - started
     console.print(
         f"{out}: {len(layout.names):,} tensors in {len(layout.shards)} files, {size / 1e9:.3g} GB in {seconds:.1f} s",
@@ -104,13 +104,14 @@ class Average(ExitStack):
         self.places = [{name: source.folder / file for file, name, _ in source.entries()} for source in sources]
         self.files: dict[Path, safe_open] = {}
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor, summed in fp32."""
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        """Fill `out` with the rows of a tensor from `start` on, summed in fp32."""
+        stop = start + out.shape[0]
         parts = (self._open(places[name]).get_slice(name)[start:stop].float() for places in self.places)
         total = next(parts) * self.shares[0]
         for part, share in zip(parts, self.shares[1:], strict=True):
             total.add_(part, alpha=share)
-        return total
+        out.copy_(total)
 
     def _open(self, path: Path) -> safe_open:
         if path not in self.files:

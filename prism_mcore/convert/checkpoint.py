@@ -1,10 +1,15 @@
 """Checkpoints on disk to Hugging Face directories and back: one process on a CPU, no process group, bounded memory."""
 
 import contextlib
+import functools
+import itertools
 import json
+import math
+import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,26 +26,28 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from prism_mcore.convert.export import conventional_source, in_fp32, write_directory
-from prism_mcore.convert.files import HashedFile, HashThreads, new_directory
+from prism_mcore.convert.files import Buffers, HashedFile, Workers, new_directory, read_ahead
 from prism_mcore.convert.layout import Places, runs_within
 from prism_mcore.convert.names import ExchangeError, HFTensor, Run, Shape, hf_tensors, keys, parts
 from prism_mcore.convert.source import (
     LAYOUT,
     Source,
     SourceTensors,
+    as_bytes,
     keep_source,
     kept_source,
     read_source,
     side_files,
 )
 from prism_mcore.convert.stored import StoredTensors
-from prism_mcore.model.parameters import Parameter, parameters
+from prism_mcore.model.parameters import parameters
 from prism_mcore.model.spec import ModelSpec, _find_config, read_spec
 from prism_mcore.plan.split import split_layers
 from prism_mcore.train.checkpoint import FORMAT_VERSION, LATEST, STATE, CheckpointError, latest, read_state, step_name
 from prism_mcore.train.manifest import FileRecord, damage, write_atomically, write_manifest
 
 SOURCE = "source"  # beside the checkpoints of a run or an import: where its weights came from
+PIECE_BYTES = 64 * 2**20  # of fp32: tensors are stored in pieces of about so many
 MASTER = "optimizer.state.param."  # the optimizer's fp32 copy of a key
 
 OnBytes = Callable[[int], None]
@@ -77,7 +84,7 @@ def plan_export(
         read_state(checkpoint)
     except CheckpointError as error:
         raise ExchangeError(str(error)) from error
-    if problems := damage(checkpoint):
+    if problems := _damage(checkpoint):
         raise ExchangeError(f"cannot export {checkpoint}: {'; '.join(problems)}")
     folder = config or source_of(checkpoint)
     with StoredTensors(checkpoint, MASTER if master else "") as stored:
@@ -96,12 +103,11 @@ def plan_export(
 
 
 def export_checkpoint(export: Export, out: Path, on_bytes: OnBytes = lambda size: None) -> None:
-    """Write what was planned to a directory that is not there; memory stays at a few blocks of 32 MiB."""
+    """Write what was planned to a directory that is not there; memory stays at a few blocks of 8 MiB."""
     tensors = export.source.tensors(export.spec)
-    dtypes = {name: entry.torch_dtype for _, name, entry in export.source.entries()}
     with StoredTensors(export.checkpoint, MASTER if export.master else "") as stored:
         write_directory(
-            out, export.source, lambda name, *rows: _read_rows(stored, tensors[name], dtypes[name], *rows), on_bytes
+            out, export.source, lambda name, start, rows: _read_rows(stored, tensors[name], start, rows), on_bytes
         )
 
 
@@ -140,18 +146,24 @@ def remember_source(init: str, spec: str | None, folder: Path) -> None:
         shutil.copyfile(_find_config(spec), folder / "config.json")
 
 
-def _read_rows(stored: StoredTensors, tensor: HFTensor, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-    tail = stored.shape(tensor.runs[0].key)[1:]  # conv1d.weight has one axis less than in the directory
-    block = torch.empty((stop - start, *tail), dtype=dtype)
-    for run, row in runs_within(tensor, start, stop):
-        target = block[row : row + run.rows]
-        if stored.dtype(run.key) == dtype:
+def _read_rows(stored: StoredTensors, tensor: HFTensor, start: int, out: Tensor) -> None:
+    out = out.view(out.shape[0], *stored.shape(tensor.runs[0].key)[1:])  # conv1d.weight has an axis of 1 more than ours
+    for run, row in runs_within(tensor, start, start + out.shape[0]):
+        target = out[row : row + run.rows]
+        if stored.dtype(run.key) == out.dtype:
             stored.read(run, target)
         else:
             read = torch.empty(target.shape, dtype=stored.dtype(run.key))
             stored.read(run, read)
             target.copy_(read)
-    return block
+
+
+def _damage(checkpoint: Path) -> list[str]:
+    """What is wrong with the files, hashed in several threads: hashing is slower than reading."""
+    threads = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(lambda part: damage(checkpoint, part, threads), range(threads))
+        return sorted({problem for problems in found for problem in problems})
 
 
 def _check_shapes(stored: StoredTensors, spec: ModelSpec) -> None:
@@ -197,7 +209,7 @@ def import_hf(plan: Import, out: Path, *, tp: int = 1, pp: int = 1, on_bytes: On
         <out>/latest
 
     tp, pp: write the files that so many ranks would; every layout can read them, but in this one a rank opens
-    hardly more than its own, and they are verified in parallel. Memory stays at the largest tensor, twice.
+    hardly more than its own, and they are verified in parallel. Memory stays at a few pieces of at most 64 MiB.
     """
     with new_directory(out) as folder, SourceTensors(plan.source) as reader:
         reader.check_tied(plan.tensors, 0, plan.spec.vocab_size)
@@ -206,8 +218,7 @@ def import_hf(plan: Import, out: Path, *, tp: int = 1, pp: int = 1, on_bytes: On
         keep_source(plan.source, folder / SOURCE)
         write_atomically(folder / LATEST, path.name)
         index = Metadata({}, storage_data={})
-        with HashThreads() as threads:
-            records = _write_tensors(path, plan, reader, index, tp, pp, threads, on_bytes)
+        records = _write_tensors(path, plan, reader, index, tp, pp, on_bytes)
         (path / ".metadata").write_bytes(pickle.dumps(index))
         save_config(CheckpointingConfig("torch_dist", 1), str(path))
         torch.save({}, path / "common.pt")
@@ -218,71 +229,88 @@ def import_hf(plan: Import, out: Path, *, tp: int = 1, pp: int = 1, on_bytes: On
 
 
 def _write_tensors(
-    path: Path,
-    plan: Import,
-    reader: SourceTensors,
-    index: Metadata,
-    tp: int,
-    pp: int,
-    threads: HashThreads,
-    on_bytes: OnBytes,
+    path: Path, plan: Import, reader: SourceTensors, index: Metadata, tp: int, pp: int, on_bytes: OnBytes
 ) -> dict[str, FileRecord]:
-    stages = _stages(plan.spec, pp)
-    places = Places(plan.tensors)
-    files: dict[str, HashedFile] = {}
-    with contextlib.ExitStack() as opened:
-        for name, parameter in parameters(plan.spec).items():
-            for key, shape in parts(name, parameter).items():
-                whole = _read_key(key, shape, places, reader)
-                chunks = []
-                for rank, offsets, piece in _pieces(whole, parameter, tp):
-                    file = f"__{stages(name) * tp + rank}_0.distcp"
-                    if file not in files:
-                        files[file] = opened.enter_context(contextlib.closing(HashedFile(path / file, threads)))
-                    start = files[file].size
-                    _save(piece, files[file])
-                    chunks.append(ChunkStorageMetadata(torch.Size(offsets), piece.shape))
-                    info = _StorageInfo(file, start, files[file].size - start)
-                    index.storage_data[MetadataIndex(key, offsets)] = info
-                    on_bytes(piece.nbytes)
-                properties = TensorProperties(dtype=whole.dtype)
-                index.state_dict_metadata[key] = TensorStorageMetadata(properties, whole.shape, chunks)
-    return {name: file.record for name, file in files.items()}
+    pieces = sorted(_pieces(plan, tp, pp), key=lambda piece: piece.file)
+    buffers, places = Buffers(3), Places(plan.tensors)  # one is read, one is waiting, one is written
+    tensors = read_ahead(functools.partial(_read_piece, piece, reader, places, buffers) for piece in pieces)
+    records = {}
+    with Workers() as workers, contextlib.closing(tensors):
+        for name, own in itertools.groupby(pieces, key=lambda piece: piece.file):
+            with contextlib.closing(HashedFile(path / name, workers)) as file:
+                for piece in own:
+                    tensor = next(tensors)
+                    _save(tensor, piece, file, index)
+                    on_bytes(tensor.nbytes)
+            records[name] = file.record
+    return records
 
 
-def _read_key(key: str, shape: Shape, places: Places, reader: SourceTensors) -> Tensor:
-    copies = list(places.find(Run(key, 0, shape[0])))
-    dtypes = [reader.places[copy.name][1].torch_dtype for copy in copies]
-    dtype = dtypes[0]
-    for other in dtypes:  # a directory that mixes them: the narrowest dtype that holds all
-        dtype = torch.promote_types(dtype, other)
-    whole = torch.empty(shape, dtype=dtype)
-    for copy, own in zip(copies, dtypes, strict=True):
-        target = whole[copy.row : copy.row + copy.rows]
-        read = target if own == dtype else torch.empty(target.shape, dtype=own)
-        reader.read(copy.name, copy.hf_row, read)
-        if read is not target:
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a key that is written at once."""
+
+    key: str
+    shape: Shape  # of the whole key
+    offsets: Shape
+    sizes: Shape
+    file: str
+
+
+def _pieces(plan: Import, tp: int, pp: int) -> Iterator[_Piece]:
+    """What `tp` x `pp` ranks would hold of every key, in runs of rows of PIECE_BYTES; a rank without rows has none."""
+    stage_of = _stages(plan.spec, pp)
+    for name, parameter in parameters(plan.spec).items():
+        for key, shape in parts(name, parameter).items():
+            axis = parameter.tp_axis
+            each = shape[0] if axis is None else -(-shape[axis] // tp)
+            for rank, start in enumerate(range(0, shape[axis or 0], each)):
+                begin = [start if i == axis else 0 for i in range(len(shape))]
+                end = [min(size, start + each) if i == axis else size for i, size in enumerate(shape)]
+                rows = max(1, PIECE_BYTES // (4 * math.prod(e - b for b, e in zip(begin[1:], end[1:], strict=True))))
+                for row in range(begin[0], end[0], rows):
+                    sizes = (min(rows, end[0] - row), *(e - b for b, e in zip(begin[1:], end[1:], strict=True)))
+                    yield _Piece(key, shape, (row, *begin[1:]), sizes, f"__{stage_of(name) * tp + rank}_0.distcp")
+
+
+def _read_piece(piece: _Piece, reader: SourceTensors, places: Places, buffers: Buffers) -> Tensor:
+    wanted = Run(piece.key, piece.offsets[0], piece.sizes[0])
+    dtype = _dtype_of(piece, reader, places)
+    out = buffers.take(piece.sizes, dtype)
+    for copy in places.find(wanted):
+        own = reader.places[copy.name][1].torch_dtype
+        target = out[copy.row : copy.row + copy.rows]
+        if own == dtype and piece.sizes[1:] == piece.shape[1:]:
+            reader.read(copy.name, copy.hf_row, target)
+        else:  # some of the columns, or another dtype
+            read = torch.empty((copy.rows, *piece.shape[1:]), dtype=own)
+            reader.read(copy.name, copy.hf_row, read)
+            for axis, (start, size) in enumerate(zip(piece.offsets[1:], piece.sizes[1:], strict=True), start=1):
+                read = read.narrow(axis, start, size)
             target.copy_(read)
-    return whole
+    return out
 
 
-def _pieces(whole: Tensor, parameter: Parameter, tp: int) -> Iterator[tuple[int, Shape, Tensor]]:
-    """(rank, offsets, contiguous piece) of a key as `tp` ranks would write it; a rank without rows writes none."""
-    if parameter.tp_axis is None:
-        yield 0, (0,) * whole.dim(), whole
-        return
-    start = 0
-    for rank, piece in enumerate(whole.split(-(-whole.shape[parameter.tp_axis] // tp), dim=parameter.tp_axis)):
-        offsets = tuple(start if axis == parameter.tp_axis else 0 for axis in range(whole.dim()))
-        yield rank, offsets, piece.clone() if tp > 1 else piece  # torch.save writes all of what this is a view of
-        start += piece.shape[parameter.tp_axis]
+def _dtype_of(piece: _Piece, reader: SourceTensors, places: Places) -> torch.dtype:
+    """The narrowest dtype that holds a key exactly: a directory may mix them, and q be bf16 where k is fp32."""
+    found = places.find(Run(piece.key, 0, piece.shape[0]))
+    return functools.reduce(torch.promote_types, {reader.places[copy.name][1].torch_dtype for copy in found})
 
 
-def _save(tensor: Tensor, file: HashedFile) -> None:
+def _save(tensor: Tensor, piece: _Piece, file: HashedFile, index: Metadata) -> None:
+    start = file.size
+    # torch.save writes all of what a tensor is a view of: give it one of exactly this memory.
+    exact = torch.frombuffer(as_bytes(tensor), dtype=tensor.dtype).view(tensor.shape)
     try:
-        torch.save(tensor.contiguous(), file)
+        torch.save(exact, file)
     except RuntimeError as error:  # torch makes of a full disk an assertion about positions
         raise file.error or error from error
+    offsets, sizes = torch.Size(piece.offsets), torch.Size(piece.sizes)
+    entry = index.state_dict_metadata.setdefault(
+        piece.key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(piece.shape), [])
+    )
+    entry.chunks.append(ChunkStorageMetadata(offsets, sizes))
+    index.storage_data[MetadataIndex(piece.key, offsets)] = _StorageInfo(piece.file, start, file.size - start)
 
 
 def _stages(spec: ModelSpec, pp: int) -> Callable[[str], int]:

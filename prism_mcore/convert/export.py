@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prism_mcore.convert.files import HashedFile, HashThreads, new_directory
+from prism_mcore.convert.files import BLOCK_BYTES, BLOCKS_WAITING, Buffers, HashedFile, Workers, new_directory
 from prism_mcore.convert.manifest import TensorRecord, tensor_record, write_export_manifest
 from prism_mcore.convert.names import hf_tensors
-from prism_mcore.convert.source import DTYPE_NAMES, INDEX, SINGLE, Entry, Shard, Source, parse_header
+from prism_mcore.convert.source import DTYPE_NAMES, INDEX, SINGLE, Entry, Shard, Source, as_bytes, parse_header
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.train.manifest import FileRecord
 
-BLOCK_BYTES = 32 * 2**20  # what is read, written and hashed at once
 SHARD_BYTES = 5 * 10**9  # of a model that did not come from Hugging Face
 
-ReadRows = Callable[[str, int, int], Tensor]  # (tensor, first row, end) -> those rows, on the CPU, in any dtype
+# (tensor, first row, out): fill `out`, [rows, ...] of the tensor's shape and dtype, with rows from the first on
+ReadRows = Callable[[str, int, Tensor], None]
 
 
 def write_directory(
@@ -29,7 +29,7 @@ def write_directory(
 ) -> None:
     """Write a model in the layout of `source`, with its side files and a manifest, to a directory that is not there.
 
-    Rows are cast to the dtypes of the layout. on_bytes: told of the size of every block written. Raises ExchangeError
+    on_bytes: told of the size of every block written. Raises ExchangeError
     where the disk is full or cannot be written; then nothing is left behind.
     """
     with new_directory(out) as folder:
@@ -37,25 +37,33 @@ def write_directory(
             shutil.copyfile(path, folder / path.name)
         files: dict[str, FileRecord] = {}
         tensors: dict[str, dict[str, TensorRecord]] = {}
-        with HashThreads(2) as threads:
+        buffers = Buffers(BLOCKS_WAITING + 2)
+        with Workers() as workers:
             for name, shard in source.shards.items():
-                files[name], tensors[name] = _write_shard(folder / name, shard, threads, read_rows, on_bytes)
+                files[name], tensors[name] = _write_shard(folder / name, shard, workers, buffers, read_rows, on_bytes)
         if (text := index_text(source)) is not None:
             (folder / INDEX).write_text(text, encoding="utf-8")
         write_export_manifest(folder, files, tensors)
 
 
 def _write_shard(
-    path: Path, shard: Shard, threads: HashThreads, read_rows: ReadRows, on_bytes: Callable[[int], None]
+    path: Path,
+    shard: Shard,
+    workers: Workers,
+    buffers: Buffers,
+    read_rows: ReadRows,
+    on_bytes: Callable[[int], None],
 ) -> tuple[FileRecord, dict[str, TensorRecord]]:
     digests = {name: hashlib.sha256() for name in shard.entries}
-    file = HashedFile(path, threads)
+    file = HashedFile(path, workers)
     try:
         header = shard.header.encode()
         file.append(len(header).to_bytes(8, "little") + header)
         for name, entry in shard.entries.items():
             for start, stop in blocks(entry):
-                data = as_bytes(read_rows(name, start, stop).to(entry.torch_dtype))
+                block = buffers.take((stop - start, *entry.shape[1:]), entry.torch_dtype)
+                read_rows(name, start, block)
+                data = as_bytes(block)
                 file.append(data, digests[name])
                 on_bytes(len(data))
     finally:
@@ -71,18 +79,17 @@ def blocks(entry: Entry) -> Iterator[tuple[int, int]]:
         yield start, min(rows, start + each)
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU; not copied where it is contiguous."""
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
-
-
 # --- layouts that no directory gave -----------------------------------------------------------------------------------
 
 
 def conventional_source(
-    spec: ModelSpec, folder: Path, side_files: tuple[Path, ...], dtypes: dict[str, torch.dtype]
+    spec: ModelSpec,
+    folder: Path,
+    side_files: tuple[Path, ...],
+    dtypes: dict[str, torch.dtype],
+    shard_bytes: int = SHARD_BYTES,
 ) -> Source:
-    """The layout in which Hugging Face would write a model: the family's names, shards of at most 5 GB.
+    """The layout in which Hugging Face would write a model: the family's names, shards of at most `shard_bytes`.
 
     dtypes: of each tensor by Hugging Face's name. A tied output layer is left out.
     """
@@ -91,7 +98,7 @@ def conventional_source(
     size = 0
     for name, tensor in tensors.items():
         bytes_ = torch.Size(tensor.shape).numel() * dtypes[name].itemsize
-        if groups[-1] and size + bytes_ > SHARD_BYTES:
+        if groups[-1] and size + bytes_ > shard_bytes:
             groups.append({})
             size = 0
         groups[-1][name] = dtypes[name], tensor.shape

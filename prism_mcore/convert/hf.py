@@ -121,7 +121,7 @@ def save_hf(chunks: list[HybridModel], groups: Groups, out: str | Path, source: 
     with agreed():
         if groups.rank == 0:
             try:
-                write_directory(Path(out), source, lambda *rows: gatherer.next_block())
+                write_directory(Path(out), source, lambda name, start, rows: gatherer.next_block(rows))
             finally:
                 gatherer.exhaust()  # after an error the others must not wait for ever
         else:
@@ -153,19 +153,20 @@ class _Gatherer:
         self.holder = {(name, h.tp_rank): h.rank for h in reversed(holders) if h.first for name in h.names}
         self.blocks = ((name, entry, *rows) for _, name, entry in source.entries() for rows in blocks(entry))
 
-    def next_block(self) -> Tensor:
-        """The next rows of the order, complete on rank 0, on the CPU."""
-        return self._gather(*next(self.blocks))
+    def next_block(self, out: Tensor) -> None:
+        """Fill `out` on rank 0 with the next rows of the order."""
+        self._gather(*next(self.blocks), out)
 
     def exhaust(self) -> None:
         """Do this rank's part of all blocks that are left."""
-        for block in self.blocks:
-            self._gather(*block)
+        for name, entry, start, stop in self.blocks:
+            self._gather(
+                name, entry, start, stop, torch.empty((stop - start, *entry.shape[1:]), dtype=entry.torch_dtype)
+            )
 
-    def _gather(self, name: str, entry: Entry, start: int, stop: int) -> Tensor:
+    def _gather(self, name: str, entry: Entry, start: int, stop: int, out: Tensor) -> None:
         tensor, tp = self.tensors[name], self.groups.tp_size
-        tail = self.table[self.owner[tensor.runs[0].key]].shape[1:]
-        block = torch.empty((stop - start, *tail), dtype=entry.torch_dtype)
+        block = out.view(stop - start, *self.table[self.owner[tensor.runs[0].key]].shape[1:])
         for run, row in runs_within(tensor, start, stop):
             owner = self.owner[run.key]
             parameter = self.table[owner]
@@ -177,7 +178,6 @@ class _Gatherer:
                         if parameter.tp_axis == 1:
                             target = target[:, held_columns(parameter, tp_rank, tp)]
                         self._bring(owner, tp_rank, local_row + shared.start - held.start, target)
-        return block
 
     @torch.no_grad()
     def _bring(self, name: str, tp_rank: int, row: int, target: Tensor) -> None:

@@ -199,13 +199,18 @@ class SourceTensors(contextlib.ExitStack):
 
 def read_exactly(descriptor: int, start: int, out: Tensor, path: Path) -> None:
     """Fill a contiguous tensor with the bytes of an open file from `start` on; `path` is what messages call it."""
-    data = memoryview(out.flatten().view(torch.uint8).numpy())
+    data = as_bytes(out)
     done = 0
     while done < len(data):
         count = os.preadv(descriptor, [data[done:]], start + done)
         if count == 0:
             raise ExchangeError(f"{path} ends before byte {start + len(data)}: it is truncated")
         done += count
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def parse_header(header: str, file: Path) -> dict[str, Entry]:

@@ -19,14 +19,7 @@ def export(tmp_path):
     save_hf("granite-4.0-h-micro", tmp_path / "in", dtype=torch.float16, max_shard_size="60KB")
     source = read_source(tmp_path / "in")
     with SourceTensors(source) as reader:
-
-        def read_rows(name, start, stop):
-            entry = reader.places[name][1]
-            rows = torch.empty((stop - start, *entry.shape[1:]), dtype=entry.torch_dtype)
-            reader.read(name, start, rows)
-            return rows
-
-        write_directory(tmp_path / "out", source, read_rows)
+        write_directory(tmp_path / "out", source, reader.read)
     return tmp_path / "out"
 
 

@@ -1,7 +1,9 @@
 """Checkpoints to Hugging Face and back through the command: to the byte, in one process, and nothing half-written."""
 
+import errno
 import importlib.util
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -55,8 +57,15 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("small_blocks", [False, True])
 @pytest.mark.parametrize(("family", "dtype", "shards", "layout"), CASES)
-def test_there_and_back_without_a_process_group(convert, tmp_path, family, dtype, shards, layout):
+def test_there_and_back_without_a_process_group(
+    convert, tmp_path, monkeypatch, family, dtype, shards, layout, small_blocks
+):
+    if small_blocks:  # real tensors are of many
+        monkeypatch.setattr("prism_mcore.convert.files.BLOCK_BYTES", 4096)
+        monkeypatch.setattr("prism_mcore.convert.export.BLOCK_BYTES", 5000)
+        monkeypatch.setattr("prism_mcore.convert.checkpoint.PIECE_BYTES", 6000)
     save_hf(family, tmp_path / "in", dtype=DTYPES[dtype], max_shard_size=shards)
     (tmp_path / "in" / "tokenizer_config.json").write_bytes(b'{ "a":1}\r\n')
     tp, pp = layout
@@ -65,6 +74,22 @@ def test_there_and_back_without_a_process_group(convert, tmp_path, family, dtype
     assert convert("to-hf", tmp_path / "ckpt", tmp_path / "out", "--verify") == 0
     assert_same_files(tmp_path / "elsewhere", tmp_path / "out")
     assert len(list((tmp_path / "ckpt" / "step_00000000").glob("*.distcp"))) <= tp * pp
+
+
+def test_a_file_system_that_cannot_write_past_the_page_cache(convert, tmp_path, monkeypatch):
+    """O_DIRECT is refused with EINVAL, as some file systems do: the same bytes through the cache."""
+    save_hf("llama-3.1", tmp_path / "in", dtype=torch.bfloat16)
+    plain_open = os.open
+
+    def refusing_open(path, flags, *rest, **named):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
+        return plain_open(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refusing_open)
+    assert convert("from-hf", tmp_path / "in", tmp_path / "ckpt") == 0
+    assert convert("to-hf", tmp_path / "ckpt", tmp_path / "out", "--verify") == 0
+    assert_same_files(tmp_path / "in", tmp_path / "out")
 
 
 def test_a_directory_that_mixes_dtypes(convert, tmp_path):
