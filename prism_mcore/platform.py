@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
+from prism_kernels.matmul import mm
+
 # A collective that waits longer than this ends the run. A killed peer is noticed at once (its sockets close); this
 # bound is for a peer that hangs. Nothing between two collectives of a run may take longer than this on any rank.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -119,6 +121,7 @@ def patch_megatron() -> None:
     _patch_rng()
     _patch_jit_fuser()
     _patch_tensor_types()
+    _patch_linear_products()
 
 
 def _keep_freed_memory() -> None:
@@ -260,6 +263,51 @@ def _patch_jit_fuser() -> None:
                 plain = getattr(value, "_torchdynamo_orig_callable", None)
                 if plain is not None:
                     setattr(module, attribute, plain)
+
+
+def _patch_linear_products() -> None:
+    """Upstream's linears call torch.matmul, which takes MKL for fp32 and halves the speed of an AMD processor.
+
+    The same autograd function, its three products through `prism_kernels.matmul`; goes when torch takes oneDNN there.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    layers.LinearWithGradAccumulationAndAsyncCommunication = _ParallelLinear
+
+
+class _ParallelLinear(torch.autograd.Function):
+    """x [t, 1, d] (t / tp of it where sequence-parallel) times weight [rows, d]; the gradient of x summed over tp."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, _fusion, allreduce_dgrad, sequence_parallel, _buffer, _limit, group):
+        ctx.save_for_backward(x, weight)
+        ctx.allreduce_dgrad, ctx.sequence_parallel, ctx.group = allreduce_dgrad, sequence_parallel, group
+        ctx.use_bias = bias is not None
+        whole = _gathered(x, group) if sequence_parallel else x
+        y = mm(whole.flatten(0, -2), weight.t())
+        y = torch.ops.aten._unsafe_view(y, (*whole.shape[:-1], len(weight)))  # as matmul: callers may write into it
+        return y if bias is None else y + bias
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        whole = _gathered(x, ctx.group) if ctx.sequence_parallel else x
+        rows = grad.flatten(0, -2)
+        grad_x = mm(rows, weight).view(whole.shape)
+        if ctx.allreduce_dgrad:
+            dist.all_reduce(grad_x, group=ctx.group)
+        elif ctx.sequence_parallel:
+            mine = torch.empty_like(x)
+            dist.reduce_scatter_tensor(mine, grad_x, group=ctx.group)
+            grad_x = mine
+        grad_weight = mm(rows.t(), whole.flatten(0, -2))
+        return grad_x, grad_weight, rows.sum(0) if ctx.use_bias else None, *[None] * 6
+
+
+def _gathered(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    whole = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+    dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
+    return whole
 
 
 def _patch_tensor_types() -> None:
