@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -48,6 +49,7 @@ from prism_mcore.train.manifest import FileRecord, damage, write_atomically, wri
 
 SOURCE = "source"  # beside the checkpoints of a run or an import: where its weights came from
 PIECE_BYTES = 64 * 2**20  # of fp32: tensors are stored in pieces of about so many
+FILE_BYTES = 2 * 10**9  # of fp32: ranks and threads share the verifying file by file
 MASTER = "optimizer.state.param."  # the optimizer's fp32 copy of a key
 
 OnBytes = Callable[[int], None]
@@ -260,6 +262,7 @@ class _Piece:
 def _pieces(plan: Import, tp: int, pp: int) -> Iterator[_Piece]:
     """What `tp` x `pp` ranks would hold of every key, in runs of rows of PIECE_BYTES; a rank without rows has none."""
     stage_of = _stages(plan.spec, pp)
+    written: Counter[int] = Counter()  # bytes of fp32 by rank
     for name, parameter in parameters(plan.spec).items():
         for key, shape in parts(name, parameter).items():
             axis = parameter.tp_axis
@@ -270,7 +273,10 @@ def _pieces(plan: Import, tp: int, pp: int) -> Iterator[_Piece]:
                 rows = max(1, PIECE_BYTES // (4 * math.prod(e - b for b, e in zip(begin[1:], end[1:], strict=True))))
                 for row in range(begin[0], end[0], rows):
                     sizes = (min(rows, end[0] - row), *(e - b for b, e in zip(begin[1:], end[1:], strict=True)))
-                    yield _Piece(key, shape, (row, *begin[1:]), sizes, f"__{stage_of(name) * tp + rank}_0.distcp")
+                    writer = stage_of(name) * tp + rank
+                    file = f"__{writer}_{written[writer] // FILE_BYTES}.distcp"
+                    written[writer] += 4 * math.prod(sizes)
+                    yield _Piece(key, shape, (row, *begin[1:]), sizes, file)
 
 
 def _read_piece(piece: _Piece, reader: SourceTensors, places: Places, buffers: Buffers) -> Tensor:
