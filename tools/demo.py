@@ -98,7 +98,7 @@ def exchange() -> None:
     tool = [sys.executable, "tools/convert_checkpoint.py", "to-hf", str(RUN), str(HF)]
     call([*tool, "--tokenizer", str(RUN / "tokenizer"), "--verify"])
     call([sys.executable, "tools/verify_hf.py", str(HF)])
-    write_text("User: What is 7 + 5?\nAssistant:")
+    write_text("User: How many neutrons are in a nucleus of lanthanum-128?\nAssistant:")
     settings = [
         f"model.init={HF}",
         "run.name=demo-from-hf",
