@@ -167,8 +167,7 @@ class HashedFile:
         """Return when everything is on the disk and hashed."""
         try:
             self.workers.finish()
-            # What is left fills no whole sector.
-            fcntl.fcntl(self.descriptor, fcntl.F_SETFL, fcntl.fcntl(self.descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
+            write_through_cache(self.descriptor)  # what is left fills no whole sector
             rest = self.block[: self.filled]
             write_all(self.descriptor, rest, self.size - self.filled)
             self.digest.update(rest)
@@ -200,4 +199,15 @@ def write_all(descriptor: int, data: Any, start: int) -> None:
     """Write all of some bytes at a place of a file."""
     view, done = memoryview(data), 0
     while done < len(view):
-        done += os.pwrite(descriptor, view[done:], start + done)
+        try:
+            done += os.pwrite(descriptor, view[done:], start + done)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not write_through_cache(descriptor):
+                raise
+
+
+def write_through_cache(descriptor: int) -> bool:
+    """Give up O_DIRECT, for bytes that its alignment does not allow; false where there is none to give up."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    return bool(flags & os.O_DIRECT)

@@ -145,11 +145,11 @@ class _Gatherer:
         self.groups, self.tensors = groups, tensors
         self.table, self.dtype = parameters(chunks[0].spec), chunks[0].config.params_dtype
         self.owner = {key: name for name, parameter in self.table.items() for key in parts(name, parameter)}
-        # A tied embedding may be there twice: the first chunk's counts.
-        self.local = {name: weight.detach() for chunk in reversed(chunks) for name, weight, _ in chunk.table()}
+        self.local = {name: weight.detach() for chunk in chunks for name, weight, _ in chunk.table()}
         me = _Holder(groups.rank, groups.tp_rank, groups.dp_rank == groups.cp_rank == 0, frozenset(self.local))
         holders: list[_Holder] = [me] * groups.world_size
         dist.all_gather_object(holders, me)
+        # Of a tied embedding, which the last stage has, too, the first stage's: it has the lower rank.
         self.holder = {(name, h.tp_rank): h.rank for h in reversed(holders) if h.first for name in h.names}
         self.blocks = ((name, entry, *rows) for _, name, entry in source.entries() for rows in blocks(entry))
 

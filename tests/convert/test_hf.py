@@ -171,6 +171,12 @@ def put_in_index(path, name, file):
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def forget_in_index(path, name):
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    del index["weight_map"][name]
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 Q = "model.layers.0.self_attn.q_proj.weight"
 SINGLE = {
     "wrong shape": (
@@ -221,6 +227,10 @@ SHARDED = {
         [r"index\.json", r"model-0000[14]-of-00004\.safetensors has", Q],
     ),
     "index does not name a tensor": (
+        lambda p: forget_in_index(p, Q),
+        [r"model-00001-of-00004\.safetensors has", Q, "says nothing"],
+    ),
+    "index names a tensor that is not there": (
         lambda p: put_in_index(p, "model.layers.0.x", "model-00001-of-00004.safetensors"),
         [r"index\.json", r"model\.layers\.0\.x", "it has not"],
     ),

@@ -154,15 +154,10 @@ def test_a_run_starts_from_an_import_as_from_the_directory(convert, tmp_path, fa
     for world_size, degrees in ((1, {}), (4, {"tp": 2, "pp": 2})):
         got = run_ranks(world_size, load_imported, step, tmp_path / "in", **degrees)
         want = run_ranks(world_size, load_directory, tmp_path / "in", **degrees)
-        vocabulary = read_spec(tmp_path / "in").vocab_size
-        for rank, (ours, theirs) in enumerate(zip(got, want, strict=True)):
+        for ours, theirs in zip(got, want, strict=True):
             for chunk, reference in zip(ours, theirs, strict=True):
                 assert chunk.keys() == reference.keys()
-                for name, tensor in chunk.items():
-                    rows = tensor.shape[0]
-                    if name in ("embedding.weight", "output.weight") and rank % 2:
-                        rows = vocabulary - rows  # padding is load_weights' own affair
-                    assert torch.equal(tensor[:rows], reference[name][:rows]), name
+                assert [n for n, tensor in chunk.items() if not torch.equal(tensor, reference[n])] == []
 
 
 def train_and_save(groups, path, folder, dtype, init, shift=0.0):
@@ -326,9 +321,11 @@ def test_masters_of_an_import(convert, capsys, tmp_path, imported):
     assert "it holds no fp32 masters" in line
 
 
+@pytest.mark.parametrize("block_bytes", [4096, 2**23])  # noticed in the middle of a tensor, and when the file is closed
 @pytest.mark.parametrize("command", ["from-hf", "to-hf"])
-def test_a_full_disk(convert, capsys, tmp_path, imported, command):
+def test_a_full_disk(convert, capsys, tmp_path, monkeypatch, imported, command, block_bytes):
     """RLIMIT_FSIZE stands in for it: the write fails in the same place, with EFBIG instead of ENOSPC."""
+    monkeypatch.setattr("prism_mcore.convert.files.BLOCK_BYTES", block_bytes)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
     try:
