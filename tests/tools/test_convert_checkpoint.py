@@ -17,6 +17,7 @@ from hf_models import FAMILIES, save_hf
 from ranks import run_ranks
 from safetensors.torch import load_file
 
+from prism_mcore.convert.source import read_source
 from prism_mcore.model.spec import read_spec
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -240,6 +241,9 @@ def test_a_model_from_random_weights_is_exported_as_transformers_would(convert, 
     )
     assert {n: t.shape for n, t in weights.items()} == {n: t.shape for n, t in theirs.items()}
     assert {t.dtype for t in weights.values()} <= {dtype, torch.float32}
+    if {t.dtype for t in weights.values()} == {dtype}:  # no A_log that a run keeps in fp32
+        (ours,), (reference,) = (read_source(tmp_path / n).shards.values() for n in ("out", "theirs"))
+        assert ours.header == reference.header
     _, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
 
