@@ -24,13 +24,10 @@ from rich.table import Table
 from prism_mcore import platform
 from prism_mcore.batch import PackedBatch
 from prism_mcore.config import Settings, SettingsError, load, num_micro_batches, resolve_spec, validate
-from prism_mcore.model.build import build_chunks
-from prism_mcore.model.ops import Ops
-from prism_mcore.model.spec import LAYER_NAMES, ModelSpec
+from prism_mcore.model.build import chunks_of
+from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups, init_groups
-from prism_mcore.plan.split import split_layers
 from prism_mcore.plan.throughput import flops_per_token, peak_flops
-from prism_mcore.train.loop import DTYPES
 from prism_mcore.train.metrics import peak_memory_gb
 from prism_mcore.train.optimizer import build_optimizer, update, wrap
 from prism_mcore.train.step import train_step
@@ -77,17 +74,7 @@ class Step:
     """A training step at the settings' shape, on the same synthetic batch every time."""
 
     def __init__(self, settings: Settings, spec: ModelSpec, groups: Groups, device: torch.device):
-        parallel, train = settings.parallel, settings.train
-        chunks = build_chunks(
-            spec,
-            split_layers(spec, parallel.pp, parallel.vpp, settings.data.seq_len, parallel.split),
-            groups,
-            Ops(settings.kernels, device),
-            dtype=DTYPES[settings.precision.dtype],
-            device=device,
-            sequence_parallel=parallel.sequence_parallel,
-            recompute=frozenset(kind for kind, name in LAYER_NAMES.items() if name in train.recompute),
-        )
+        chunks = chunks_of(settings, spec, groups, device)
         with torch.no_grad():
             for chunk in chunks:
                 for tensor in chunk.parameters():
@@ -96,7 +83,7 @@ class Step:
         self.chunks = wrap(
             chunks,
             groups,
-            optimizer_instances=parallel.optimizer_instances,
+            optimizer_instances=settings.parallel.optimizer_instances,
             overlap=device.type == "cuda" and groups.dp_size > 1,
         )
         self.optimizer = build_optimizer(self.chunks, settings.optimizer, groups)

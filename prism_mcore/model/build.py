@@ -3,11 +3,30 @@
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from prism_mcore.config import Settings
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.model.linear import Build
 from prism_mcore.model.ops import Ops
-from prism_mcore.model.spec import ModelSpec
+from prism_mcore.model.spec import LAYER_NAMES, ModelSpec
 from prism_mcore.parallel import Groups
+from prism_mcore.plan.split import split_layers
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def chunks_of(settings: Settings, spec: ModelSpec, groups: Groups, device: torch.device) -> list[HybridModel]:
+    """This rank's pipeline chunks as the settings cut the model, weights not yet set."""
+    parallel = settings.parallel
+    return build_chunks(
+        spec,
+        split_layers(spec, parallel.pp, parallel.vpp, settings.data.seq_len, parallel.split),
+        groups,
+        Ops(settings.kernels, device),
+        dtype=DTYPES[settings.precision.dtype],
+        device=device,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute=frozenset(kind for kind, name in LAYER_NAMES.items() if name in settings.train.recompute),
+    )
 
 
 def build_chunks(

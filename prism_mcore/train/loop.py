@@ -15,12 +15,10 @@ from prism_mcore.convert.checkpoint import SOURCE, remember_source
 from prism_mcore.convert.hf import load_hf
 from prism_mcore.data.loader import DataLoader
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
-from prism_mcore.model.build import build_chunks
+from prism_mcore.model.build import chunks_of
 from prism_mcore.model.hybrid import HybridModel
-from prism_mcore.model.ops import Ops
-from prism_mcore.model.spec import LAYER_NAMES, ModelSpec
+from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups, destroy_groups, init_groups
-from prism_mcore.plan.split import split_layers
 from prism_mcore.train.checkpoint import Checkpoints, latest, load, load_weights, newest_undamaged, read_state
 from prism_mcore.train.guards import Guard, GuardStop
 from prism_mcore.train.metrics import Metrics
@@ -31,7 +29,6 @@ from prism_mcore.train.step import train_step
 from prism_mcore.train.validation import validate
 
 log = logging.getLogger(__name__)
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def run(settings: Settings) -> int:
@@ -139,7 +136,7 @@ def resume(run: Run) -> int:
 
 def build(settings: Settings, groups: Groups, device: torch.device) -> Run:
     """Open the data, build this rank's part of the model with its initial weights, and its optimizer."""
-    spec, parallel, train = resolve_spec(settings), settings.parallel, settings.train
+    spec, train = resolve_spec(settings), settings.train
     loader = DataLoader(
         settings.data,
         vocab_size=spec.vocab_size,
@@ -153,16 +150,7 @@ def build(settings: Settings, groups: Groups, device: torch.device) -> Run:
     )
     for line in loader.report(train.steps * train.global_batch):
         log.info("%s", line)
-    chunks = build_chunks(
-        spec,
-        split_layers(spec, parallel.pp, parallel.vpp, settings.data.seq_len, parallel.split),
-        groups,
-        Ops(settings.kernels, device),
-        dtype=DTYPES[settings.precision.dtype],
-        device=device,
-        sequence_parallel=parallel.sequence_parallel,
-        recompute=frozenset(kind for kind, name in LAYER_NAMES.items() if name in train.recompute),
-    )
+    chunks = chunks_of(settings, spec, groups, device)
     checkpoints = Checkpoints(settings.run_dir / "checkpoints", settings.checkpoint, groups)
     resume_from = newest_undamaged(checkpoints.folder) if settings.checkpoint.resume else None
     if resume_from is None:
@@ -170,7 +158,7 @@ def build(settings: Settings, groups: Groups, device: torch.device) -> Run:
     wrapped = wrap(
         chunks,
         groups,
-        optimizer_instances=parallel.optimizer_instances,
+        optimizer_instances=settings.parallel.optimizer_instances,
         overlap=device.type == "cuda" and groups.dp_size > 1,
     )
     return Run(

@@ -17,12 +17,9 @@ from torch import Tensor
 from prism_mcore.batch import PackedBatch
 from prism_mcore.config import Settings, load, resolve_spec, validate
 from prism_mcore.convert.hf import load_hf
-from prism_mcore.model.build import build_chunks
+from prism_mcore.model.build import chunks_of
 from prism_mcore.model.hybrid import HybridModel
-from prism_mcore.model.ops import Ops
 from prism_mcore.parallel import Groups
-from prism_mcore.plan.split import split_layers
-from prism_mcore.train.loop import DTYPES
 from prism_mcore.train.step import to_device
 
 # (indices of b sequences, their log-probs [b, s - 1] fp32, their logits [b, s, v] fp32 if asked for), on the CPU
@@ -120,16 +117,7 @@ def model_from_hf(settings: Settings, groups: Groups, device: torch.device) -> l
 
     Raises ExchangeError, the same on every rank, where the directory cannot be read.
     """
-    parallel, spec = settings.parallel, resolve_spec(settings)
-    chunks = build_chunks(
-        spec,
-        split_layers(spec, parallel.pp, parallel.vpp, settings.data.seq_len, parallel.split),
-        groups,
-        Ops(settings.kernels, device),
-        dtype=DTYPES[settings.precision.dtype],
-        device=device,
-        sequence_parallel=parallel.sequence_parallel,
-    )
+    chunks = chunks_of(settings, resolve_spec(settings), groups, device)
     load_hf(settings.model.init, chunks, groups)
     return chunks
 

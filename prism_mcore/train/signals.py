@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 ask the run to finish its step, save and end; all ranks agree on the step."""
+"""SIGTERM, SIGUSR1 and Ctrl-C ask the run to finish its step, save and end; all ranks agree on the step."""
 
 import signal
 from types import FrameType
@@ -7,7 +7,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Signals:
