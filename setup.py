@@ -10,7 +10,7 @@ EXTRAS = {
     "rl": ["math-verify", "reasoning-gym"],
     # What the demo corpus is made of.
     "demo": ["reasoning-gym", "periodictable"],
-    "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-psutil"],
+    "dev": ["triton", "pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-psutil"],
 }
 
 setup(

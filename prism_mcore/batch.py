@@ -2,8 +2,11 @@
 
 # b sequences in a micro-batch, s tokens in a sequence, t = b * s tokens in all, row after row
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
@@ -36,3 +39,54 @@ class PackedBatch:
     num_tokens: int  # labels that count; 0 where labels is None
     source_ids: Tensor  # [b] int32: index into data.sources
     sample_ids: Tensor  # [b] int64: index of each sequence in the run's global order
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of an RL or evaluation set, rendered to tokens; `index` is its place in the mixture.
+
+    Prompt(17, "math", (1, 1128, 29, 9), "How much is 2 + 3?", {"reward": "math", "answer": "5"})
+    """
+
+    index: int
+    source: str  # the name of the prompt file's source, for metrics
+    tokens: tuple[int, ...]  # with BOS, as the model sees it
+    text: str  # as rendered, for people
+    record: dict[str, Any]  # the JSONL object: `reward`, `answer` and whatever else the reward reads
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response with all that training, scoring and inspection need. Caches are never part of it.
+
+    Rollout(prompt=17, group=3, sample=1, key=(0, 12, 17, 1), prompt_tokens=(1, 1128), tokens=(829, 2),
+            logprobs=[-0.31, -0.02], versions=[12, 12], temperature=1.0, finish="stop", stop_token=True,
+            verifier="ok", rewards={"correct": 1.0}, valid=True)
+    """
+
+    prompt: int  # Prompt.index
+    group: int  # its group's place in the step
+    sample: int  # its place in the group
+    key: tuple[int, int, int, int]  # (seed, step, prompt, sample): with a position, one uniform number
+    prompt_tokens: tuple[int, ...]
+    tokens: tuple[int, ...]  # the response; its last one is a stop id where stop_token
+    logprobs: np.ndarray  # [response] float32: log-softmax of logits / temperature, at sampling
+    versions: np.ndarray  # [response] int32: optimizer steps the weights had seen
+    temperature: float
+    finish: str  # "stop", "length" or "context"
+    stop_token: bool  # does the response end with a stop id?
+    verifier: str = "ok"  # "ok", "timeout" or "crash"
+    rewards: Mapping[str, float] = field(default_factory=dict)  # named parts; their sum is the reward
+    valid: bool = True  # False: counted in metrics, not in the loss nor in its group's mean and std
+
+    @property
+    def reward(self) -> float:
+        return float(sum(self.rewards.values()))
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """All samples of one prompt in one step."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]

@@ -1,14 +1,27 @@
 """Shared by all tests: `from ranks import run_ranks` works everywhere, and its processes end with the session."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+if not torch.cuda.is_available():  # before anything imports triton; ranks inherit it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import ranks
+
+from prism_kernels import interpreter
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bf16_in_the_interpreter() -> None:
+    if interpreter.active():
+        interpreter.install()
 
 
 @pytest.fixture(scope="session", autouse=True)

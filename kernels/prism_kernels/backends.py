@@ -1,35 +1,73 @@
 """The one table of which implementation each op uses, decided once at start."""
 
+import functools
+import importlib
 import importlib.util
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-# op -> implementation -> the package it needs ("" for none) in order of preference; Triton kernels join here.
-REFERENCE_ONLY = {"reference": ""}
-IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    "linear": {
-        "te": "transformer_engine",
-        "megatron": "",
-    },  # the column- and row-parallel linears around attention and MLP
-    "rms_norm": {"te": "transformer_engine", "reference": ""},
-    "attention": {"te": "transformer_engine", "reference": ""},
-    "gated_rms_norm": REFERENCE_ONLY,
-    "swiglu": REFERENCE_ONLY,
-    "squared_relu": REFERENCE_ONLY,
-    "rope": REFERENCE_ONLY,
-    "causal_conv1d": REFERENCE_ONLY,
-    "ssd_scan": REFERENCE_ONLY,
-    "linear_cross_entropy": REFERENCE_ONLY,
+from prism_kernels import interpreter
+
+log = logging.getLogger(__name__)
+
+# backend -> the package it needs, "" for none
+PACKAGES = {
+    "te": "transformer_engine",
+    "flash_attn": "flash_attn",
+    "mamba_ssm": "mamba_ssm",
+    "causal_conv1d": "causal_conv1d",
+    "apex": "apex",
+    "triton": "triton",
+    "megatron": "",
+    "reference": "",
+    "exact": "",
 }
-CUDA_ONLY = {"te"}
 INSTALL = {
     "te": "pip install 'transformer-engine[pytorch]'",
     "flash_attn": "pip install flash-attn",
     "mamba_ssm": "pip install mamba-ssm causal-conv1d",
+    "causal_conv1d": "pip install causal-conv1d",
+    "apex": "see github.com/NVIDIA/apex",
     "triton": "pip install triton",
 }
+CUDA_ONLY = {"te", "flash_attn", "mamba_ssm", "causal_conv1d", "apex"}
+REFERENCE = "prism_kernels.reference:"
+MODULE = ""  # not a function but a module of another library, built in model/linear.py or model/attention.py
+
+
+# op -> backend -> where its function is, in order of preference
+IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "linear": {"te": MODULE, "megatron": MODULE},  # the column- and row-parallel linears around attention and MLP
+    "rms_norm": {"te": MODULE, "triton": "prism_kernels.rms_norm:rms_norm", "reference": REFERENCE + "rms_norm"},
+    "gated_rms_norm": {
+        "triton": "prism_kernels.gated_rms_norm:gated_rms_norm",
+        "reference": REFERENCE + "gated_rms_norm",
+    },
+    "swiglu": {"triton": "prism_kernels.activations:swiglu", "reference": REFERENCE + "swiglu"},
+    "squared_relu": {"triton": "prism_kernels.activations:squared_relu", "reference": REFERENCE + "squared_relu"},
+    "rope": {"triton": "prism_kernels.rope:apply_rope", "reference": REFERENCE + "apply_rope"},
+    "causal_conv1d": {"triton": "prism_kernels.causal_conv1d:causal_conv1d", "reference": REFERENCE + "causal_conv1d"},
+    "conv_step": {"triton": "prism_kernels.causal_conv1d:conv_step", "reference": REFERENCE + "conv_step"},
+    "ssd_scan": {"triton": "prism_kernels.ssd_scan:ssd_scan", "reference": REFERENCE + "ssd_scan"},
+    "ssd_step": {"triton": "prism_kernels.ssd_step:ssd_step", "reference": REFERENCE + "ssd_step"},
+    "linear_cross_entropy": {
+        "triton": "prism_kernels.linear_cross_entropy:linear_cross_entropy",
+        "reference": REFERENCE + "linear_cross_entropy",
+    },
+    "attention": {"te": MODULE, "triton": "prism_kernels.attention:attention", "reference": REFERENCE + "attention"},
+    "attention_decode": {
+        "triton": "prism_kernels.attention_decode:attention_decode",
+        "reference": REFERENCE + "attention_decode",
+    },
+}
+
+
+class Uncovered(ValueError):
+    """A kernel does not cover these inputs (dtype, head_dim, alignment); raised before anything is launched."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +84,7 @@ Backends = dict[str, Choice]  # op -> its choice
 def select(overrides: Mapping[str, str], device: torch.device | str) -> Backends:
     """One backend per op, with the reason; `overrides` (op -> backend, "auto" for our choice) are obeyed or refused.
 
+    On a CPU, Triton's kernels run in its interpreter, which is for tests: only when asked for, with TRITON_INTERPRET=1.
     Errors: an unknown op, a backend that does not exist for the op or whose package is not installed.
     """
     unknown = [op for op in overrides if op not in IMPLEMENTATIONS]
@@ -54,21 +93,63 @@ def select(overrides: Mapping[str, str], device: torch.device | str) -> Backends
     return {op: _choose(op, overrides.get(op, "auto"), torch.device(device)) for op in IMPLEMENTATIONS}
 
 
+def function(op: str, backend: str) -> Callable[..., Any]:
+    """The function behind an op; where a kernel does not cover its inputs the reference is called, with one warning."""
+    implementation = _imported(IMPLEMENTATIONS[op][backend])
+    if backend in ("reference", "exact"):
+        return implementation
+    if backend == "triton" and interpreter.active():
+        interpreter.install()
+    return _with_fallback(op, implementation, _imported(IMPLEMENTATIONS[op]["reference"]))
+
+
+def _imported(place: str) -> Callable[..., Any]:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _with_fallback(op: str, kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    warned: set[str] = set()
+
+    @functools.wraps(kernel)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return kernel(*args, **kwargs)
+        except Uncovered as reason:
+            if str(reason) not in warned:
+                warned.add(str(reason))
+                log.warning("%s: %s; plain torch is used instead", op, reason)
+        return reference(*args, **kwargs)
+
+    return call
+
+
+def _missing(backend: str, device: torch.device) -> str | None:
+    """Why this backend cannot run here, or None."""
+    package = PACKAGES[backend]
+    if package and importlib.util.find_spec(package) is None:
+        return f"{package} is not installed: {INSTALL[backend]}"
+    if device.type != "cuda" and backend in CUDA_ONLY:
+        return f"it needs a GPU, the device is {device.type}"
+    if device.type != "cuda" and backend == "triton" and not interpreter.active():
+        return f"it needs a GPU, or TRITON_INTERPRET=1; the device is {device.type}"
+    return None
+
+
 def _choose(op: str, wanted: str, device: torch.device) -> Choice:
     table = IMPLEMENTATIONS[op]
-    available = [
-        name
-        for name, package in table.items()
-        if (not package or importlib.util.find_spec(package)) and (device.type == "cuda" or name not in CUDA_ONLY)
-    ]
+    missing = {backend: _missing(backend, device) for backend in table}
+    available = [backend for backend, why in missing.items() if why is None]
     if wanted == "auto":
+        on_request = {"exact"} | (set() if device.type == "cuda" else {"triton"})
+        chosen = next(backend for backend in available if backend not in on_request)
         only = "the only one" if len(table) == 1 else "the fastest one"
-        return Choice(available[0], f"{only} here for this op on {device.type}")
+        return Choice(chosen, f"{only} here for this op on {device.type}")
     if wanted in available:
         return Choice(wanted, f"asked for by kernels.{op}")
     message = f"kernels.{op}={wanted}: not available; available are {', '.join(available)}"
     if wanted in table:
-        message += f"; install it with: {INSTALL[wanted]}"
+        message += f"; {missing[wanted]}"
     elif wanted in INSTALL:
-        message += f" (this version has no {wanted} implementation of {op}, installed or not: {INSTALL[wanted]})"
+        message += f" (this version has no {wanted} implementation of {op}, installed or not)"
     raise ValueError(message)

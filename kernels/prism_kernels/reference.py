@@ -17,13 +17,16 @@ from torch import Tensor
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.precision import accumulate_dtype
 from prism_kernels.reference_attention import attention
+from prism_kernels.reference_decode import attention_decode, conv_step, ssd_step
 from prism_kernels.reference_loss import linear_cross_entropy
 from prism_kernels.reference_scan import ssd_recurrence, ssd_scan
 
 __all__ = [
     "apply_rope",
     "attention",
+    "attention_decode",
     "causal_conv1d",
+    "conv_step",
     "gated_rms_norm",
     "linear_cross_entropy",
     "rms_norm",
@@ -32,6 +35,7 @@ __all__ = [
     "squared_relu",
     "ssd_recurrence",
     "ssd_scan",
+    "ssd_step",
     "swiglu",
 ]
 

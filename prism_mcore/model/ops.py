@@ -5,20 +5,7 @@ from typing import Any
 
 import torch
 
-from prism_kernels import reference
-from prism_kernels.backends import Choice, select
-
-REFERENCE: dict[str, Callable[..., Any]] = {
-    "rms_norm": reference.rms_norm,
-    "gated_rms_norm": reference.gated_rms_norm,
-    "swiglu": reference.swiglu,
-    "squared_relu": reference.squared_relu,
-    "rope": reference.apply_rope,
-    "causal_conv1d": reference.causal_conv1d,
-    "ssd_scan": reference.ssd_scan,
-    "linear_cross_entropy": reference.linear_cross_entropy,
-    "attention": reference.attention,
-}
+from prism_kernels.backends import Choice, function, select
 
 
 class Ops:
@@ -32,4 +19,4 @@ class Ops:
         return self.choices[op].backend == "te"
 
     def __getitem__(self, op: str) -> Callable[..., Any]:
-        return REFERENCE[op]
+        return function(op, self.choices[op].backend)
