@@ -1,0 +1,29 @@
+"""Multiple choice: which letter does the response settle on?"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from prism_mcore.rl.rewards.format import boxed, final_answer
+
+_ANSWER = re.compile(r"answer\s*(?:is|:)?\s*\**\s*\(?([A-J])\b\)?", re.IGNORECASE)
+_LONE = re.compile(r"^\W*([A-J])\W*$|\(([A-J])\)|^([A-J])[.):]", re.MULTILINE)
+
+
+def choice(record: Mapping[str, Any], response: str) -> dict[str, float]:
+    """correct = 1 where the letter chosen is record["answer"]: the last boxed one, "answer: X", or a lone letter."""
+    chosen = chosen_letter(final_answer(response))
+    return {"correct": float(chosen is not None and chosen == str(record["answer"]).strip().strip("()").upper())}
+
+
+def chosen_letter(answer: str) -> str | None:
+    """The letter A to J that an answer settles on, or None."""
+    inside = boxed(answer)
+    if inside is not None:
+        letter = re.sub(r"\\text\w*|[{}().\s]", "", inside)
+        return letter.upper() if re.fullmatch(r"[A-Ja-j]", letter) else None
+    if found := _ANSWER.findall(answer):
+        return found[-1].upper()
+    if found := _LONE.findall(answer):
+        return next(letter for letter in found[-1] if letter)
+    return None

@@ -1,0 +1,220 @@
+"""A warm pool of processes that verify responses, each of which may hang, crash or eat memory and is then replaced."""
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from prism_mcore.rl.rewards.format import is_formatted, repeated_fraction
+from prism_mcore.rl.rewards.registry import REWARDS
+from prism_mcore.rl.rewards.settings import RewardSettings
+
+log = logging.getLogger(__name__)
+
+START_S = 120.0  # a worker may take this long to import its packages
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`Verdict(7, "ok", {"correct": 1.0})`; status "timeout" or "crash" comes with no parts."""
+
+    ticket: int
+    status: str
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen
+    deadline: float  # of its start, or of what it works on
+    ready: bool = False
+    ticket: int | None = None  # of what it works on
+    partial: bytes = b""
+
+
+class Verifier:
+    """`submit` a response as soon as it is finished, collect verdicts with `results`; closes its processes at the end.
+
+    A thread hands out work and keeps the time, so that verification goes on while the caller generates. A response
+    whose verification takes longer than timeout_s, or ends its process, gets a verdict that says so.
+    rewards: the names that prompts use, whose packages the processes import before any work.
+    """
+
+    def __init__(self, workers: int, timeout_s: float, rewards: Iterable[str] = ()):
+        self.timeout_s = timeout_s
+        self.packages = sorted({REWARDS[name].package for name in rewards} - {""})
+        self.outstanding = 0
+        self._failure: BaseException | None = None
+        self._waiting: deque[tuple[int, bytes]] = deque()
+        self._submitted: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
+        self._verdicts: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
+        self._wake_out, self._wake_in = os.pipe()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_out, selectors.EVENT_READ)
+        self._workers = [self._start() for _ in range(workers)]
+        self._thread = threading.Thread(target=self._work, name="verifier", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Verifier":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, ticket: int, record: Mapping[str, Any], response: str) -> None:
+        """Verify a response by record["reward"]; its verdict will carry the ticket, which must be of no other."""
+        task = {"ticket": ticket, "reward": record["reward"], "record": dict(record), "response": response}
+        self.outstanding += 1
+        self._submitted.put((ticket, json.dumps(task).encode() + b"\n"))
+        os.write(self._wake_in, b".")
+
+    def results(self, block: bool = False) -> list[Verdict]:
+        """Verdicts that are there; with `block`, all those still outstanding."""
+        found = []
+        while self.outstanding:
+            try:
+                verdict = self._verdicts.get(block)
+            except queue.Empty:
+                break
+            if verdict is None:
+                raise RuntimeError("the verifier has stopped") from self._failure
+            found.append(verdict)
+            self.outstanding -= 1
+        return found
+
+    def close(self) -> None:
+        """End every process; nothing can be submitted any more."""
+        if self._thread.is_alive():
+            self._submitted.put(None)
+            os.write(self._wake_in, b".")
+            self._thread.join()
+            os.close(self._wake_in)
+
+    # The rest runs in the thread.
+
+    def _work(self) -> None:
+        try:
+            while self._take_submitted():
+                self._hand_out()
+                for key, _ in self._selector.select(self._patience()):
+                    if key.data is None:
+                        os.read(self._wake_out, 1 << 16)
+                    else:
+                        self._read(key.data)
+                self._end_late()
+        except BaseException as failure:
+            self._failure = failure
+        finally:
+            self._verdicts.put(None)
+            for worker in self._workers:
+                self._stop(worker)
+            self._selector.close()
+            os.close(self._wake_out)
+
+    def _take_submitted(self) -> bool:
+        while True:
+            try:
+                task = self._submitted.get_nowait()
+            except queue.Empty:
+                return True
+            if task is None:
+                return False
+            self._waiting.append(task)
+
+    def _hand_out(self) -> None:
+        for worker in self._workers:
+            if worker.ready and worker.ticket is None and self._waiting:
+                worker.ticket, line = self._waiting.popleft()
+                worker.deadline = time.monotonic() + self.timeout_s
+                assert worker.process.stdin is not None
+                with contextlib.suppress(BrokenPipeError):  # its end shows when it is read from
+                    worker.process.stdin.write(line)
+                    worker.process.stdin.flush()
+
+    def _patience(self) -> float | None:
+        deadlines = [worker.deadline for worker in self._workers if worker.ticket is not None or not worker.ready]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _read(self, worker: _Worker) -> None:
+        assert worker.process.stdout is not None
+        data = os.read(worker.process.stdout.fileno(), 1 << 16)
+        if not data:
+            return self._lose(worker, "crash")
+        worker.partial += data
+        while b"\n" in worker.partial:
+            line, worker.partial = worker.partial.split(b"\n", 1)
+            if line:
+                self._answer(json.loads(line))
+            worker.ready, worker.ticket = True, None
+
+    def _answer(self, answer: dict[str, Any]) -> None:
+        if answer["error"]:
+            log.warning("a verifier failed on a response, which is masked: %s", answer["error"])
+        self._verdicts.put(Verdict(answer["ticket"], answer["status"], answer["parts"]))
+
+    def _end_late(self) -> None:
+        for worker in list(self._workers):
+            if (worker.ticket is not None or not worker.ready) and time.monotonic() > worker.deadline:
+                self._lose(worker, "timeout")
+
+    def _lose(self, worker: _Worker, status: str) -> None:
+        self._stop(worker)
+        if not worker.ready:
+            packages = " and ".join(self.packages) or "the rewards"
+            raise RuntimeError(f"a verifier process could not import {packages}: pip install 'prism_mcore[rl]'")
+        if worker.ticket is not None:
+            self._verdicts.put(Verdict(worker.ticket, status))
+        self._workers[self._workers.index(worker)] = self._start()
+
+    def _start(self) -> _Worker:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prism_mcore.rl.rewards.worker", *self.packages],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the run, which then ends these
+        )
+        worker = _Worker(process, time.monotonic() + START_S)
+        assert process.stdout is not None
+        self._selector.register(process.stdout, selectors.EVENT_READ, worker)
+        return worker
+
+    def _stop(self, worker: _Worker) -> None:
+        process = worker.process
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(process.stdout)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        process.stdout.close()
+
+
+def reward_parts(
+    verdict: Verdict, response: str, tokens: tuple[int, ...], stop_token: bool, settings: RewardSettings
+) -> dict[str, float]:
+    """The parts whose sum is a response's reward: what its verdict says, the format rule, and the penalties.
+
+    {"correct": 1.0, "stop_token": 0.0, "repetition": -0.02}. Source: PRISM, arXiv 2603.17074, appendix D; it does not
+    give the size of its penalties. The repetition penalty is proportional, as in arXiv 2502.03373.
+    """
+    counts = not settings.require_think or is_formatted(response)
+    parts = {name: value if counts else 0.0 for name, value in verdict.parts.items()}
+    if settings.stop_token_penalty:
+        parts["stop_token"] = 0.0 if stop_token else -settings.stop_token_penalty
+    if settings.repetition_penalty:
+        parts["repetition"] = -settings.repetition_penalty * repeated_fraction(tokens, settings.repetition_ngram)
+    return parts

@@ -1,0 +1,38 @@
+"""The process that verifies responses: one JSON object per line in, one out. Started and killed by verifier.py."""
+
+import importlib
+import json
+import os
+import resource
+import sys
+
+MEMORY_BYTES = 4 << 30  # an expression that explodes ends this process, not the machine
+
+
+def main() -> None:
+    """Answer {"ticket", "reward", "record", "response"} with {"ticket", "status", "parts", "error"} until stdin ends.
+
+    Arguments: packages to import first. The first line out is empty: ready.
+    """
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not be taken for an answer
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    from prism_mcore.rl.rewards import REWARDS
+
+    for package in sys.argv[1:]:
+        importlib.import_module(package)
+    out.write("\n")
+    out.flush()
+    for line in sys.stdin:
+        task = json.loads(line)
+        answer = {"ticket": task["ticket"], "status": "ok", "parts": {}, "error": ""}
+        try:
+            answer["parts"] = REWARDS[task["reward"]].function(task["record"], task["response"])
+        except Exception as error:  # whatever a response makes a library do costs that response alone
+            answer |= {"status": "crash", "error": f"{type(error).__name__}: {error}"[:500]}
+        out.write(json.dumps(answer) + "\n")
+        out.flush()
+
+
+if __name__ == "__main__":
+    main()

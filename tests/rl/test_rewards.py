@@ -1,0 +1,138 @@
+"""Rewards on responses whose verdict is plain, and the pool that survives those whose verification is not."""
+
+import os
+import time
+
+import pytest
+
+from prism_mcore.rl.rewards import REWARDS, Reward
+from prism_mcore.rl.rewards.choice import chosen_letter
+from prism_mcore.rl.rewards.format import final_answer, is_formatted, repeated_fraction
+from prism_mcore.rl.rewards.settings import RewardSettings
+from prism_mcore.rl.rewards.verifier import Verdict, Verifier, reward_parts
+
+
+@pytest.mark.parametrize(
+    ("response", "formatted"),
+    [
+        ("<think>2 + 2 = 4</think> 4", True),
+        (" <think>\n</think>\nfour", True),
+        ("4", False),
+        ("<think>2 + 2</think>", False),
+        ("<think>2 + 2 = 4", False),
+        ("So: <think>2 + 2</think> 4", False),
+        ("<think>a</think> <think>b</think> 4", False),
+        ("</think> 4 <think>", False),
+    ],
+)
+def test_the_format_is_thinking_then_an_answer(response, formatted):
+    assert is_formatted(response) is formatted
+
+
+def test_the_final_answer_follows_the_reasoning():
+    assert final_answer("<think>not 3</think> 4 ") == "4"
+    assert final_answer("<think>3, still thinking") == ""
+    assert final_answer("just 4") == "just 4"
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "correct"),
+    [
+        ("1/2", r"<think>x</think> The answer is \boxed{\frac{2}{4}}.", 1.0),
+        ("0.5", r"so we get $\frac12$", 1.0),
+        (r"\frac{1}{2}", r"\boxed{0.25}", 0.0),
+        ("17", "<think>17</think> 18", 0.0),
+        ("17", "<think>it is 17", 0.0),
+        ("x^2+1", r"\boxed{1 + x^{2}}", 1.0),
+        ("7", "", 0.0),
+        ("7", r"first \boxed{8}, no: \boxed{7}", 1.0),
+    ],
+)
+def test_mathematics_compares_expressions(answer, response, correct):
+    assert REWARDS["math"].function({"answer": answer}, response) == {"correct": correct}
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("The answer is (B).", "B"),
+        (r"\boxed{\text{c}}", "C"),
+        ("Answer: **D**", "D"),
+        ("(A) is wrong, so (C)", "C"),
+        ("B", "B"),
+        ("A cat sat", None),
+        ("answer: because", None),
+        (r"\boxed{AB}", None),
+    ],
+)
+def test_a_choice_is_the_letter_settled_on(answer, letter):
+    assert chosen_letter(answer) == letter
+    assert REWARDS["choice"].function({"answer": "B"}, answer)["correct"] == float(letter == "B")
+
+
+def test_reasoning_gym_scores_with_its_own_scorers():
+    record = {"question": "4 + 3 = ?", "answer": "7", "metadata": {"source_dataset": "chain_sum"}}
+    assert REWARDS["gym"].function(record, "<think>4 + 3 = 7</think> 7") == {"correct": 1.0}
+    assert REWARDS["gym"].function(record, "<think>4 + 3 = 7</think> 8")["correct"] < 0.1
+
+
+def test_repetition_is_the_share_of_ngrams_seen_before():
+    assert repeated_fraction([1, 2, 3, 4], 2) == 0.0
+    assert repeated_fraction([1, 2, 1, 2, 1, 2], 2) == pytest.approx(1 - 2 / 5)
+    assert repeated_fraction([1], 2) == 0.0
+
+
+def test_parts_follow_the_format_rule_and_the_penalties():
+    settings = RewardSettings(stop_token_penalty=0.5, repetition_penalty=0.25, repetition_ngram=1)
+    right = Verdict(0, "ok", {"correct": 1.0})
+    thought = reward_parts(right, "<think>a</think> 4", (1, 2, 3, 4), True, settings)
+    assert thought == {"correct": 1.0, "stop_token": 0.0, "repetition": 0.0}
+    bare = reward_parts(right, "4 4", (1, 1), False, settings)
+    assert bare == {"correct": 0.0, "stop_token": -0.5, "repetition": -0.125}
+
+
+def misbehave(record, response):
+    """A reward that does to its worker what the response says."""
+    if response == "hang":
+        time.sleep(60)
+    if response == "die":
+        os._exit(3)
+    if response == "raise":
+        raise ValueError("what is this?")
+    print("libraries print, too")
+    return {"correct": 1.0}
+
+
+@pytest.fixture
+def misbehaving(tmp_path, monkeypatch):
+    """A worker process that knows one more reward: Python runs this folder's sitecustomize when it starts."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        "from test_rewards import misbehave\n"
+        "from prism_mcore.rl.rewards import REWARDS, Reward\n"
+        "REWARDS['misbehave'] = Reward(misbehave, ())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(REWARDS, "misbehave", Reward(misbehave, ()))
+
+
+def test_a_response_that_hangs_dies_or_raises_costs_itself_alone(misbehaving):
+    with Verifier(workers=2, timeout_s=1.0, rewards=["misbehave"]) as verifier:
+        responses = ["fine", "hang", "die", "fine", "raise", "fine", "hang", "fine"]
+        for ticket, response in enumerate(responses):
+            verifier.submit(ticket, {"reward": "misbehave"}, response)
+        verdicts = {verdict.ticket: verdict for verdict in verifier.results(block=True)}
+        assert verifier.results() == [] and verifier.outstanding == 0
+    expected = {"fine": "ok", "hang": "timeout", "die": "crash", "raise": "crash"}
+    assert [verdicts[i].status for i in range(len(responses))] == [expected[r] for r in responses]
+    assert all(verdict.parts == ({"correct": 1.0} if verdict.status == "ok" else {}) for verdict in verdicts.values())
+    assert not any(worker.process.poll() is None for worker in verifier._workers)
+
+
+def test_workers_that_cannot_start_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(REWARDS, "missing", Reward(misbehave, (), "no_such_package"))
+    with Verifier(workers=1, timeout_s=1.0, rewards=["missing"]) as verifier:
+        verifier.submit(0, {"reward": "missing"}, "x")
+        with pytest.raises(RuntimeError, match="stopped") as error:
+            verifier.results(block=True)
+    assert "no_such_package: pip install" in str(error.value.__cause__)
