@@ -1,0 +1,201 @@
+"""Prompts with verifiable answers: JSONL files, rendered to tokens, mixed by weight, the same order in every layout."""
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from prism_mcore.batch import Prompt
+from prism_mcore.data.corpus import render_chat
+from prism_mcore.data.mixture import Mixture
+from prism_mcore.data.order import key_of, permute
+from prism_mcore.rl.rewards import REWARDS
+
+_ENCODE_AT_ONCE = 1 << 12  # texts
+
+
+class PromptSource(Protocol):
+    """One of `rl.prompts`."""
+
+    path: str  # JSONL
+    weight: float
+    name: str  # for metrics; "": the file's
+
+
+class PromptError(ValueError):
+    """A prompt file that cannot be used; the message names file and line, what was got and what is needed."""
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """One file: where its lines are and their tokens; 300,000 prompts of 200 tokens take 240 MB."""
+
+    name: str
+    path: Path
+    lines: np.ndarray  # [n] int64: byte offset of each prompt's line
+    tokens: np.ndarray  # int32, of all prompts in order
+    ends: np.ndarray  # [n + 1] int64: prompt i is tokens[ends[i]:ends[i + 1]]
+    rewards: frozenset[str]  # names that occur
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def record(self, number: int) -> dict[str, Any]:
+        """The JSON object of prompt `number`."""
+        with self.path.open("rb") as file:
+            file.seek(self.lines[number])
+            return json.loads(file.readline())
+
+    def prompt(self, number: int, index: int) -> Prompt:
+        record = self.record(number)
+        tokens = tuple(self.tokens[self.ends[number] : self.ends[number + 1]].tolist())
+        return Prompt(index, self.name, tokens, render(record), record)
+
+
+class PromptSet:
+    """Files mixed by weight. Which prompt is k-th is a pure function of (seed, k): each file is shuffled anew for each
+    pass over it, and every prefix of the run is within one prompt of each file's share.
+    """
+
+    def __init__(self, files: Sequence[PromptFile], weights: Sequence[float], seed: int):
+        self.files, self.seed = list(files), seed
+        self.mixture = Mixture(weights)
+        self._starts = np.cumsum([0, *map(len, self.files)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def rewards(self) -> frozenset[str]:
+        """Names of the rewards that the prompts ask for."""
+        return frozenset().union(*(file.rewards for file in self.files))
+
+    def batch(self, step: int, size: int) -> list[Prompt]:
+        """The `size` prompts of a step, steps counted from 1."""
+        samples = np.arange((step - 1) * size, step * size)
+        sources, ordinals = self.mixture.locate(samples)
+        return [self._shuffled(int(s), int(o)) for s, o in zip(sources, ordinals, strict=True)]
+
+    def first(self, count: int) -> list[Prompt]:
+        """The first `count` prompts in the files' own order, file by file in turn; fewer where there are no more."""
+        places = sorted((n, f) for f, file in enumerate(self.files) for n in range(min(len(file), count)))
+        return [self._prompt(f, n) for n, f in places[:count]]
+
+    def _shuffled(self, source: int, ordinal: int) -> Prompt:
+        size = len(self.files[source])
+        epoch, place = divmod(ordinal, size)
+        number = permute(np.array([place]), size, key_of(self.seed, source, epoch)) if size > 1 else [0]
+        return self._prompt(source, int(number[0]))
+
+    def _prompt(self, source: int, number: int) -> Prompt:
+        return self.files[source].prompt(number, int(self._starts[source]) + number)
+
+
+def load_prompts(
+    sources: Sequence[PromptSource], tokenizer: Any, *, vocab_size: int, longest: int, seed: int
+) -> PromptSet:
+    """Read, check and tokenize every prompt of `sources`, before anything expensive starts.
+
+    tokenizer: a Hugging Face fast tokenizer, which adds BOS where it does so itself. longest: tokens a prompt may have.
+    Raises PromptError for a file that is missing or empty, a line that is no JSON object or lacks `prompt`/`messages`,
+    `reward` or what that reward needs, an unknown reward, one whose package is not installed, an empty prompt, a prompt
+    that is too long, and a tokenizer that does not fit the model.
+    """
+    if not sources:
+        raise PromptError("rl.prompts is empty; give at least one {path, weight, name}")
+    if len(tokenizer) > vocab_size:
+        raise PromptError(
+            f"the tokenizer has {len(tokenizer):,} tokens, the model's vocabulary {vocab_size:,}: they do not belong"
+            " together; give rl.tokenizer the model's own"
+        )
+    files = [_read(source, tokenizer, longest) for source in sources]
+    return PromptSet(files, [source.weight for source in sources], seed)
+
+
+def render(record: Mapping[str, Any]) -> str:
+    """A prompt as the paper shows it to a base model: "User: ...", a line break, "Assistant:" (PRISM §3.1).
+
+    No space at the end: tokenizers join it to the word that comes.
+    """
+    messages = record.get("messages")
+    if messages is None:
+        messages = [{"role": "user", "content": record["prompt"]}]
+    return render_chat([*messages, {"role": "assistant", "content": ""}]).text.rstrip(" ")
+
+
+def _read(source: PromptSource, tokenizer: Any, longest: int) -> PromptFile:
+    path = Path(source.path)
+    lines, tokens, rewards = [], [], set()
+    numbered: list[tuple[int, str]] = []
+
+    def encode() -> None:
+        texts = [text for _, text in numbered]
+        for (number, _), ids in zip(numbered, tokenizer(texts)["input_ids"] if texts else [], strict=True):
+            ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+            if len(ids) > longest:
+                raise PromptError(
+                    f"{path}, line {number}: the prompt has {len(ids):,} tokens; at most {longest:,} fit"
+                    " beside a response of sampling.max_tokens; shorten it, or raise rl.context"
+                )
+            tokens.append(np.array(ids, dtype=np.int32))
+        numbered.clear()
+
+    for number, offset, record in _records(path):
+        numbered.append((number, _checked(path, number, record)))
+        lines.append(offset)
+        rewards.add(record["reward"])
+        if len(numbered) == _ENCODE_AT_ONCE:
+            encode()
+    encode()
+    if not lines:
+        raise PromptError(f"{path} has no prompts; needed: one JSON object per line")
+    ends = np.cumsum([0, *map(len, tokens)])
+    return PromptFile(source.name or path.stem, path, np.array(lines), np.concatenate(tokens), ends, frozenset(rewards))
+
+
+def _records(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(line number from 1, byte offset, object) of every line that is not blank."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise PromptError(f"rl.prompts: cannot read {path}: {error.strerror}") from error
+    offset = 0
+    with file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise PromptError(f"{path}, line {number}: not JSON: {error}") from error
+                if not isinstance(record, dict):
+                    raise PromptError(f"{path}, line {number}: a JSON {type(record).__name__}; needed: an object")
+                yield number, offset, record
+            offset += len(line)
+
+
+def _checked(path: Path, number: int, record: dict[str, Any]) -> str:
+    """The rendered prompt of a record that has all it needs."""
+    where = f"{path}, line {number}"
+    name = record.get("reward")
+    if not isinstance(name, str) or name not in REWARDS:
+        raise PromptError(f"{where}: reward {name!r}; known rewards are {', '.join(REWARDS)}")
+    reward = REWARDS[name]
+    if reward.package and importlib.util.find_spec(reward.package) is None:
+        raise PromptError(f"{where}: reward {name} needs {reward.package}: pip install 'prism_mcore[rl]'")
+    missing = [key for key in reward.needs if record.get(key) in (None, "")]
+    if missing:
+        raise PromptError(f"{where}: reward {name} needs {missing[0]!r}; the record has {', '.join(sorted(record))}")
+    if "messages" not in record and not isinstance(record.get("prompt"), str):
+        raise PromptError(f"{where}: no text under 'prompt' and no 'messages'; the record has {sorted(record)}")
+    turns = record["messages"] if "messages" in record else [{"role": "user", "content": record["prompt"]}]
+    try:
+        text = render(record)
+    except ValueError as error:
+        raise PromptError(f"{where}: {error}") from error
+    if not turns or not turns[-1]["content"].strip():
+        raise PromptError(f"{where}: the prompt is empty")
+    return text
