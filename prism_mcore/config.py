@@ -22,6 +22,8 @@ from prism_mcore.data.settings import DataSettings, normalised_shares
 from prism_mcore.model.settings import ModelSettings
 from prism_mcore.model.spec import LAYER_NAMES, ModelSpec, read_spec
 from prism_mcore.parallel import ParallelSettings, data_parallel_size
+from prism_mcore.rl.rewards.settings import RewardSettings
+from prism_mcore.rl.settings import RLSettings
 from prism_mcore.train.settings import (
     CheckpointSettings,
     GuardSettings,
@@ -39,7 +41,7 @@ class SettingsError(ValueError):
 
 
 class Settings(Section):
-    """All settings of a mid-training run."""
+    """All settings of a run: mid-training reads `data`, RL reads `rl`, `rewards` and `sampling` in its place."""
 
     run: RunSettings = RunSettings()
     model: ModelSettings = ModelSettings()
@@ -54,6 +56,8 @@ class Settings(Section):
         {}, description="Backend per operation where the automatic choice is not wanted, as kernels.<op>=<backend>"
     )
     log: LogSettings = LogSettings()
+    rl: RLSettings = RLSettings()
+    rewards: RewardSettings = RewardSettings()
 
     @property
     def run_dir(self) -> Path:

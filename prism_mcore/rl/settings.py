@@ -1,0 +1,87 @@
+"""How rollouts become updates. The defaults are PRISM's (arXiv 2603.17074, Table 21) where the paper states them."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from prism_mcore.train.settings import Section
+
+
+class PromptSourceSettings(Section):
+    """One prompt file and its share of the mixture."""
+
+    path: str = Field(description="JSONL file with `prompt` or `messages`, `answer` and `reward` on each line")
+    weight: float = Field(
+        default=1.0, ge=0.0, allow_inf_nan=False, description="Share of the prompts relative to the other sources"
+    )
+    name: str = Field(default="", description="Name in metrics; empty takes the file's")
+
+
+class RLSettings(Section):
+    """The RL loop: prompts, advantage, loss, reference policy. Group size and sampling are in `sampling`."""
+
+    prompts: list[PromptSourceSettings] = Field(default=[], description="List of {path, weight, name}")
+    held_out: list[PromptSourceSettings] = Field(
+        default=[], description="Prompt files for evaluation, answered every train.validate_every steps"
+    )
+    tokenizer: str = Field(
+        default="", description="Folder with the model's tokenizer; empty takes the Hugging Face directory model.init"
+    )
+    context: int = Field(
+        default=16384,
+        ge=2,
+        description="Tokens of the longest prompt and response together; train.micro_batch times as many are packed into"
+        " one forward pass",
+    )
+    prompts_per_step: int = Field(
+        default=64, ge=1, description="Groups of rollouts in a step; each has sampling.samples rollouts"
+    )
+    updates: int = Field(
+        default=1,
+        ge=1,
+        description="Optimizer updates per step, each on its own part of the groups; 1 is strictly on-policy",
+    )
+    parity: Literal["exact", "tolerance", "off"] = Field(
+        default="tolerance",
+        description="Log-probs of sampler and training: exact stops the run at a gap of one bit, tolerance at a mean gap"
+        " above parity_tolerance, off only measures",
+    )
+    parity_tolerance: float = Field(
+        default=0.05, gt=0, description="Largest mean gap between sampler and training, nats, under parity=tolerance"
+    )
+    advantage: Literal["grpo", "dr_grpo"] = Field(
+        default="grpo", description="grpo: (r - mean) / (std + eta) over the group; dr_grpo: r - mean"
+    )
+    eta: float = Field(default=1e-8, ge=0, description="Added to the group's standard deviation")
+    drop_zero_spread: bool = Field(
+        default=False,
+        description="Leave groups whose rewards are all equal out of the loss and its denominator; else they stay, with"
+        " advantage 0, for the KL term",
+    )
+    aggregation: Literal["group_total", "token_mean", "sequence_mean"] = Field(
+        default="group_total",
+        description="Mean over groups of the mean over a group's tokens; over all tokens; or over samples of the mean"
+        " over a sample's tokens",
+    )
+    clip_low: float = Field(default=0.2, ge=0, lt=1, description="The ratio is clipped below 1 - clip_low")
+    clip_high: float = Field(
+        default=0.2, ge=0, description="The ratio is clipped above 1 + clip_high; more than clip_low is clip-higher"
+    )
+    tis_cap: float = Field(
+        default=2.0,
+        ge=0,
+        description="Cap of the importance weight that corrects for the sampler's log-probs; 0 is no correction",
+    )
+    kl_coefficient: float = Field(
+        default=0.05, ge=0, description="Times the KL to the reference policy in the loss; 0 keeps no reference"
+    )
+    kl: Literal["k1", "k2", "k3"] = Field(default="k3", description="Estimator of the KL to the reference policy")
+    reference_every: int = Field(
+        default=0, ge=0, description="Steps between soft updates of the reference policy; 0 never updates it"
+    )
+    reference_alpha: float = Field(
+        default=0.6, ge=0, le=1, description="Soft update: reference = alpha * policy + (1 - alpha) * reference"
+    )
+    held_out_prompts: int = Field(default=128, ge=1, description="The first so many of the held-out prompts are used")
+    held_out_samples: int = Field(default=1, ge=1, description="Samples of each held-out prompt")
+    show: int = Field(default=3, ge=0, description="Rollouts shown on the console every log.every steps")
