@@ -97,6 +97,24 @@ class Head(nn.Module):
             group=self.build.groups.tp if self.build.groups.tp_size > 1 else None,
         )
 
+    def policy(self, x: Tensor, labels: Tensor, weight: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+        """[t, 1, d], labels [t] -> log p of every label under softmax(logits / temperature), and its entropy; [t] fp32.
+
+        The log-probs are differentiable, and their logits not rounded: the sampler's are not either.
+        """
+        spec, groups = self.build.spec, self.build.groups
+        return self.linear_cross_entropy(
+            self._all_tokens(x),
+            self.weight if weight is None else weight,
+            labels,
+            token_weights=None,
+            logits_divisor=spec.logits_divisor * temperature,
+            vocab_size=spec.vocab_size,
+            group=groups.tp if groups.tp_size > 1 else None,
+            return_entropy=True,
+            fp32_logits=True,
+        )
+
     def logits(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """[t, 1, d] -> logits [t, v] fp32 of the whole vocabulary, unpadded, on every rank; no gradients."""
         spec, groups = self.build.spec, self.build.groups
@@ -139,10 +157,13 @@ class HybridModel(MegatronModule):
             self.output = Head(build, self.embedding.weight if self.pre_process and spec.tied_embeddings else None)
         self._mark_parameters()
 
-    def forward(self, batch: PackedBatch, logits: bool = False) -> Tensor | tuple[Tensor, ...]:
+    def forward(
+        self, batch: PackedBatch, logits: bool = False, temperature: float | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
         """Hidden states [t, 1, d] for the next stage; from the last stage (loss sum in nats, log-probs [t] fp32).
 
-        With `logits` the last stage adds those of the whole vocabulary, [t, v] fp32 and without gradients.
+        With `logits` the last stage adds those of the whole vocabulary, [t, v] fp32 and without gradients. With a
+        `temperature` it returns (log-probs [t] fp32 at it, differentiable; entropies [t] fp32).
         """
         seq = self._sequence(batch)
         if self.pre_process:
@@ -157,6 +178,8 @@ class HybridModel(MegatronModule):
         assert batch.labels is not None and batch.loss_mask is not None, "the loader gives the last stage its labels"
         tied = self.embedding.weight if self.pre_process and self.spec.tied_embeddings else None
         x = self.final_norm(x)
+        if temperature is not None:
+            return self.output.policy(x, batch.labels.flatten(), tied, temperature)
         loss = self.output(x, batch.labels.flatten(), batch.loss_mask.flatten(), tied)
         return (*loss, self.output.logits(x.detach(), tied)) if logits else loss
 
