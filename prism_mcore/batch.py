@@ -42,6 +42,31 @@ class PackedBatch:
 
 
 @dataclass(frozen=True)
+class PolicyBatch(PackedBatch):
+    """One micro-batch of whole rollouts, a document each: prompt and response without its last token.
+
+    A rollout with prompt [5, 6] and response [7, 9] (its stop token), alone in its micro-batch:
+
+        tokens            [[5, 6, 7]]
+        labels            [[6, 7, 9]]
+        loss_mask         [[0, 1, 1]]            # the label is a response token of a rollout in the loss
+        advantages        [[0, 1.5, 1.5]]
+        sampler_logprobs  [[0, -0.3, -0.02]]     # of the label
+        on_policy         [[1, 1, 1]]            # sampled with the weights that this update starts from
+        weights           [[0, 0.25, 0.25]]      # 1 / denominator
+        rollout_ids       [3]                    # a document's rollout, by its place in the step; -1: padding
+    """
+
+    advantages: Tensor  # [b, s] fp32
+    sampler_logprobs: Tensor  # [b, s] fp32
+    on_policy: Tensor  # [b, s] bool
+    weights: Tensor  # [b, s] fp32
+    rollout_ids: Tensor  # [documents] int64
+    temperature: float  # of the sampler: log-probs are of logits / temperature
+    reference_logprobs: Tensor | None = None  # [b, s] fp32; None: no KL term
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One prompt of an RL or evaluation set, rendered to tokens; `index` is its place in the mixture.
 

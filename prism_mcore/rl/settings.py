@@ -30,8 +30,8 @@ class RLSettings(Section):
     context: int = Field(
         default=16384,
         ge=2,
-        description="Tokens of the longest prompt and response together; train.micro_batch times as many are packed into"
-        " one forward pass",
+        description="Tokens of the longest prompt and response together; a forward pass packs train.micro_batch times"
+        " as many",
     )
     prompts_per_step: int = Field(
         default=64, ge=1, description="Groups of rollouts in a step; each has sampling.samples rollouts"
@@ -43,8 +43,8 @@ class RLSettings(Section):
     )
     parity: Literal["exact", "tolerance", "off"] = Field(
         default="tolerance",
-        description="Log-probs of sampler and training: exact stops the run at a gap of one bit, tolerance at a mean gap"
-        " above parity_tolerance, off only measures",
+        description="Log-probs of sampler and training: exact stops the run at a gap of one bit, tolerance at a mean"
+        " gap above parity_tolerance, off only measures",
     )
     parity_tolerance: float = Field(
         default=0.05, gt=0, description="Largest mean gap between sampler and training, nats, under parity=tolerance"

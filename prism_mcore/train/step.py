@@ -5,6 +5,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from torch import Tensor
 from prism_mcore.batch import PackedBatch
 from prism_mcore.parallel import Groups
 from prism_mcore.train.optimizer import gradient_norm
+
+Batch = TypeVar("Batch", bound=PackedBatch)
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ def _loss(output: tuple[Tensor, Tensor], batch: PackedBatch) -> tuple[Tensor, Te
     return loss_sum, torch.tensor(batch.num_tokens, dtype=torch.int, device=nats.device), rows
 
 
-def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`, copied without waiting where the loader pinned them."""
     tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    moved = {n: t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for n, t in tensors.items()}
-    return PackedBatch(**moved)
+    moved = {n: t.to(device, non_blocking=True) for n, t in tensors.items() if isinstance(t, Tensor)}
+    return replace(batch, **moved)
