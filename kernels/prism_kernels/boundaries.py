@@ -2,14 +2,16 @@
 
 # t packed tokens, Q tokens in a chunk, C chunks
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Rows: TypeAlias = (
     slice | Tensor
 )  # which rows of a [C, ...] tensor: a slice where they are evenly spaced, else int64 indices
@@ -89,8 +91,19 @@ class Boundaries:
         if chunk_len < 1:
             raise ValueError(f"chunk_len={chunk_len}; needs at least 1")
         if chunk_len not in self._grids:
-            self._grids[chunk_len] = ChunkGrid.build(self, chunk_len)
+            longest = max(end - start for _, start, end in self.documents)
+            self._grids[chunk_len] = ChunkGrid.build(self, min(chunk_len, longest))
         return self._grids[chunk_len]
+
+    @cached_property
+    def _derived(self) -> dict[Callable[["Boundaries"], Any], Any]:
+        return {}
+
+    def derive(self, function: Callable[["Boundaries"], T]) -> T:
+        """function(self), computed once: what a single op needs, defined beside it."""
+        if function not in self._derived:
+            self._derived[function] = function(self)
+        return self._derived[function]
 
     def check(self, **activations: Tensor) -> None:
         """Every given [t, ...] tensor has as many rows as the documents have tokens."""
@@ -103,7 +116,7 @@ class Boundaries:
 class ChunkGrid:
     """[t, ...] tokens laid out as [C, Q, ...] chunks; a document's last chunk is padded with zeros."""
 
-    chunk_len: int  # Q: no longer than the longest document
+    chunk_len: int  # Q
     num_chunks: int
     num_tokens: int
     uniform: tuple[int, int] | None  # (documents, length) where all lengths are equal: no index is needed
@@ -113,9 +126,8 @@ class ChunkGrid:
     last: Rows  # [non-empty documents] last chunk of each
 
     @staticmethod
-    def build(boundaries: Boundaries, chunk_len: int) -> "ChunkGrid":
+    def build(boundaries: Boundaries, q: int) -> "ChunkGrid":
         lengths = [end - start for _, start, end in boundaries.documents]
-        q = min(chunk_len, max(lengths))
         counts = [-(-length // q) for length in lengths]
         num_chunks, num_tokens = sum(counts), boundaries.num_tokens
         if boundaries.uniform_len is not None:
