@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 # The op torch's own compiler emits for x @ w.t(); it is not public, so its absence is not an error.
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _SMALLEST = 2**20  # multiply-adds; below, the call costs more than it gains
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a [m, k] @ b [k, n] with any strides; no autograd (for use inside autograd.Function)."""
     large = a.shape[0] * a.shape[1] * b.shape[1] >= _SMALLEST
-    if _ONEDNN is not None and large and a.dtype == torch.float32 and a.device.type == "cpu":
-        return _ONEDNN(a, b.t(), None, "none", [], "")
+    if ONEDNN is not None and large and a.dtype == torch.float32 and a.device.type == "cpu":
+        return ONEDNN(a, b.t(), None, "none", [], "")
     return torch.mm(a, b)
 
 
