@@ -83,6 +83,45 @@ class Boundaries:
         return self._history_slots[before]
 
     @cached_property
+    def _blocks(self) -> dict[tuple[int, str], Tensor]:
+        return {}
+
+    def blocks(self, length: int, order: Literal["tokens", "most_before", "most_after"] = "tokens") -> Tensor:
+        """Blocks of at most `length` tokens, none across documents: [blocks, 4] int32, which kernels loop over.
+
+        Each is (its first token, its document's first token, the one after its document's last, its document's index).
+        order: as the tokens are, or those with most of their document before (or after) them first, which lets the
+        longest loops of causal attention start first.
+        """
+        if (length, order) not in self._blocks:
+            rows = [(at, start, end, i) for i, start, end in self.documents for at in range(start, end, length)]
+            if order == "most_before":
+                rows.sort(key=lambda row: row[1] - row[0])
+            if order == "most_after":
+                rows.sort(key=lambda row: row[0] - row[2])
+            self._blocks[length, order] = torch.tensor(rows, dtype=torch.int32, device=self.cu_seqlens.device)
+        return self._blocks[length, order]
+
+    @cached_property
+    def _last_rows(self) -> dict[int, tuple[Tensor, Tensor | None]]:
+        return {}
+
+    def last_rows(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Each document's last `count` tokens, oldest first: ([documents, count] int64, which of them are missing).
+
+        A missing one has as its index its place among the `count` that came before the document; None: none is.
+        """
+        if count not in self._last_rows:
+            rows = [[end - count + i for i in range(count)] for end in self.offsets[1:]]
+            missing = [[row < start for row in last] for last, start in zip(rows, self.offsets, strict=False)]
+            for last, start in zip(rows, self.offsets, strict=False):
+                last[:] = [row if row >= start else row - start + count for row in last]
+            device = self.cu_seqlens.device
+            mask = torch.tensor(missing, device=device) if any(map(any, missing)) else None
+            self._last_rows[count] = torch.tensor(rows, device=device), mask
+        return self._last_rows[count]
+
+    @cached_property
     def _grids(self) -> dict[int, "ChunkGrid"]:
         return {}
 
