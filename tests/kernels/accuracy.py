@@ -7,6 +7,8 @@ from torch import Tensor
 
 from prism_kernels.boundaries import Boundaries
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where there is a GPU, the real kernels run
+
 
 def documents(*lengths: int) -> Boundaries:
     return Boundaries(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))
