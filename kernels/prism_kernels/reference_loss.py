@@ -52,7 +52,7 @@ def linear_cross_entropy(
     check_inputs(hidden, labels, vocab_size)
     group = group if group is not None and dist.get_world_size(group) > 1 else None
     settings = _Settings(
-        _Shard.of(weight, vocab_size, group), logits_divisor, chunk_tokens or CHUNK_TOKENS, return_entropy, fp32_logits
+        Shard.of(weight, vocab_size, group), logits_divisor, chunk_tokens or CHUNK_TOKENS, return_entropy, fp32_logits
     )
     if token_weights is None:
         logprobs, entropy = _LogProbs.apply(hidden, weight, labels, settings)
@@ -72,7 +72,7 @@ def check_inputs(hidden: Tensor, labels: Tensor, vocab_size: int) -> None:
         )
 
 
-class _Shard(NamedTuple):
+class Shard(NamedTuple):
     """Which tokens of the vocabulary this rank holds: [first, first + rows)."""
 
     first: int
@@ -80,9 +80,9 @@ class _Shard(NamedTuple):
     group: dist.ProcessGroup | None
 
     @staticmethod
-    def of(weight: Tensor, vocab_size: int, group: dist.ProcessGroup | None) -> "_Shard":
+    def of(weight: Tensor, vocab_size: int, group: dist.ProcessGroup | None) -> "Shard":
         first = len(weight) * (dist.get_rank(group) if group is not None else 0)
-        return _Shard(first, max(0, min(len(weight), vocab_size - first)), group)
+        return Shard(first, max(0, min(len(weight), vocab_size - first)), group)
 
     def find(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Each label's local row (some row where it is not ours), and whether it is ours."""
@@ -91,7 +91,7 @@ class _Shard(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    shard: _Shard
+    shard: Shard
     divisor: float
     chunk_tokens: int
     entropy: bool
@@ -106,7 +106,7 @@ class _Settings(NamedTuple):
         return torch.cat([mm(wide, block.float().t()) for block in rows.split(CHUNK_ROWS)], 1)
 
 
-def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+def chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
     for start in range(0, num_tokens, chunk_tokens):
         yield slice(start, min(start + chunk_tokens, num_tokens))
 
@@ -154,7 +154,7 @@ def _exponentials(
     sums = torch.empty(len(logits), dtype=accumulate_dtype(logits.dtype), device=logits.device)
     weighted = torch.zeros_like(sums)
     highest = torch.empty_like(sums) if base is None else base
-    for rows in _chunks(len(logits), ROWS):
+    for rows in chunks(len(logits), ROWS):
         block = logits[rows]
         wide = block.to(sums.dtype)  # the block itself in fp32 and fp64
         if base is None:
@@ -173,7 +173,7 @@ def _exponentials(
 class _Gradients:
     """Sums the gradients chunk by chunk; grad_logits = coefficient * (softmax - onehot)."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, shard: _Shard, wanted: tuple[bool, bool]) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, shard: Shard, wanted: tuple[bool, bool]) -> None:
         self.inputs, self.shard = (hidden, weight[: shard.rows]), shard
         self.hidden = torch.empty_like(hidden) if wanted[0] else None
         acc = accumulate_dtype(hidden.dtype)
@@ -205,7 +205,7 @@ def _add_to(total: Tensor, part: Tensor) -> None:
     if part.dtype == total.dtype:
         total[: len(part)] += part
         return
-    for rows in _chunks(len(part), 1024):
+    for rows in chunks(len(part), 1024):
         total[rows] += part[rows].to(total.dtype)
 
 
@@ -217,7 +217,7 @@ class _WeightedLoss(torch.autograd.Function):
         logprobs = torch.empty(len(labels), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
         entropy = torch.empty_like(logprobs) if settings.entropy else None
         token_weights = token_weights.to(logprobs.dtype)
-        for part in _chunks(len(labels), settings.chunk_tokens):
+        for part in chunks(len(labels), settings.chunk_tokens):
             logits = settings.logits(hidden[part], weight)
             parts = _log_softmax_parts(logits, labels[part], settings, keep=any(wanted))
             logprobs[part] = parts.target - parts.lse
@@ -243,7 +243,7 @@ class _LogProbs(torch.autograd.Function):
         lse = torch.empty(len(labels), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
         logprobs = torch.empty_like(lse)
         entropy = torch.empty_like(lse) if settings.entropy else None
-        for part in _chunks(len(labels), settings.chunk_tokens):
+        for part in chunks(len(labels), settings.chunk_tokens):
             logits = settings.logits(hidden[part], weight)
             parts = _log_softmax_parts(logits, labels[part], settings, keep=False)
             lse[part], logprobs[part] = parts.lse, parts.target - parts.lse
@@ -260,7 +260,7 @@ class _LogProbs(torch.autograd.Function):
         hidden, weight, labels, lse = ctx.saved_tensors
         settings = ctx.settings
         gradients = _Gradients(hidden, weight, settings.shard, ctx.needs_input_grad[:2])
-        for part in _chunks(len(labels), settings.chunk_tokens):
+        for part in chunks(len(labels), settings.chunk_tokens):
             logits = settings.logits(hidden[part], weight)
             _exponentials(logits, lse[part] * settings.divisor, settings.divisor, keep=True)
             coefficient = -grad_logprobs[part, None] / settings.divisor
