@@ -1,0 +1,472 @@
+"""Compiles every Triton kernel for Hopper (sm_90) at the real shapes of all seven models, on a machine without a GPU.
+
+    python benchmarks/compile_kernels.py                                  # everything; writes results/compile_sm90.*
+    python benchmarks/compile_kernels.py --ops rms_norm swiglu --models llama-3.1-8b --tp 1 --out /tmp/report
+
+Each launcher runs on meta tensors (training at 8,192 tokens, TP 1, 2, 4, 8; decode), Triton's own launcher decides what
+it would compile, and that is compiled: registers, spills, shared memory, matrix instructions. Bytes are counted in
+Triton's interpreter at reduced sizes and scaled to the real ones (traffic.py); torch's operations between launches are
+counted at the real sizes. Times are a roofline model, the larger of bytes over bandwidth and FLOPs over peak of each
+kernel in turn: a floor, not a measurement. Liger-Kernel's and mamba-ssm's Triton kernels go the same way where they are
+installed (peers.py has the lines); where these autotune, their first configuration is taken.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from launches import Compiled, Launch, TorchOp, compile_launch, recorded
+from op_cases import MODELS, ROWS, TP, Case, Work, cases, gradients
+from peers import PEERS, TRITON, prepare
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+HERE = Path(__file__).parent
+PEAK_FLOPS = 990e12  # bf16, dense
+BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes per second
+BYTES_ALLOWED = 1.3  # times the minimum, for memory-bound ops
+
+
+@dataclass
+class KernelReport:
+    """One kernel of one pass: how often it runs, what it compiled to, what it moves at the real size."""
+
+    name: str
+    launches: int
+    settings: dict[str, Any]
+    compiled: Compiled | None = None
+    bytes: float | None = None  # distinct sectors, read and written
+    requested_bytes: float | None = None
+    product_flops: float = 0.0
+
+    def seconds(self, bandwidth: float) -> float | None:
+        return None if self.bytes is None else max(self.bytes / bandwidth, self.product_flops / PEAK_FLOPS)
+
+
+@dataclass
+class PassReport:
+    """Forward or backward of one op at one shape, ours or a peer's."""
+
+    case: str
+    row: str
+    phase: str
+    direction: str
+    side: str
+    shape: dict[str, Any]
+    users: list[str]
+    memory_bound: bool
+    minimum_bytes: int
+    needed_flops: float
+    kernels: list[KernelReport] = field(default_factory=list)
+    torch_ops: list[TorchOp] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def bytes(self) -> float | None:
+        counted = [kernel.bytes for kernel in self.kernels]
+        if any(x is None for x in counted) or not (self.kernels or self.torch_ops):
+            return None
+        return sum(x for x in counted if x is not None) + sum(op.bytes for op in self.torch_ops)
+
+    @property
+    def requested_bytes(self) -> float | None:
+        if self.bytes is None:
+            return None
+        return sum(k.requested_bytes or 0 for k in self.kernels) + sum(op.bytes for op in self.torch_ops)
+
+    @property
+    def flops(self) -> float:
+        return sum(kernel.product_flops for kernel in self.kernels) + sum(op.flops for op in self.torch_ops)
+
+    def seconds(self, gpu: str) -> float | None:
+        if self.bytes is None:
+            return None
+        bandwidth = BANDWIDTH[gpu]
+        between = sum(max(op.bytes / bandwidth, op.flops / PEAK_FLOPS) for op in self.torch_ops)
+        return between + sum(kernel.seconds(bandwidth) or 0 for kernel in self.kernels)
+
+    def floor_seconds(self, gpu: str) -> float:
+        """No version of the op is faster: its fewest bytes, its needed products."""
+        return max(self.minimum_bytes / BANDWIDTH[gpu], self.needed_flops / PEAK_FLOPS)
+
+    def faults(self) -> list[str]:
+        """What must not be: spills, products off the fast path, bytes moved for nothing. Decode may use small tiles."""
+        where = f"{self.case} {self.direction}"
+        found = []
+        for kernel in self.kernels:
+            if kernel.compiled is None:
+                continue
+            if kernel.compiled.spills:
+                found.append(f"{where}: {kernel.name} spills ({kernel.compiled.spills})")
+            if kernel.compiled.other_products and self.phase != "decode":
+                found.append(f"{where}: {kernel.name} has products without wgmma: {kernel.compiled.other_products}")
+        if self.memory_bound and self.bytes is not None and self.bytes > BYTES_ALLOWED * self.minimum_bytes:
+            found.append(f"{where}: moves {self.bytes / self.minimum_bytes:.2f}x the minimum of bytes")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        times = {gpu: {"model_s": self.seconds(gpu), "floor_s": self.floor_seconds(gpu)} for gpu in BANDWIDTH}
+        totals = {"bytes": self.bytes, "requested_bytes": self.requested_bytes, "flops": self.flops}
+        return asdict(self) | totals | {"times": times}
+
+
+# --------------------------------------------------------------------------------------------------------- recording
+
+
+def record_case(case: Case, side: str) -> tuple[list[PassReport], dict[str, Launch]]:
+    """The passes of an op with the launches each makes, and those launches by key."""
+    work = case.build("meta")
+    directions = ["forward", "backward"] if work.leaves else ["forward"]
+    reports = [_empty_report(case, side, direction, work) for direction in directions]
+    launches: dict[str, Launch] = {}
+    try:
+        for report, (found, torch_ops) in zip(reports, _run_passes(case, side), strict=True):
+            report.torch_ops = _merge(torch_ops)
+            for launch in found:
+                _add_launch(report, launch)
+                launches[launch.key] = launch
+    except Exception as error:
+        for report in reports:
+            report.note = f"{type(error).__name__}: {error}".splitlines()[0]
+    return reports, launches
+
+
+def _run_passes(case: Case, side: str) -> list[tuple[list[Launch], list[TorchOp]]]:
+    passes = []
+    with torch.set_grad_enabled(case.phase == "train"):
+        work = case.build("meta")
+        with recorded() as forward:
+            call, leaves = prepare(case, work, side)
+            forward.torch_ops.clear()  # of laying out a peer's inputs
+            outputs = call()
+        passes.append((forward.launches, forward.torch_ops))
+        if leaves:
+            results, upstream = gradients(outputs)
+            with recorded() as backward:
+                torch.autograd.grad(results, leaves, upstream, allow_unused=True)
+            passes.append((backward.launches, backward.torch_ops))
+    return passes
+
+
+def _empty_report(case: Case, side: str, direction: str, work: Work) -> PassReport:
+    forward = direction == "forward"
+    return PassReport(
+        case=case.name,
+        row=case.row.name,
+        phase=case.phase,
+        direction=direction,
+        side=side,
+        shape=case.shape,
+        users=case.users,
+        memory_bound=case.row.memory_bound,
+        minimum_bytes=work.forward_bytes if forward else work.backward_bytes,
+        needed_flops=work.forward_flops if forward else work.backward_flops,
+    )
+
+
+def _merge(ops: Iterable[TorchOp]) -> list[TorchOp]:
+    totals: dict[str, TorchOp] = {}
+    for op in ops:
+        total = totals.setdefault(op.name, TorchOp(op.name, 0, 0.0))
+        total.bytes += op.bytes
+        total.flops += op.flops
+    return list(totals.values())
+
+
+def _add_launch(report: PassReport, launch: Launch) -> None:
+    settings = {name: repr(value) for name, value in launch.settings.items()}
+    settings |= {name: launch.options[name] for name in ("num_warps", "num_stages")}
+    settings["key"] = launch.key
+    for kernel in report.kernels:
+        if kernel.settings == settings:
+            kernel.launches += 1
+            return
+    report.kernels.append(KernelReport(launch.name, 1, settings))
+
+
+# --------------------------------------------------------------------------------------------------------- compiling
+
+_to_compile: list[Launch] = []  # inherited by the forked processes: launches hold functions, which cannot be sent
+
+
+def _compile_numbered(number: int) -> tuple[int, Compiled | str]:
+    try:
+        return number, compile_launch(_to_compile[number])
+    except Exception as error:
+        return number, f"{type(error).__name__}: {error}"
+
+
+def compile_all(launches: dict[str, Launch], processes: int, progress: Progress) -> dict[str, Compiled | str]:
+    """Each launch compiled, by key; where that fails, the reason."""
+    _to_compile[:] = launches.values()
+    keys, results = list(launches), {}
+    task = progress.add_task("compiling for sm_90", total=len(keys))
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        for number, compiled in pool.imap_unordered(_compile_numbered, range(len(keys))):
+            results[keys[number]] = compiled
+            progress.advance(task)
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------- traffic
+
+
+def count_all(
+    wanted: Sequence[tuple[Case, str]], processes: int, progress: Progress
+) -> dict[tuple[str, str], list[dict]]:
+    """(case, side) -> what traffic.py counted at each of the two reduced sizes."""
+    requests = [(case, side, tokens) for case, side in wanted for tokens in reduced_tokens(case)]
+    task = progress.add_task("counting bytes in the interpreter", total=len(requests))
+    answers: dict[tuple[str, str], list[dict]] = {}
+
+    def serve(share: list[tuple[Case, str, int]]) -> list[tuple[str, str, dict]]:
+        found = []
+        asked = [
+            {"row": case.row.name, "phase": case.phase, "shape": case.shape, "tokens": tokens, "side": side}
+            for case, side, tokens in share
+        ]
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(HERE / "traffic.py")]
+        with subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, text=True) as process:
+            assert process.stdin and process.stdout
+            process.stdin.write(json.dumps(asked))
+            process.stdin.close()
+            for (case, side, _), line in zip(share, process.stdout, strict=False):
+                found.append((case.name, side, json.loads(line)))
+                progress.advance(task)
+        if process.returncode:
+            raise RuntimeError(f"traffic.py exited with {process.returncode} after {len(found)} of {len(share)} counts")
+        return found
+
+    # ours and the peers' apart: the patch that makes bf16 right for ours refuses what theirs do
+    shares = []
+    for ours in (True, False):
+        group = [request for request in requests if (request[1] == "ours") is ours]
+        pairs = [group[i : i + 2] for i in range(0, len(group), 2)]
+        shares += [[r for pair in pairs[i::processes] for r in pair] for i in range(processes)]
+    with ThreadPoolExecutor(processes) as pool:
+        for found in pool.map(serve, [share for share in shares if share]):
+            for case_name, side, answer in found:
+                answers.setdefault((case_name, side), []).append(answer)
+    return answers
+
+
+def reduced_tokens(case: Case) -> tuple[int, int]:
+    small, large = case.row.reduced
+    return (small, large) if large <= case.tokens else (case.tokens // 2, case.tokens)
+
+
+def add_traffic(report: PassReport, case: Case, counted: list[dict]) -> None:
+    """Scale what was counted at two sizes to the real one: a straight line in the tokens, for each kernel."""
+    failed = [answer["error"] for answer in counted if "error" in answer]
+    if failed or len(counted) < 2:
+        report.note = report.note or f"not counted: {'; '.join(failed[:1])}"
+        return
+    sizes = reduced_tokens(case)
+    sides = [answer[report.direction] for answer in counted]
+    flop_ratio = _needed_flops(case, report, case.tokens) / max(1.0, _needed_flops(case, report, sizes[1]))
+    for name in {kernel.name for kernel in report.kernels}:
+        same = [kernel for kernel in report.kernels if kernel.name == name]
+        if name not in sides[0] or name not in sides[1]:
+            report.note = report.note or f"{name} does not run at the reduced size"
+            continue
+        share = 1 / sum(kernel.launches for kernel in same)
+        small, large = sides[0][name], sides[1][name]
+
+        def at_real_size(number: str, small: dict = small, large: dict = large) -> float:
+            slope = (large[number] - small[number]) / (sizes[1] - sizes[0])
+            return large[number] + slope * (case.tokens - sizes[1])
+
+        for kernel in same:
+            kernel.bytes = (at_real_size("read") + at_real_size("written")) * share * kernel.launches
+            kernel.requested_bytes = at_real_size("requested") * share * kernel.launches
+            flops = large["product_flops"] * flop_ratio if flop_ratio else at_real_size("product_flops")
+            kernel.product_flops = flops * share * kernel.launches
+
+
+def _needed_flops(case: Case, report: PassReport, tokens: int) -> float:
+    work = case.build("meta", tokens)
+    return work.forward_flops if report.direction == "forward" else work.backward_flops
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def make_report(
+    selected: Sequence[Case], peers: Sequence[str], traffic: bool, processes: int, console: Console
+) -> list[PassReport]:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    launches: dict[str, Launch] = {}
+    reports: list[tuple[Case, PassReport]] = []
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("running launchers on meta tensors", total=len(selected))
+        for case in selected:
+            for side in ["ours", *(peer for peer in PEERS.get(case.row.name, {}) if peer in peers)]:
+                found, new = record_case(case, side)
+                launches |= new
+                if side == "ours" or any(report.kernels for report in found):
+                    reports += [(case, report) for report in found]
+            progress.advance(task)
+        compiled = compile_all(launches, processes, progress)
+        for _, report in reports:
+            for kernel in report.kernels:
+                result = compiled[kernel.settings.pop("key")]
+                if isinstance(result, Compiled):
+                    kernel.compiled = result
+                else:
+                    report.note = f"{kernel.name}: {result}"
+        if traffic:
+            wanted = {(report.case, report.side): (case, report.side) for case, report in reports if report.kernels}
+            counted = count_all(list(wanted.values()), processes, progress)
+            for case, report in reports:
+                if report.kernels:
+                    add_traffic(report, case, counted.get((report.case, report.side), []))
+    return [report for _, report in reports]
+
+
+HEADER = [
+    "op",
+    "shape",
+    "",
+    "regs",
+    "spills",
+    "shared",
+    "wgmma",
+    "bytes",
+    "requested",
+    "GFLOP",
+    "H100",
+    "H200",
+    "peers",
+]
+
+
+def table_rows(reports: Sequence[PassReport]) -> list[list[str]]:
+    """Ours, one row a pass; the last column is the same model's time for the peers' kernels on an H100."""
+    theirs: dict[tuple[str, str], list[PassReport]] = {}
+    for report in reports:
+        if report.side != "ours":
+            theirs.setdefault((report.case, report.direction), []).append(report)
+    rows = []
+    for report in (report for report in reports if report.side == "ours"):
+        numbers = " ".join(f"{key} {value}" for key, value in report.shape.items())
+        row = [report.row, f"{report.phase} {numbers}", report.direction, *_compiled_columns(report)]
+        row += [_times(report.bytes, report.minimum_bytes), _times(report.requested_bytes, report.minimum_bytes)]
+        row += [
+            f"{report.flops / 1e9:.1f}" if report.flops else "",
+            *(_micro(report.seconds(gpu)) for gpu in BANDWIDTH),
+        ]
+        peers = theirs.get((report.case, report.direction), [])
+        row.append(", ".join(f"{peer.side} {_micro(peer.seconds('H100'))}{_spilling(peer)}" for peer in peers))
+        rows.append(row)
+    return rows
+
+
+def _compiled_columns(report: PassReport) -> list[str]:
+    compiled = [kernel.compiled for kernel in report.kernels if kernel.compiled]
+    if not compiled:
+        return [report.note[:60] if report.note else "torch only", "", "", ""]
+    wgmma, others = sum(x.wgmma for x in compiled), sum(len(x.other_products) for x in compiled)
+    return [
+        str(max(x.registers for x in compiled)),
+        str(sum(x.spills for x in compiled)),
+        f"{max(x.shared_bytes for x in compiled) / 1024:.0f} KB",
+        f"{wgmma}/{wgmma + others}" if wgmma + others else "",
+    ]
+
+
+def _spilling(peer: PassReport) -> str:
+    spills = sum(kernel.compiled.spills for kernel in peer.kernels if kernel.compiled)
+    return f" ({spills} spills)" if spills else ""
+
+
+def _times(value: float | None, minimum: float) -> str:
+    return f"{value / minimum:.2f}x" if value is not None and minimum else ""
+
+
+def _micro(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e6:.1f} us"
+
+
+def show(rows: Sequence[Sequence[str]], console: Console) -> None:
+    table = Table(title="Kernels for sm_90; times are a roofline model, not measured")
+    for column in HEADER:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def as_markdown(rows: Sequence[Sequence[str]], faults: Sequence[str]) -> str:
+    lines = [
+        "# Kernels compiled for Hopper (sm_90)",
+        "",
+        f"`python benchmarks/compile_kernels.py`, triton {triton.__version__}, torch {torch.__version__}; no GPU was",
+        "used. Registers per thread (the most of the pass's kernels), spills (local loads and stores and stack bytes),",
+        "shared memory, products that became wgmma of those with at least 64 rows. Bytes: distinct 32-byte sectors per",
+        "launch, and bytes requested, both over the fewest possible (each input read once, each result written once),",
+        "torch's operations between launches included. Times: a roofline model on 3.35 TB/s (H100) and 4.8 TB/s (H200)",
+        "at 990 TFLOP/s bf16, **not measured**; peers' on an H100. A peer that autotunes is shown at its first",
+        "configuration.",
+        "",
+        "Faults: " + ("none." if not faults else ""),
+        *(f"- {fault}" for fault in faults),
+        "",
+        "| " + " | ".join(HEADER) + " |",
+        "|" + "---|" * len(HEADER),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--ops", nargs="*", default=[], choices=[r.name for r in ROWS], metavar="OP", help="default: all"
+    )
+    parser.add_argument("--models", nargs="*", default=[], choices=MODELS, metavar="MODEL", help="default: all seven")
+    parser.add_argument("--tp", nargs="*", type=int, default=list(TP), help="tensor-parallel degrees")
+    parser.add_argument("--phases", nargs="*", default=[], choices=["train", "decode"], help="default: both")
+    parser.add_argument("--peers", nargs="*", default=sorted(TRITON), choices=sorted(TRITON), help="default: all")
+    parser.add_argument("--no-traffic", action="store_true", help="do not count bytes")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "compile_sm90", help="writes .json and .md")
+    parser.add_argument("--picture", type=Path, help="draw the roofline there (PNG)")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        sys.exit("TRITON_INTERPRET is set: in Triton's interpreter nothing is compiled; unset it")
+
+    console = Console(stderr=True)
+    selected = cases(args.ops, args.models, args.tp, args.phases)
+    reports = make_report(selected, args.peers, not args.no_traffic, args.processes, console)
+    faults = [fault for report in reports if report.side == "ours" for fault in report.faults()]
+    rows = table_rows(reports)
+    show(rows, Console(width=220) if not console.is_terminal else Console())
+    for fault in faults:
+        console.print(f"[red]fault:[/red] {fault}")
+    machine = {"triton": triton.__version__, "torch": torch.__version__, "machine": platform.machine()}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    result = {"versions": machine, "faults": faults, "passes": [report.to_json() for report in reports]}
+    args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    args.out.with_suffix(".md").write_text(as_markdown(rows, faults))
+    if args.picture:
+        from roofline import draw
+
+        draw(result["passes"], args.picture)
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,461 @@
+"""Which ops are compiled and measured, at which shapes: one row per op, for all seven models.
+
+`cases()` gives every distinct shape; what depends on neither the model nor the layout appears once. A row's `build`
+makes the inputs (meta tensors for compiling, real ones for counting and measuring), how the op is called, and the
+fewest bytes it must move. `python benchmarks/op_cases.py` lists the cases.
+"""
+
+# t packed tokens (rows of a decode step), d hidden, f MLP width, h heads, hk key heads, p head_dim, g groups, n state,
+# c conv channels, k taps, v vocabulary (local)
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prism_kernels.boundaries import Boundaries
+from prism_kernels.caches import ConvCache, PagedCache, ScanCache
+from prism_mcore.model.spec import SHIPPED, ModelSpec, read_spec
+
+MODELS = [path.stem for path in sorted(SHIPPED.glob("*.json")) if not path.stem.startswith("demo")]
+TP = (1, 2, 4, 8)
+TRAIN_TOKENS = 8192
+DECODE_ROWS = 64  # sequences generated side by side
+DECODE_CONTEXT = 4096  # tokens of each
+BLOCK_LEN = 64  # tokens in a block of the paged cache
+EPS = 1e-5
+
+Shape = dict[str, Any]
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call of an op. Bytes are the fewest possible: what it reads and writes, once each; FLOPs are of products."""
+
+    call: Callable[[Function], Any]
+    leaves: tuple[Tensor, ...]  # inputs whose gradients are wanted
+    forward_bytes: int
+    backward_bytes: int = 0
+    forward_flops: float = 0.0
+    backward_flops: float = 0.0
+    args: tuple = ()  # the positional arguments, for implementations with another signature
+
+
+@dataclass(frozen=True)
+class Case:
+    """`Case(row, "train", {"d": 4096}, 8192, ["llama-3.1-8b TP 1, 2, 4, 8", ...])`."""
+
+    row: "Row"
+    phase: str
+    shape: Shape
+    tokens: int
+    users: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        numbers = " ".join(f"{key} {value}" for key, value in self.shape.items() if value is not None)
+        return f"{self.row.name} {self.phase}: {numbers}"
+
+    def build(self, device: str, tokens: int | None = None) -> Work:
+        inputs = Inputs(device, self.phase == "train")
+        return self.row.build(inputs, self.shape, tokens or self.tokens)
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    op: str  # its name in prism_kernels.backends
+    shape: Callable[[ModelSpec, int], Shape | None]  # None: this model has no such op in this layout
+    build: Callable[["Inputs", Shape, int], Work]
+    phases: tuple[str, ...] = ("train",)
+    memory_bound: bool = True
+    # Two token counts at which the interpreter counts bytes; both in the regime of the real size: where partial sums
+    # are written per program, more rows than programs.
+    reduced: tuple[int, int] = (64, 128)
+
+
+class Inputs:
+    """Makes random inputs of a case on a device; the same ones every time."""
+
+    def __init__(self, device: str, gradients: bool):
+        self.device, self.gradients = torch.device(device), gradients
+        self.generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
+
+    def _random(self, *shape: int, dtype: torch.dtype, scale: float) -> Tensor:
+        if self.device.type == "meta":
+            return torch.empty(shape, device="meta", dtype=dtype)
+        return torch.randn(shape, device=self.device, dtype=dtype, generator=self.generator).mul_(scale)
+
+    def bf16(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return self._random(*shape, dtype=torch.bfloat16, scale=scale).requires_grad_(self.gradients)
+
+    def fp32(self, *shape: int, scale: float = 1.0, gradients: bool = True) -> Tensor:
+        return self._random(*shape, dtype=torch.float32, scale=scale).requires_grad_(self.gradients and gradients)
+
+    def columns(self, tokens: int, *widths: int) -> list[Tensor]:
+        """bf16 [t, width] each, all column slices of one buffer, as a fused projection leaves them."""
+        buffer = self._random(tokens, sum(widths), dtype=torch.bfloat16, scale=1.0)
+        return [x.detach().requires_grad_(self.gradients) for x in buffer.split(list(widths), -1)]
+
+    def integers(self, *shape: int, high: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        if self.device.type == "meta":
+            return torch.empty(shape, device="meta", dtype=dtype)
+        return torch.randint(high, shape, device=self.device, dtype=dtype, generator=self.generator)
+
+    def arange(self, size: int) -> Tensor:
+        return torch.arange(size, device=self.device)
+
+    def one_document(self, tokens: int) -> Boundaries:
+        """The whole batch one document; the boundaries of meta inputs are on the CPU, as nothing may wait for them."""
+        device = "cpu" if self.device.type == "meta" else self.device
+        return Boundaries(torch.tensor([0, tokens], dtype=torch.int32, device=device))
+
+
+def size(*tensors: Tensor | None) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+def _work(
+    args: tuple, leaves: Sequence[Tensor | None], forward_bytes: int, backward_bytes: int = 0, **rest: Any
+) -> Work:
+    kwargs = rest.pop("kwargs", {})
+    wanted = tuple(x for x in leaves if x is not None and x.requires_grad)
+    return Work(lambda op: op(*args, **kwargs), wanted, forward_bytes, backward_bytes, args=args, **rest)
+
+
+# ------------------------------------------------------------------------------------- norms, elementwise, optimizer
+
+
+def adamw(make: Inputs, shape: Shape, tokens: int) -> Work:
+    """[t, d] parameters: fp32 masters, gradients and moments, and the model's bf16 copies."""
+    size_of_each, count = (tokens, shape["d"]), shape["tensors"]
+    masters, grads, means, squares = (
+        [make.fp32(*size_of_each, gradients=False).abs_() for _ in range(count)] for _ in range(4)
+    )
+    copies = [x.to(torch.bfloat16) for x in masters]
+    hyper = {"step": 2, "lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.1}
+    moved = size(*masters, *means, *squares) * 2 + size(*grads, *copies)
+    return _work((masters, grads, means, squares, copies), (), moved, kwargs=hyper)
+
+
+def rms_norm(make: Inputs, shape: Shape, tokens: int) -> Work:
+    x, weight = make.bf16(tokens, shape["d"]), make.bf16(shape["d"])
+    return _work((x, weight, EPS), (x, weight), size(x, x, weight), size(x, x, x, weight, weight))
+
+
+def add_rms_norm(make: Inputs, shape: Shape, tokens: int) -> Work:
+    x, branch, weight = make.bf16(tokens, shape["d"]), make.bf16(tokens, shape["d"]), make.bf16(shape["d"])
+    backward = size(*[x] * 4, weight, weight)  # h and both results' gradients in, one gradient out for x and branch
+    if shape["alpha"] != 1:
+        backward += size(x)
+    args = (x, branch, shape["alpha"], weight, EPS)
+    return _work(args, (x, branch, weight), size(*[x] * 4, weight), backward)
+
+
+def gated_rms_norm(make: Inputs, shape: Shape, tokens: int) -> Work:
+    width = shape["i"]
+    y, (z, _) = make.bf16(tokens, width), make.columns(tokens, width, shape["other"])
+    weight = make.bf16(width)
+    backward = size(*[y] * 5, weight, weight)
+    return _work((y, z, weight, EPS, shape["g"]), (y, z, weight), size(y, y, y, weight), backward)
+
+
+def activation(factor: int) -> Callable[[Inputs, Shape, int], Work]:
+    """An MLP activation that reads factor * f columns and writes f."""
+
+    def build(make: Inputs, shape: Shape, tokens: int) -> Work:
+        x = make.bf16(tokens, factor * shape["f"])
+        return _work((x,), (x,), size(x) + size(x) // factor, 2 * size(x) + size(x) // factor)
+
+    return build
+
+
+def rope(make: Inputs, shape: Shape, tokens: int) -> Work:
+    q, k, _ = _qkv(make, shape, tokens)
+    cos, sin = (make.fp32(tokens, shape["p"], gradients=False) for _ in range(2))
+    moved = size(q, q, k, k) + size(cos, sin) // 2  # both halves of a row of cos and of sin hold the same numbers
+    return _work((q, k, cos, sin), (q, k), moved, moved)
+
+
+def _qkv(make: Inputs, shape: Shape, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As model/attention.py makes them of the fused projection: q copied together, k and v views."""
+    h, hk, p = shape["h"], shape["hk"], shape["p"]
+    (qkv,) = make.columns(tokens, (h + 2 * hk) * p)
+    grouped = qkv.detach().view(tokens, hk, h // hk + 2, p)
+    parts = grouped[:, :, :-2].reshape(tokens, h, p), grouped[:, :, -2], grouped[:, :, -1]
+    q, k, v = (x.detach().requires_grad_(make.gradients) for x in parts)
+    return q, k, v
+
+
+# --------------------------------------------------------------------------------------------------------- Mamba-2
+
+
+def causal_conv1d(make: Inputs, shape: Shape, tokens: int) -> Work:
+    c, taps = shape["c"], shape["k"]
+    _, x = make.columns(tokens, shape["other"], c)
+    weight, bias = make.bf16(c, taps), make.bf16(c)
+    backward = size(x, x, x, weight, weight, bias, bias)
+    args = (x, weight, bias, make.one_document(tokens))
+    return _work(args, (x, weight, bias), size(x, x, weight, bias), backward)
+
+
+def conv_step(make: Inputs, shape: Shape, tokens: int) -> Work:
+    c, taps = shape["c"], shape["k"]
+    _, x = make.columns(tokens, shape["other"], c)
+    cache, weight, bias = ConvCache(make.bf16(2 * tokens, c, taps - 1)), make.bf16(c, taps), make.bf16(c)
+    moved = size(x, x, weight, bias, cache.state)  # half of the slots, read and written
+    return _work((x, weight, bias, cache, make.arange(tokens)), (), moved)
+
+
+def _scan_inputs(make: Inputs, shape: Shape, tokens: int) -> tuple[Tensor, ...]:
+    h, p, g, n = (shape[key] for key in "hpgn")
+    x, B, C = make.columns(tokens, h * p, g * n, g * n)
+    dt, _ = make.columns(tokens, h, 2 * h * p)
+    x, B, C = (
+        y.detach().unflatten(-1, s).requires_grad_(make.gradients) for y, s in ((x, (h, p)), (B, (g, n)), (C, (g, n)))
+    )
+    A_log, D, dt_bias = make.fp32(h), make.fp32(h), make.fp32(h)
+    return x, dt, A_log, B, C, D, dt_bias
+
+
+def ssd_scan(make: Inputs, shape: Shape, tokens: int) -> Work:
+    inputs = _scan_inputs(make, shape, tokens)
+    args = (*inputs, make.one_document(tokens), shape["chunk"])
+    x = inputs[0]
+    flops = scan_flops(shape, tokens)
+    return _work(
+        args,
+        inputs,
+        size(*inputs, x),
+        size(*inputs, *inputs, x),
+        forward_flops=flops,
+        backward_flops=2.5 * flops,
+    )
+
+
+def scan_flops(shape: Shape, tokens: int) -> float:
+    """Of the chunked algorithm (arXiv 2405.21060, section 6), the lower triangle of each chunk only."""
+    h, p, g, n, chunk = (shape[key] for key in ("h", "p", "g", "n", "chunk"))
+    within = chunk * (g * n + h * p)  # C B and its product with x: 2 * chunk / 2 pairs per token
+    return tokens * (within + 4 * h * p * n)
+
+
+def ssd_step(make: Inputs, shape: Shape, tokens: int) -> Work:
+    inputs = _scan_inputs(make, shape, tokens)
+    cache = ScanCache(make.fp32(2 * tokens, shape["h"], shape["p"], shape["n"]))
+    slots = make.arange(tokens)
+    moved = size(*inputs, inputs[0], cache.state)  # half of the slots, read and written
+    return _work((*inputs, cache, slots, slots), (), moved)
+
+
+# ------------------------------------------------------------------------------------------------- attention, loss
+
+
+def attention(make: Inputs, shape: Shape, tokens: int) -> Work:
+    q, k, v = _qkv(make, shape, tokens)
+    flops = 4 * shape["h"] * shape["p"] * attended_pairs(tokens, shape["window"])
+    args = (q, k, v, make.one_document(tokens), shape["p"] ** -0.5, shape["window"])
+    statistics = 4 * tokens * shape["h"]  # the log-sum-exp of each row
+    forward = size(q, q, k, v) + statistics
+    backward = size(*[q] * 4, *[k] * 4) + statistics
+    return _work(args, (q, k, v), forward, backward, forward_flops=flops, backward_flops=2.5 * flops)
+
+
+def attended_pairs(tokens: int, window: int | None) -> int:
+    """(query, key) pairs of one document that causal attention may see."""
+    w = min(window or tokens, tokens)
+    return w * (w + 1) // 2 + (tokens - w) * w
+
+
+def attention_decode(make: Inputs, shape: Shape, tokens: int) -> Work:
+    h, hk, p, context = shape["h"], shape["hk"], shape["p"], shape["context"]
+    q, per_row = make.bf16(tokens, h, p), -(-context // BLOCK_LEN)
+    blocks = tokens * per_row
+    cache = PagedCache(make.bf16(blocks, BLOCK_LEN, hk, p), make.bf16(blocks, BLOCK_LEN, hk, p))
+    table = make.arange(blocks).flip(0).view(tokens, per_row).to(torch.int32)
+    lengths = torch.full((tokens,), context, dtype=torch.int32, device=make.device)
+    seen = min(shape["window"] or context, context)
+    moved = size(q, q) + size(cache.keys, cache.values) * seen // context
+    args = (q, cache, table, lengths, p**-0.5, shape["window"])
+    return _work(args, (), moved, forward_flops=4 * tokens * h * p * seen)
+
+
+def linear_cross_entropy(weighted: bool) -> Callable[[Inputs, Shape, int], Work]:
+    """The loss of training (gradients in the forward pass, 3 products), or log-probabilities (4 products)."""
+
+    def build(make: Inputs, shape: Shape, tokens: int) -> Work:
+        d, v = shape["d"], shape["v"]
+        hidden, weight = make.bf16(tokens, d), make.bf16(v, d, scale=d**-0.5)
+        labels = make.integers(tokens, high=v)
+        weights = torch.full((tokens,), 1 / tokens, device=make.device) if weighted else None
+        kwargs = {"token_weights": weights, "logits_divisor": shape["divisor"], "vocab_size": v}
+        product = 2.0 * tokens * d * v
+        once = size(hidden, weight)
+        return _work(
+            (hidden, weight, labels),
+            (hidden, weight),
+            once * (2 if weighted else 1),
+            0 if weighted else 2 * once,
+            kwargs=kwargs,
+            forward_flops=product * (3 if weighted else 1),
+            backward_flops=0 if weighted else 3 * product,
+        )
+
+    return build
+
+
+# ---------------------------------------------------------------------------------------------------------- shapes
+
+
+def _hidden(spec: ModelSpec, tp: int) -> Shape:
+    return {"d": spec.hidden_size}
+
+
+def _residual(spec: ModelSpec, tp: int) -> Shape:
+    return {"d": spec.hidden_size, "alpha": spec.residual_multiplier}
+
+
+def _optimizer(spec: ModelSpec, tp: int) -> Shape:
+    return {"tensors": 4, "d": 4096}  # the same for all: elements are elements
+
+
+def _mlp(activation: str) -> Callable[[ModelSpec, int], Shape | None]:
+    return lambda spec, tp: {"f": spec.ffn_size // tp} if spec.activation == activation else None
+
+
+def _heads(spec: ModelSpec, tp: int) -> Shape:
+    return {"h": spec.num_heads // tp, "hk": spec.num_kv_heads // tp, "p": spec.head_dim}
+
+
+def _rope(spec: ModelSpec, tp: int) -> Shape | None:
+    return _heads(spec, tp) if spec.position == "rope" else None
+
+
+def _attention(spec: ModelSpec, tp: int) -> Shape:
+    return _heads(spec, tp) | {"window": spec.sliding_window}
+
+
+def _attention_decode(spec: ModelSpec, tp: int) -> Shape:
+    return _attention(spec, tp) | {"context": DECODE_CONTEXT}
+
+
+def _scan(spec: ModelSpec, tp: int) -> Shape | None:
+    if not spec.mamba_num_heads:
+        return None
+    h, g = spec.mamba_num_heads // tp, max(spec.ssm_groups // tp, 1)
+    return {"h": h, "p": spec.mamba_head_dim, "g": g, "n": spec.ssm_state_size, "chunk": spec.chunk_len}
+
+
+def _step(spec: ModelSpec, tp: int) -> Shape | None:
+    shape = _scan(spec, tp)
+    return shape and {key: shape[key] for key in "hpgn"}
+
+
+def _conv(spec: ModelSpec, tp: int) -> Shape | None:
+    scan = _scan(spec, tp)
+    if scan is None:
+        return None
+    inner, state = scan["h"] * scan["p"], scan["g"] * scan["n"]
+    return {"c": inner + 2 * state, "k": spec.conv_kernel, "other": inner + scan["h"]}
+
+
+def _gated(spec: ModelSpec, tp: int) -> Shape | None:
+    """Of one rank alone: where a group spans ranks, the kernels are measured without the sum over them."""
+    scan = _scan(spec, tp)
+    if scan is None:
+        return None
+    inner = scan["h"] * scan["p"]
+    return {
+        "i": inner,
+        "g": max(spec.gated_norm_groups // tp, 1),
+        "other": inner + scan["h"] + 2 * scan["g"] * scan["n"],
+    }
+
+
+def _loss(spec: ModelSpec, tp: int) -> Shape:
+    return {"d": spec.hidden_size, "v": -(-spec.vocab_size // tp), "divisor": spec.logits_divisor}
+
+
+ROWS = [
+    Row("rms_norm", "rms_norm", _hidden, rms_norm, ("train", "decode"), reduced=(1056, 2112)),
+    Row("add_rms_norm", "add_rms_norm", _residual, add_rms_norm, ("train", "decode"), reduced=(1056, 2112)),
+    Row("gated_rms_norm", "gated_rms_norm", _gated, gated_rms_norm, ("train", "decode"), reduced=(1056, 2112)),
+    Row("swiglu", "swiglu", _mlp("swiglu"), activation(2), ("train", "decode")),
+    Row("squared_relu", "squared_relu", _mlp("squared_relu"), activation(1), ("train", "decode")),
+    Row("rope", "rope", _rope, rope, ("train", "decode")),
+    Row("adamw", "adamw", _optimizer, adamw),
+    Row("causal_conv1d", "causal_conv1d", _conv, causal_conv1d, reduced=(512, 1024)),
+    Row("ssd_scan", "ssd_scan", _scan, ssd_scan, memory_bound=False, reduced=(512, 1024)),
+    Row("attention", "attention", _attention, attention, memory_bound=False, reduced=(256, 512)),
+    Row(
+        "linear_cross_entropy",
+        "linear_cross_entropy",
+        _loss,
+        linear_cross_entropy(True),
+        memory_bound=False,
+        reduced=(32, 64),
+    ),
+    Row(
+        "log-probabilities",
+        "linear_cross_entropy",
+        _loss,
+        linear_cross_entropy(False),
+        memory_bound=False,
+        reduced=(32, 64),
+    ),
+    Row("conv_step", "conv_step", _conv, conv_step, ("decode",), reduced=(32, 64)),
+    Row("ssd_step", "ssd_step", _step, ssd_step, ("decode",), reduced=(4, 8)),
+    Row("attention_decode", "attention_decode", _attention_decode, attention_decode, ("decode",), reduced=(2, 4)),
+]
+
+
+@cache
+def _specs() -> dict[str, ModelSpec]:
+    return {name: read_spec(name) for name in MODELS}
+
+
+def cases(
+    rows: Sequence[str] = (), models: Sequence[str] = (), tps: Sequence[int] = TP, phases: Sequence[str] = ()
+) -> list[Case]:
+    """Every distinct (op, phase, shape) of these models and layouts; all of them where a list is empty."""
+    found: dict[str, Case] = {}
+    for row, phase, name, tp in _combinations(rows, models, tps, phases):
+        spec = _specs()[name]
+        shape = row.shape(spec, tp)
+        if shape is None:
+            continue
+        case = Case(row, phase, shape, TRAIN_TOKENS if phase == "train" else DECODE_ROWS)
+        case = found.setdefault(case.name, case)
+        case.users.append(f"{name} TP{tp}")
+    return list(found.values())
+
+
+def _combinations(
+    rows: Sequence[str], models: Sequence[str], tps: Sequence[int], phases: Sequence[str]
+) -> Iterator[tuple[Row, str, str, int]]:
+    for row in ROWS:
+        if rows and row.name not in rows and row.op not in rows:
+            continue
+        for phase in row.phases:
+            if phases and phase not in phases:
+                continue
+            for name in models or MODELS:
+                yield from ((row, phase, name, tp) for tp in tps)
+
+
+def gradients(outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The differentiable results of a call, and a gradient for each."""
+    results = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(x, Tensor)]
+    results = [x for x in results if x.requires_grad]
+    return results, [torch.ones_like(x) if x.dim() == 0 else torch.empty_like(x).fill_(0.5) for x in results]
+
+
+if __name__ == "__main__":
+    for case in cases():
+        work = case.build("meta")
+        least = f"{work.forward_bytes / 1e6:9.1f} MB {work.forward_flops / 1e9:9.1f} GFLOP"
+        print(f"{case.name:75} {least}  {', '.join(case.users)}")
