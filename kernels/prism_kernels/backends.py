@@ -36,33 +36,81 @@ INSTALL = {
 }
 CUDA_ONLY = {"te", "flash_attn", "mamba_ssm", "causal_conv1d", "apex"}
 REFERENCE = "prism_kernels.reference:"
+EXACT = "prism_kernels.exact:"  # the same bits in training and decoding, in any batch; on a CPU
 MODULE = ""  # not a function but a module of another library, built in model/linear.py or model/attention.py
 
 
 # op -> backend -> where its function is, in order of preference
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    "linear": {"te": MODULE, "megatron": MODULE},  # the column- and row-parallel linears around attention and MLP
-    "rms_norm": {"te": MODULE, "triton": "prism_kernels.rms_norm:rms_norm", "reference": REFERENCE + "rms_norm"},
+    # the column- and row-parallel linears around attention and MLP
+    "linear": {"te": MODULE, "megatron": MODULE, "exact": MODULE},
+    "rms_norm": {
+        "te": MODULE,
+        "triton": "prism_kernels.rms_norm:rms_norm",
+        "reference": REFERENCE + "rms_norm",
+        "exact": EXACT + "rms_norm",
+    },
+    "add_rms_norm": {"triton": "prism_kernels.rms_norm:add_rms_norm", "reference": REFERENCE + "add_rms_norm"},
     "gated_rms_norm": {
         "triton": "prism_kernels.gated_rms_norm:gated_rms_norm",
         "reference": REFERENCE + "gated_rms_norm",
+        "exact": EXACT + "gated_rms_norm",
     },
-    "swiglu": {"triton": "prism_kernels.activations:swiglu", "reference": REFERENCE + "swiglu"},
-    "squared_relu": {"triton": "prism_kernels.activations:squared_relu", "reference": REFERENCE + "squared_relu"},
-    "rope": {"triton": "prism_kernels.rope:apply_rope", "reference": REFERENCE + "apply_rope"},
-    "causal_conv1d": {"triton": "prism_kernels.causal_conv1d:causal_conv1d", "reference": REFERENCE + "causal_conv1d"},
-    "conv_step": {"triton": "prism_kernels.causal_conv1d:conv_step", "reference": REFERENCE + "conv_step"},
-    "ssd_scan": {"triton": "prism_kernels.ssd_scan:ssd_scan", "reference": REFERENCE + "ssd_scan"},
-    "ssd_step": {"triton": "prism_kernels.ssd_step:ssd_step", "reference": REFERENCE + "ssd_step"},
+    "swiglu": {
+        "triton": "prism_kernels.activations:swiglu",
+        "reference": REFERENCE + "swiglu",
+        "exact": EXACT + "swiglu",
+    },
+    "squared_relu": {
+        "triton": "prism_kernels.activations:squared_relu",
+        "reference": REFERENCE + "squared_relu",
+        "exact": EXACT + "squared_relu",
+    },
+    "rope": {
+        "triton": "prism_kernels.rope:apply_rope",
+        "reference": REFERENCE + "apply_rope",
+        "exact": EXACT + "apply_rope",
+    },
+    "causal_conv1d": {
+        "triton": "prism_kernels.causal_conv1d:causal_conv1d",
+        "reference": REFERENCE + "causal_conv1d",
+        "exact": EXACT + "causal_conv1d",
+    },
+    "conv_step": {
+        "triton": "prism_kernels.causal_conv1d:conv_step",
+        "reference": REFERENCE + "conv_step",
+        "exact": EXACT + "conv_step",
+    },
+    "ssd_scan": {
+        "triton": "prism_kernels.ssd_scan:ssd_scan",
+        "reference": REFERENCE + "ssd_scan",
+        "exact": EXACT + "ssd_scan",
+    },
+    "ssd_cache": {"reference": REFERENCE + "ssd_cache", "exact": EXACT + "ssd_cache"},
+    "ssd_prefill": {"reference": REFERENCE + "ssd_prefill", "exact": EXACT + "ssd_prefill"},
+    "ssd_step": {
+        "triton": "prism_kernels.ssd_step:ssd_step",
+        "reference": REFERENCE + "ssd_step",
+        "exact": EXACT + "ssd_step",
+    },
     "linear_cross_entropy": {
         "triton": "prism_kernels.linear_cross_entropy:linear_cross_entropy",
         "reference": REFERENCE + "linear_cross_entropy",
+        "exact": EXACT + "linear_cross_entropy",
     },
-    "attention": {"te": MODULE, "triton": "prism_kernels.attention:attention", "reference": REFERENCE + "attention"},
+    "attention": {
+        "te": MODULE,
+        "triton": "prism_kernels.attention:attention",
+        "reference": REFERENCE + "attention",
+        "exact": EXACT + "attention",
+    },
     "attention_decode": {
         "triton": "prism_kernels.attention_decode:attention_decode",
         "reference": REFERENCE + "attention_decode",
+        "exact": EXACT + "attention_decode",
     },
+    # Where neither Transformer Engine nor apex brings megatron-core its own.
+    "adamw": {"triton": "prism_kernels.adamw:adamw", "reference": REFERENCE + "adamw"},
 }
 
 
@@ -129,6 +177,8 @@ def _missing(backend: str, device: torch.device) -> str | None:
     package = PACKAGES[backend]
     if package and importlib.util.find_spec(package) is None:
         return f"{package} is not installed: {INSTALL[backend]}"
+    if device.type == "cuda" and backend == "exact":
+        return "its bits are promised on a CPU only"
     if device.type != "cuda" and backend in CUDA_ONLY:
         return f"it needs a GPU, the device is {device.type}"
     if device.type != "cuda" and backend == "triton" and not interpreter.active():
