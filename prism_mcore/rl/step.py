@@ -149,7 +149,7 @@ def _reduced(seen: list[_Seen], groups: Groups) -> PolicyStats:
     every = mine.new_empty(groups.dp_cp.size(), 4)
     best = mine[mine[:, 1].argmax()].clone()
     best[0] = mine[:, 0].max()
-    dist.all_gather_into_tensor(every, best, group=groups.dp_cp)
+    dist.all_gather_into_tensor(every, best[None], group=groups.dp_cp)
     ratios, gaps, rollouts, positions = every.cpu().unbind(1)
     worst = int(gaps.argmax())
     found = gaps[worst] >= 0

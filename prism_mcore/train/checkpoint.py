@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -87,10 +87,16 @@ class Checkpoints:
         self._pending: _Save | None = None
 
     def save(
-        self, step: int, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, state: dict[str, Any]
+        self,
+        step: int,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        state: dict[str, Any],
+        more: ShardedStateDict | None = None,
     ) -> None:
         """Write weights, optimizer, random numbers and `state` (JSON) as the checkpoint after `step` steps.
 
+        more: other sharded tensors by name, such as those of RL's reference policy.
         With checkpoint.async_save it returns once everything is copied, and `poll` completes it.
         Raises CheckpointError on all ranks where one cannot write; older checkpoints are untouched. A save that is not
         done after checkpoint.save_deadline_s ends the process.
@@ -98,7 +104,7 @@ class Checkpoints:
         self.wait()
         with deadline(self.settings.save_deadline_s, f"saving {self.folder / step_name(step)}"):
             save = _Save(self.folder, step, self.groups, self.settings.keep)
-            save.plan(chunks, optimizer, state, copy=self.settings.async_save)
+            save.plan(chunks, optimizer, state, more or {}, copy=self.settings.async_save)
             if self.settings.async_save:
                 save.start()
                 self._pending = save
@@ -173,14 +179,19 @@ class _Save:
         return self.thread is not None and self.thread.is_alive()
 
     def plan(
-        self, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, state: dict[str, Any], copy: bool
+        self,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        state: dict[str, Any],
+        more: ShardedStateDict,
+        copy: bool,
     ) -> None:
         with self._agreed():
             if self.groups.rank == 0:
                 self.text = json.dumps(self._record(optimizer, state), indent=1, allow_nan=False)
                 self._prepare_folder()
         tensors = _sharded_tensors(chunks, optimizer, self.groups, is_loading=False)
-        tensors["random"] = _sharded_random_state(self.groups.rank)
+        tensors["random"], tensors["more"] = _sharded_random_state(self.groups.rank), more
         sharded, _ = save_preprocess(tensors)
         # Data-parallel replicas share the writing.
         FullyParallelSaveStrategyWrapper(
@@ -297,8 +308,8 @@ class _Writer(FileSystemWriterAsync):
         self.items = [(item, self._staged(item, planner.resolve_data(item))) for item in plan.items]
 
     def _staged(self, item: WriteItem, tensor: torch.Tensor) -> torch.Tensor:
-        # The optimizer's tensors were gathered for this save; weights are the ones training changes.
-        copy = self.copy and not item.index.fqn.startswith("optimizer.")
+        # The optimizer's tensors and the reference's were gathered for this save; weights are what training changes.
+        copy = self.copy and not item.index.fqn.startswith(("optimizer.", "reference."))
         return tensor.detach().to("cpu", copy=True) if copy else tensor.detach()
 
     def write(self) -> None:
@@ -409,9 +420,16 @@ def read_index(path: Path) -> Metadata:
     return index
 
 
-def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, groups: Groups) -> Loaded:
+def load(
+    path: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    groups: Groups,
+    more: ShardedStateDict | None = None,
+) -> Loaded:
     """Fill the model (and the optimizer, if given) from a checkpoint of any layout; every rank calls it.
 
+    more: what `save` was given under the same name, whose data is filled, too.
     Does not verify the manifest: `newest_undamaged` or `damage` did. Random number generators continue only in the
     layout that saved them; in another they stay as they are.
     """
@@ -424,9 +442,11 @@ def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptim
         wanted["random"] = random_state
     elif groups.rank == 0:
         log.warning("%s was saved in the layout %s; random numbers start anew", path, record["layout"])
-    weights = {name: sharded.data for name, sharded in wanted["model"].items()}
+    wanted["more"] = dict(more or {})
+    places = {part: {name: sharded.data for name, sharded in wanted[part].items()} for part in ("model", "more")}
     loaded = dist_checkpointing.load(wanted, str(path))
-    _fill(weights, loaded["model"])
+    for part, tensors in places.items():
+        _fill(tensors, loaded[part])
     _load_optimizer(optimizer, loaded["optimizer"], record["optimizer_step"])
     if "random" in loaded:
         set_random_state(loaded["random"])

@@ -1,5 +1,8 @@
 """AdamW through megatron-core's distributed optimizer: state cut over data-parallel ranks, fp32 masters and moments."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -114,10 +117,27 @@ def update(optimizer: MegatronOptimizer, grad_norm: float, lr: float) -> None:
 
 def finish_parameter_gather(chunks: list[DistributedDataParallel]) -> None:
     """Wait until every parameter is the updated one: overlapped gathering is otherwise finished by the next forward."""
-    for chunk in chunks:
-        if chunk.use_forward_hook:
-            chunk.disable_forward_pre_hook(param_sync=True)
+    with gathered_parameters(chunks):
+        pass
+
+
+@contextmanager
+def gathered_parameters(chunks: list[DistributedDataParallel]) -> Iterator[None]:
+    """Every parameter is the updated one, and calling modules of the model starts no communication of its own."""
+    overlapped = [chunk for chunk in chunks if chunk.use_forward_hook]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in overlapped:
             chunk.enable_forward_pre_hook()
+
+
+def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
+    """Fill the parameter buffers from every rank's own shard, inside `gathered_parameters`."""
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)
 
 
 def finalize_gradients(chunks, num_tokens=None, **kwargs) -> None:
