@@ -17,19 +17,34 @@ Rows: TypeAlias = (
 )  # which rows of a [C, ...] tensor: a slice where they are evenly spaced, else int64 indices
 
 
+def copied(table: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`, in stream order: a copy from pageable memory waits for all work before it."""
+    if device.type != "cuda" or table.device.type != "cpu":
+        return table.to(device)
+    return (table if table.is_pinned() else table.pin_memory()).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Boundaries:
     """Document i is rows cu_seqlens[i]:cu_seqlens[i + 1] of every [t, ...] activation.
 
     cu_seqlens: [documents + 1] int32, starts at 0, ends at t, may repeat a value (an empty document).
+    on_cpu: the same where cu_seqlens is on a device, so that its values are not waited for (`Boundaries.on`).
     Everything else is derived on first use and kept, so that forty layers share one record per micro-batch.
     """
 
     cu_seqlens: Tensor
+    on_cpu: Tensor | None = None
+
+    @staticmethod
+    def on(device: torch.device, cu_seqlens: Tensor) -> "Boundaries":
+        """Boundaries known on the CPU, for activations on `device`; nothing there is waited for."""
+        return Boundaries(copied(cu_seqlens, device), cu_seqlens)
 
     @cached_property
     def offsets(self) -> list[int]:
-        offsets = self.cu_seqlens.tolist() if self.cu_seqlens.dim() == 1 else []
+        values = self.cu_seqlens if self.on_cpu is None else self.on_cpu
+        offsets = values.tolist() if values.dim() == 1 else []
         if not offsets or offsets[0] != 0 or offsets[-1] == 0 or any(b < a for a, b in pairwise(offsets)):
             shown = ", ".join(map(str, offsets[:8]))
             raise ValueError(
@@ -64,7 +79,7 @@ class Boundaries:
         ids = [i for i, _, _ in self.documents]
         if ids == list(range(len(ids))):
             return slice(0, len(ids))
-        return torch.tensor(ids, device=self.cu_seqlens.device)
+        return copied(torch.tensor(ids), self.cu_seqlens.device)
 
     @cached_property
     def _history_slots(self) -> dict[int, tuple[Tensor, Tensor]]:
@@ -73,13 +88,13 @@ class Boundaries:
     def history_slots(self, before: int) -> tuple[Tensor, Tensor]:
         """Places in a row with `before` more in front of each non-empty document: (tokens [t], those [., before])."""
         if before not in self._history_slots:
+            starts = torch.tensor([start for _, start, _ in self.documents])
+            lengths = torch.tensor([end - start for _, start, end in self.documents])
+            order = torch.arange(len(starts))
+            tokens = torch.arange(self.num_tokens) + before * (1 + order.repeat_interleave(lengths))
+            history = (starts + before * order)[:, None] + torch.arange(before)
             device = self.cu_seqlens.device
-            starts = torch.tensor([start for _, start, _ in self.documents], device=device)
-            lengths = torch.tensor([end - start for _, start, end in self.documents], device=device)
-            order = torch.arange(len(starts), device=device)
-            tokens = torch.arange(self.num_tokens, device=device) + before * (1 + order.repeat_interleave(lengths))
-            history = (starts + before * order)[:, None] + torch.arange(before, device=device)
-            self._history_slots[before] = tokens, history
+            self._history_slots[before] = copied(tokens, device), copied(history, device)
         return self._history_slots[before]
 
     @cached_property
@@ -99,7 +114,7 @@ class Boundaries:
                 rows.sort(key=lambda row: row[1] - row[0])
             if order == "most_after":
                 rows.sort(key=lambda row: row[0] - row[2])
-            self._blocks[length, order] = torch.tensor(rows, dtype=torch.int32, device=self.cu_seqlens.device)
+            self._blocks[length, order] = copied(torch.tensor(rows, dtype=torch.int32), self.cu_seqlens.device)
         return self._blocks[length, order]
 
     @cached_property
@@ -117,8 +132,8 @@ class Boundaries:
             for last, start in zip(rows, self.offsets, strict=False):
                 last[:] = [row if row >= start else row - start + count for row in last]
             device = self.cu_seqlens.device
-            mask = torch.tensor(missing, device=device) if any(map(any, missing)) else None
-            self._last_rows[count] = torch.tensor(rows, device=device), mask
+            mask = copied(torch.tensor(missing), device) if any(map(any, missing)) else None
+            self._last_rows[count] = copied(torch.tensor(rows), device), mask
         return self._last_rows[count]
 
     @cached_property
@@ -177,7 +192,7 @@ class ChunkGrid:
         device = boundaries.cu_seqlens.device
 
         def rows(ids: list[int]) -> Tensor:
-            return torch.tensor(ids, dtype=torch.int64, device=device)
+            return copied(torch.tensor(ids, dtype=torch.int64), device)
 
         starts = [sum(counts[:i]) for i in range(len(counts))]
         steps = []
@@ -190,7 +205,7 @@ class ChunkGrid:
             num_chunks=num_chunks,
             num_tokens=num_tokens,
             uniform=None,
-            slot=torch.cat(slot).to(device),
+            slot=copied(torch.cat(slot), device),
             steps=steps,
             first=rows(starts),
             last=rows([start + count - 1 for start, count in zip(starts, counts, strict=True)]),

@@ -189,7 +189,7 @@ class HybridModel(MegatronModule):
             positions = batch.position_ids.flatten()
             scaling = self.spec.rope_scaling.as_config() if self.spec.rope_scaling else None
             rope = rope_table(positions, self.spec.head_dim, self.spec.rope_theta, scaling)
-        return Sequence(Boundaries(batch.cu_seqlens), batch.max_seqlen, rope)
+        return Sequence(Boundaries.on(batch.position_ids.device, batch.cu_seqlens), batch.max_seqlen, rope)
 
     # What megatron-core asks of a model.
 

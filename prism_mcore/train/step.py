@@ -99,7 +99,10 @@ def _loss(output: tuple[Tensor, Tensor], batch: PackedBatch) -> tuple[Tensor, Te
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`, copied without waiting where the loader pinned them."""
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    """The batch with its tensors on `device`, copied without waiting where the loader pinned them.
+
+    cu_seqlens stays where it is: the model reads lengths on the CPU, and copies what its ops need of them.
+    """
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "cu_seqlens"}
     moved = {n: t.to(device, non_blocking=True) for n, t in tensors.items() if isinstance(t, Tensor)}
     return replace(batch, **moved)
