@@ -1,9 +1,14 @@
-"""What generation remembers between tokens: pages of keys and values, convolution inputs, scan states."""
+"""What generation remembers between tokens: pages of keys and values, convolution inputs, scan states.
+
+Shapes say what an index means, not what lies next to what: `allocate` puts a head's block, or a slot's input, in one
+piece of memory, so that a kernel reads it in order. Ops take the strides from the tensor.
+"""
 
 # b rows of a decode step, c channels, k taps, h heads, hk key heads, p head_dim, n state
 
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 
@@ -32,6 +37,11 @@ class SlotCache:
 class ConvCache(SlotCache):
     state: Tensor  # [slots, c, k - 1] the last inputs, oldest first
 
+    @staticmethod
+    def allocate(slots: int, channels: int, taps: int, dtype: torch.dtype, device: torch.device) -> "ConvCache":
+        """Channels lie next to each other: [slots, k - 1, c] in memory."""
+        return ConvCache(torch.zeros(slots, taps - 1, channels, dtype=dtype, device=device).transpose(1, 2))
+
 
 @dataclass(frozen=True, eq=False)
 class ScanCache(SlotCache):
@@ -45,11 +55,35 @@ class PagedCache:
     keys: Tensor  # [blocks, block_len, hk, p]
     values: Tensor  # [blocks, block_len, hk, p]
 
+    @staticmethod
+    def allocate(
+        blocks: int, block_len: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> "PagedCache":
+        """A head's block lies in one piece: [blocks, hk, block_len, p] in memory."""
+        shape = (blocks, heads, block_len, head_dim)
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(2))
+        return PagedCache(keys, values)
+
     @property
     def block_len(self) -> int:
         return self.keys.shape[1]
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """k, v [t, hk, p] to rows `slots` [t] int64 of the flattened [blocks * block_len]."""
-        self.keys.flatten(0, 1).index_copy_(0, slots, k.to(self.keys.dtype))
-        self.values.flatten(0, 1).index_copy_(0, slots, v.to(self.values.dtype))
+        """k, v [t, hk, p] to rows `slots` [t] int64 of all blocks' rows in order: row i of block j is slot
+        j * block_len + i."""
+        block, row = slots // self.block_len, slots % self.block_len
+        self.keys[block, row] = k.to(self.keys.dtype)
+        self.values[block, row] = v.to(self.values.dtype)
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Blocks source [n] -> blocks target [n], int64."""
+        for x in (self.keys, self.values):
+            x[target] = x[source]
+
+    def clear(self) -> None:
+        self.keys.zero_()
+        self.values.zero_()
+
+    @property
+    def bytes_per_block(self) -> int:
+        return sum(x[0].numel() * x.element_size() for x in (self.keys, self.values))

@@ -7,6 +7,7 @@ fp32 and fp64.
 
 # t packed tokens, h heads, p head_dim, c channels, k taps
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.precision import accumulate_dtype
 from prism_kernels.reference_attention import attention
-from prism_kernels.reference_decode import attention_decode, conv_step, ssd_step
+from prism_kernels.reference_decode import attention_decode, conv_step, ssd_cache, ssd_prefill, ssd_step
 from prism_kernels.reference_loss import linear_cross_entropy
 from prism_kernels.reference_scan import ssd_recurrence, ssd_scan
 
 __all__ = [
+    "adamw",
+    "add_rms_norm",
     "apply_rope",
     "attention",
     "attention_decode",
@@ -33,6 +36,8 @@ __all__ = [
     "rope_frequencies",
     "rope_table",
     "squared_relu",
+    "ssd_cache",
+    "ssd_prefill",
     "ssd_recurrence",
     "ssd_scan",
     "ssd_step",
@@ -76,6 +81,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x: [..., d], weight: [d]; returns [..., d] in x.dtype (weight.dtype where that is wider).
     """
     return _RMSNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, branch: Tensor, alpha: float, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(h), h) for h = x + alpha * branch: a residual sum and the next sub-layer's norm.
+
+    x, branch: [..., d], weight: [d]; h is rounded to x.dtype before it is normalised.
+    """
+    h = torch.add(x, branch, alpha=alpha)
+    return rms_norm(h, weight, eps), h
 
 
 class _GatedRMSNorm(torch.autograd.Function):
@@ -326,3 +340,37 @@ def _final_inputs(x: Tensor, before: int, initial: Tensor | None, boundaries: Bo
         history = x.new_zeros(before, x.shape[1]) if initial is None else initial[i].t().to(x.dtype)
         finals.append(torch.cat([history, x[start:end]])[end - start :].t())
     return torch.stack(finals)
+
+
+# ------------------------------------------------------------------------------------------------------------ optimizer
+
+
+@torch.no_grad()
+def adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor | None],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: float = 1.0,
+) -> None:
+    """One step of AdamW (arXiv 1711.05101, as torch.optim.AdamW), in place; copies receive the new parameters rounded.
+
+    params, exp_avgs, exp_avg_sqs: n fp32 tensors; grads: n of fp32, bf16 or fp16, multiplied by grad_scale (clipping);
+    copies: n tensors of the model's dtype or Nones. step counts from 1.
+    """
+    corrections = [1 - beta**step for beta in betas]
+    for param, grad, exp_avg, exp_avg_sq, copy in zip(params, grads, exp_avgs, exp_avg_sqs, copies, strict=True):
+        grad = grad.to(param.dtype) * grad_scale
+        exp_avg.lerp_(grad, 1 - betas[0])
+        exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+        root = exp_avg_sq.sqrt().div_(corrections[1] ** 0.5).add_(eps)
+        param.mul_(1 - lr * weight_decay).addcdiv_(exp_avg, root, value=-lr / corrections[0])
+        if copy is not None:
+            copy.copy_(param)

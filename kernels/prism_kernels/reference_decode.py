@@ -1,26 +1,70 @@
-"""The ops of a decode step in plain torch: one new token for each of b running sequences."""
+"""The ops of a decode step in plain torch: one new token for each of b running sequences.
 
-# b rows, c channels, k taps, h heads, hk key heads, p head_dim, g groups, n state, L longest context in blocks
+On a CPU a decode step is bound by reading the caches: each op reads its cache once and gathers none of it as a whole.
+"""
+
+# b rows, c channels, h heads, hk key heads, m = h / hk, p head_dim, g groups, n state
+# L longest context in blocks, N (row, block) pairs in use, u blocks that rows share, r rows of one of them
 
 import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prism_kernels.boundaries import Boundaries
 from prism_kernels.caches import ConvCache, PagedCache, ScanCache
 from prism_kernels.precision import accumulate_dtype
+from prism_kernels.reference_scan import ssd_scan
+
+LOG2_E = math.log2(math.e)
+STATE_ELEMENTS = 2**17  # of scan states worked on at a time: 512 KiB in fp32 stay in a core's L2 cache
 
 
 def conv_step(
     x: Tensor, weight: Tensor, bias: Tensor | None, cache: ConvCache, slots: Tensor, silu: bool = True
 ) -> Tensor:
     """`causal_conv1d` of one token for each row: x [b, c] -> [b, c]; the rows' slots [b] int64 of the cache move on."""
-    window = torch.cat([cache.state[slots], x[..., None]], -1).to(accumulate_dtype(x.dtype))
-    y = (window * weight.to(window.dtype)).sum(-1)
-    y = y if bias is None else y + bias
-    cache.state[slots] = window[..., 1:].to(cache.state.dtype)
-    return (F.silu(y) if silu else y).to(x.dtype)
+    acc, by_tap = accumulate_dtype(x.dtype), weight.t().contiguous().to(accumulate_dtype(x.dtype))
+    inputs = cache.state.transpose(1, 2)  # [slots, k - 1, c]
+    window = torch.cat([inputs.index_select(0, slots), x[:, None].to(inputs.dtype)], 1)
+    inputs.index_copy_(0, slots, window[:, 1:])
+    y = x.to(acc) * by_tap[-1]
+    for tap in range(len(by_tap) - 1):
+        y.addcmul_(window[:, tap].to(acc), by_tap[tap])
+    y = y if bias is None else y.add_(bias)
+    return (F.silu(y, inplace=True) if silu else y).to(x.dtype)
+
+
+def ssd_cache(
+    slots: int, heads: int, head_dim: int, groups: int, state: int, dtype: torch.dtype, device: torch.device
+) -> ScanCache:
+    """An empty cache for `ssd_prefill` and `ssd_step`; dtype is that of the activations."""
+    shape = (slots, heads, head_dim, state)
+    return ScanCache(torch.zeros(shape, dtype=accumulate_dtype(dtype), device=device))
+
+
+def ssd_prefill(
+    x: Tensor,
+    dt: Tensor,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor,
+    boundaries: Boundaries,
+    chunk_len: int,
+    dt_limit: tuple[float, float],
+    cache: ScanCache,
+    slots: Tensor,
+) -> Tensor:
+    """`ssd_scan` of whole documents whose states go on in slots [documents] int64 of the cache: y [t, h, p]."""
+    inputs = (x, dt, A_log, B, C, D, dt_bias, boundaries, chunk_len, dt_limit)
+    y, final = ssd_scan(*inputs, return_final_states=True)
+    cache.state[slots] = final.to(cache.state.dtype)
+    return y
 
 
 def ssd_step(
@@ -42,15 +86,23 @@ def ssd_step(
     document, for caches that restart at each chunk (not this one).
     """
     acc = accumulate_dtype(x.dtype)
-    heads, groups = x.shape[1], B.shape[1]
+    (b, heads, head_dim), groups, n = x.shape, B.shape[1], B.shape[2]
     step = F.softplus(dt.to(acc) + dt_bias.to(acc)).clamp(*dt_limit)
-    decay = (step * -A_log.to(acc).exp()).exp()
-    B, C = (y.to(acc).repeat_interleave(heads // groups, 1) for y in (B, C))
+    decay = (step * -A_log.to(acc).exp()).exp()[..., None, None]
     wide = x.to(acc)
-    state = cache.state[slots] * decay[..., None, None] + (wide * step[..., None])[..., None] * B[:, :, None]
-    cache.state[slots] = state
-    y = (state @ C[..., None])[..., 0]
-    return (y if D is None else y + wide * D.to(acc)[:, None]).to(x.dtype)
+    # One product per group: its heads share B and C. [b * g, m * p, n] states, columns [., 1], rows [., n].
+    scaled = (wide * step[..., None]).view(b * groups, -1, 1)
+    B, C = B.to(acc).reshape(b * groups, 1, n), C.to(acc).reshape(b * groups, n, 1)
+    y = torch.empty(b * groups, heads // groups * head_dim, 1, dtype=acc, device=x.device)
+    rows = max(1, STATE_ELEMENTS // (heads * head_dim * n)) if x.device.type == "cpu" else b
+    for start in range(0, b, rows):
+        part, grouped = slice(start, start + rows), slice(start * groups, (start + rows) * groups)
+        state = cache.state[slots[part]].mul_(decay[part])
+        flat = state.view(-1, *y.shape[1:2], n).baddbmm_(scaled[grouped], B[grouped])
+        torch.bmm(flat, C[grouped], out=y[grouped])
+        cache.state[slots[part]] = state
+    y = y.view(b, heads, head_dim)
+    return (y if D is None else y.addcmul_(wide, D.to(acc)[:, None])).to(x.dtype)
 
 
 def attention_decode(
@@ -59,15 +111,128 @@ def attention_decode(
     """Attention of each row's newest token over its sequence: q [b, h, p] -> [b, h, p].
 
     block_table [b, L] int32: the blocks of each sequence in order (any valid block beyond its end); lengths [b] int32:
-    tokens in it, the newest one included, whose key and value are already written.
+    tokens in it, the newest one included, whose key and value are already written. Rows may share blocks.
+    window w: the newest token sees the last w tokens, itself included.
     """
-    acc, rows, heads_per_kv = accumulate_dtype(q.dtype), len(q), q.shape[1] // cache.keys.shape[2]
-    keys, values = (x[block_table.long()].flatten(1, 2) for x in (cache.keys, cache.values))  # [b, s, hk, p]
-    grouped = q.view(rows, -1, heads_per_kv, q.shape[2])
-    scores = torch.einsum("bkmp,bskp->bkms", grouped, keys).to(acc) * scale
-    place = torch.arange(keys.shape[1], device=q.device)
-    hidden = place >= lengths[:, None]
+    acc, (b, heads, head_dim), key_heads = accumulate_dtype(q.dtype), q.shape, cache.keys.shape[2]
+    pairs = _pairs_of(block_table, lengths, cache.block_len, window)
+    keys, values = (x.transpose(1, 2) for x in (cache.keys, cache.values))  # [blocks, hk, block_len, p]
+    scores = pairs.product(q.view(b, key_heads, -1, head_dim)[pairs.rows], keys.transpose(2, 3)).to(acc)
+    scores = torch.add(pairs.hidden, scores.flatten(1, 2), alpha=scale * LOG2_E)  # [N, h, block_len]
+    rows = pairs.rows[:, None].expand(-1, heads)
+    highest = scores.new_full((b, heads), -math.inf).scatter_reduce_(0, rows, scores.amax(-1), "amax")
+    weights = scores.sub_(highest[pairs.rows, :, None]).exp2_()
+    order, ordered_rows = pairs.in_order
+    sums = weights.new_zeros(b, heads).index_add_(0, ordered_rows, weights.sum(-1)[order])
+    out = pairs.product(weights.to(q.dtype).unflatten(1, (key_heads, -1)), values).flatten(1).to(acc)
+    out = out.new_zeros(b, heads * head_dim).index_add_(0, ordered_rows, out[order])
+    return out.view(q.shape).div_(sums[..., None]).to(q.dtype)
+
+
+class _Pairs(NamedTuple):
+    """(row, block) for every block a row sees, in an order in which blocks are read from memory as they lie.
+
+    First the blocks that one row sees, span by span: consecutive blocks, a few of them seen by nobody (their pair has
+    row 0 and all keys hidden). Then blocks that several rows share, as samples of one prompt do: they are read once for
+    all their rows.
+    """
+
+    rows: Tensor  # [N] int64
+    hidden: Tensor  # [N, 1, block_len] fp32: -inf where the row does not see the key, else 0
+    in_order: tuple[Tensor, Tensor]  # real pairs by row and position, and their rows: sums do not depend on the places
+    spans: list[tuple[int, int, int]]  # (first pair, first block, number of blocks)
+    shared: Tensor  # [u] int64: blocks of several rows
+    sharers: Tensor  # [u, r] int64: pairs of each, the last one repeated where there are fewer than r
+    place: Tensor  # [N - num_exclusive] int64: where in the flattened `sharers` each pair is
+    num_exclusive: int
+
+    def product(self, left: Tensor, blocks: Tensor) -> Tensor:
+        """left [N, hk, m, i] times each pair's block of `blocks` [., hk, i, j] -> [N, hk, m, j]."""
+        key_heads, m = left.shape[1:3]
+        out = torch.empty(*left.shape[:3], blocks.shape[3], dtype=left.dtype, device=left.device)
+        for pair, block, count in self.spans:
+            mine, theirs = left[pair : pair + count].flatten(0, 1), blocks[block : block + count].flatten(0, 1)
+            torch.bmm(mine, theirs, out=out[pair : pair + count].flatten(0, 1))
+        if len(self.shared):
+            u, r = self.sharers.shape
+            mine = left[self.sharers].transpose(1, 2).reshape(u * key_heads, r * m, -1)
+            both = torch.bmm(mine, blocks[self.shared].flatten(0, 1)).view(u, key_heads, r, m, -1)
+            out[self.num_exclusive :] = both.transpose(1, 2).flatten(0, 1)[self.place]
+        return out
+
+
+SPAN_GAP = 4  # blocks seen by nobody that are read along: cheaper than starting another product
+_last_pairs: tuple[tuple, tuple[Tensor, Tensor], _Pairs] | None = None
+
+
+def _pairs_of(block_table: Tensor, lengths: Tensor, block_len: int, window: int | None) -> _Pairs:
+    """The layers of a decode step ask the same question one after another: the last answer is kept."""
+    global _last_pairs
+    if _last_pairs is not None:
+        case, (table, ends), pairs = _last_pairs
+        same = case == (block_len, window, block_table.device)
+        if same and torch.equal(table, block_table) and torch.equal(ends, lengths):
+            return pairs
+    pairs = _find_pairs(block_table, lengths, block_len, window)
+    _last_pairs = (block_len, window, block_table.device), (block_table.clone(), lengths.clone()), pairs
+    return pairs
+
+
+def _find_pairs(block_table: Tensor, lengths: Tensor, block_len: int, window: int | None) -> _Pairs:
+    device = block_table.device
+    table, ends = block_table.cpu().numpy().astype(np.int64), lengths.cpu().numpy().astype(np.int64)
+    starts = np.arange(table.shape[1]) * block_len
+    seen = starts < ends[:, None]
     if window is not None:
-        hidden |= place < lengths[:, None] - window
-    weights = scores.masked_fill_(hidden[:, None, None], -torch.inf).softmax(-1)
-    return torch.einsum("bkms,bskp->bkmp", weights.to(q.dtype), values).flatten(1, 2)
+        seen &= starts + block_len > ends[:, None] - window
+    rows, numbers = seen.nonzero()
+    blocks = table[rows, numbers]
+    order = np.argsort(blocks, kind="stable")
+    alone = np.bincount(blocks)[blocks[order]] == 1
+    order = np.concatenate([order[alone], order[~alone]])  # pair, as listed by `seen` -> in the order of memory
+    num_alone = int(alone.sum())
+
+    exclusive = blocks[order[:num_alone]]
+    spans, place = _spans(exclusive)
+    num_exclusive = spans[-1][0] + spans[-1][2] if spans else 0
+    shared, first, counts = np.unique(blocks[order[num_alone:]], return_index=True, return_counts=True)
+    r = int(counts.max(initial=0))
+    sharers = num_exclusive + first[:, None] + np.minimum(np.arange(r), counts[:, None] - 1)
+    turn = np.arange(len(order) - num_alone) - first.repeat(counts)
+    where = np.empty(len(order), np.int64)  # of each pair as listed by `seen`
+    where[order] = np.concatenate([place, num_exclusive + np.arange(len(order) - num_alone)])
+
+    total = num_exclusive + len(order) - num_alone
+    pair_rows, hidden = np.zeros(total, np.int64), np.full((total, 1, block_len), -np.inf, np.float32)
+    pair_rows[where] = rows
+    tokens = starts[numbers, None] + np.arange(block_len)
+    visible = tokens < ends[rows, None]
+    if window is not None:
+        visible &= tokens >= ends[rows, None] - window
+    hidden[where, 0] = np.where(visible, 0, -np.inf)
+
+    def tensor(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x)).to(device)
+
+    return _Pairs(
+        rows=tensor(pair_rows),
+        hidden=tensor(hidden),
+        in_order=(tensor(where), tensor(rows)),
+        spans=spans,
+        shared=tensor(shared),
+        sharers=tensor(sharers),
+        place=tensor(np.repeat(np.arange(len(shared)) * r, counts) + turn),
+        num_exclusive=num_exclusive,
+    )
+
+
+def _spans(blocks: np.ndarray) -> tuple[list[tuple[int, int, int]], np.ndarray]:
+    """Rising blocks [n] -> spans (first pair, first block, blocks) with gaps of up to SPAN_GAP, and each one's pair."""
+    if not len(blocks):
+        return [], blocks
+    cuts = np.flatnonzero(np.diff(blocks) > SPAN_GAP + 1) + 1
+    starts, lasts = blocks[np.r_[0, cuts]], blocks[np.r_[cuts - 1, len(blocks) - 1]]
+    sizes = lasts - starts + 1
+    firsts = np.cumsum(sizes) - sizes
+    pairs = blocks + np.repeat(firsts - starts, np.diff(np.r_[0, cuts, len(blocks)]))
+    return list(zip(firsts.tolist(), starts.tolist(), sizes.tolist(), strict=True)), pairs
