@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from prism_mcore.model.exact import ExactColumnLinear, ExactRowLinear, column_parallel
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups
@@ -34,7 +35,8 @@ def column_linear(build: Build, rows: int, columns: int) -> nn.Module:
         return TEColumnParallelLinear(
             columns, rows, gather_output=False, is_expert=False, tp_comm_buffer_name=None, **kwargs
         )
-    return ColumnParallelLinear(columns, rows, **kwargs)
+    column = ExactColumnLinear if build.ops.uses_exact("linear") else ColumnParallelLinear
+    return column(columns, rows, **kwargs)
 
 
 def row_linear(build: Build, rows: int, columns: int) -> nn.Module:
@@ -46,7 +48,8 @@ def row_linear(build: Build, rows: int, columns: int) -> nn.Module:
         return TERowParallelLinear(
             columns, rows, input_is_parallel=True, is_expert=False, tp_comm_buffer_name=None, **kwargs
         )
-    return RowParallelLinear(columns, rows, input_is_parallel=True, **kwargs)
+    row = ExactRowLinear if build.ops.uses_exact("linear") else RowParallelLinear
+    return row(columns, rows, input_is_parallel=True, **kwargs)
 
 
 def _linear_arguments(build: Build) -> dict:
@@ -112,6 +115,8 @@ def column_product(x: Tensor, weights: list[Tensor], build: Build) -> Tensor:
         return torch.cat([w.detach() for w in weights]) if tensor is None else tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, restore):
+        if build.ops.uses_exact("linear"):
+            return column_parallel(x, weight, build.groups.tp, sequence_parallel)
         return linear_with_grad_accumulation_and_async_allreduce(
             x,
             weight,

@@ -18,5 +18,9 @@ class Ops:
         """Is this op one of Transformer Engine's modules? It then has no function here."""
         return self.choices[op].backend == "te"
 
+    def uses_exact(self, op: str) -> bool:
+        """Does this op give the same bits in training and decoding?"""
+        return self.choices[op].backend == "exact"
+
     def __getitem__(self, op: str) -> Callable[..., Any]:
         return function(op, self.choices[op].backend)
