@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -159,6 +159,17 @@ class Boundaries:
             self._derived[function] = function(self)
         return self._derived[function]
 
+    @cached_property
+    def _scan_tables(self) -> dict[tuple[int, int, torch.device], "ScanTables"]:
+        return {}
+
+    def scan_tables(self, chunk_len: int, segment_chunks: int, device: torch.device) -> "ScanTables":
+        """What the scan's kernels look up: chunks of at most chunk_len tokens, segments of segment_chunks chunks."""
+        key = (chunk_len, segment_chunks, device)
+        if key not in self._scan_tables:
+            self._scan_tables[key] = ScanTables.build(self, *key)
+        return self._scan_tables[key]
+
     def check(self, **activations: Tensor) -> None:
         """Every given [t, ...] tensor has as many rows as the documents have tokens."""
         for name, x in activations.items():
@@ -232,3 +243,47 @@ class ChunkGrid:
             documents, length = self.uniform
             return grid.reshape(documents, -1, *grid.shape[2:])[:, :length].flatten(0, 1)
         return grid.flatten(0, 1)[self.slot]
+
+
+@dataclass(frozen=True, eq=False)
+class ScanTables:
+    """Where each chunk, each segment (a run of chunks of one document) and each document is, as kernels look it up.
+
+    Documents of 5, 0 and 2 tokens, chunks of 2, segments of 2 chunks:
+        chunks     [[0, 2, 0, 0, 1], [2, 2, 0, 0, 1], [4, 1, 1, 1, 0], [5, 2, 2, 0, 0]]
+        segments   [[0, 2, 0, 4, 0, 1, 0], [2, 1, 4, 5, 0, 0, 1], [3, 1, 5, 7, 2, 1, 1]]
+        documents  [[0, 0, 2], [2, 2, 3]]
+    """
+
+    chunks: Tensor  # [C, 5] int32: first token, tokens, segment, is a segment of the document before it, after it
+    segments: Tensor  # [segments, 7] int32: first chunk, chunks, first token, end token, document, is first, is last
+    documents: Tensor  # [documents with a token, 3] int32: document, first segment, end segment
+    carries: bool  # a document has more than one segment
+
+    @staticmethod
+    def build(boundaries: Boundaries, chunk_len: int, segment_chunks: int, device: torch.device) -> "ScanTables":
+        chunks, segments, documents = [], [], []
+        for document, start, end in boundaries.documents:
+            first_segment = len(segments)
+            for token in range(start, end, segment_chunks * chunk_len):
+                stop = min(token + segment_chunks * chunk_len, end)
+                before, after = token > start, stop < end
+                count = -(-(stop - token) // chunk_len)
+                segments.append((len(chunks), count, token, stop, document, not before, not after))
+                for first in range(token, stop, chunk_len):
+                    chunks.append((first, min(chunk_len, stop - first), len(segments) - 1, before, after))
+            documents.append((document, first_segment, len(segments)))
+
+        def table(rows: list[tuple[int, ...]]) -> Tensor:
+            return copied(torch.tensor(rows, dtype=torch.int32), device)
+
+        carries = len(segments) > len(documents)
+        return ScanTables(table(chunks), table(segments), table(documents), carries)
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.chunks)
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.segments)

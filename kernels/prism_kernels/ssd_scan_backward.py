@@ -1,8 +1,8 @@
 """The Mamba-2 scan's backward kernels: within chunks (x, D, C_i . B_j), with states (B, C), and the step sizes.
 
-`rising_i` is the gradient of the cumulated log decay at i as a query, `falling_j` minus that as a key. Rising is a row sum
-of M_ij (g_i . x_j) with M rounded as the products round it, and falling is x_j . (sum_i M_ij g_i), read off the gradient
-of x before that is rounded: so what cancels in the sum of their differences cancels to fp32.
+`rising_i` is the gradient of the cumulated log decay at i as a query, `falling_j` minus that as a key. Rising is a row
+sum of M_ij (g_i . x_j) with M rounded as the products round it; falling is x_j . (sum_i M_ij g_i), read off the grad
+of x before it is rounded: so what cancels in the sum of their differences cancels to fp32.
 """
 
 # t packed tokens, h heads, p head_dim, g groups, n state, C chunks, Q tokens in a chunk, s splits of a group's heads
