@@ -446,7 +446,7 @@ def load(
     places = {part: {name: sharded.data for name, sharded in wanted[part].items()} for part in ("model", "more")}
     loaded = dist_checkpointing.load(wanted, str(path))
     for part, tensors in places.items():
-        _fill(tensors, loaded[part])
+        _fill(tensors, loaded.get(part, {}))  # megatron-core drops what is empty
     _load_optimizer(optimizer, loaded["optimizer"], record["optimizer_step"])
     if "random" in loaded:
         set_random_state(loaded["random"])
