@@ -36,7 +36,7 @@ def assert_as_exact_as(
 
     inputs: in the dtype under test. `plain` is the straightforward code, run in that dtype and in fp64.
     """
-    upstream = randn(*plain(*inputs).shape).to(inputs[0].dtype)
+    upstream = randn(*plain(*inputs).shape).to(inputs[0])
     exact = value_and_gradients(plain, [x.double() for x in inputs], upstream)
     theirs = value_and_gradients(plain, inputs, upstream)
     mine = value_and_gradients(ours, inputs, upstream)
