@@ -1,6 +1,7 @@
 """The Triton AdamW and the optimizer around it against torch.optim.AdamW."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from prism_kernels.adamw import BLOCK, FusedAdamW, adamw
 from prism_kernels.backends import Uncovered
 
 SIZES = [BLOCK * 2 + 8, 1, 7, 64, 0, BLOCK]  # blocks and rests; 7 and 1 do not fill 16-byte accesses
-SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.1}
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.1}
 
 
-def tensors(scale=1.0):
+def random_tensors(scale=1.0):
     return [randn(n, dtype=torch.float32, scale=scale).to(DEVICE) for n in SIZES]
 
 
@@ -23,13 +24,13 @@ def tensors(scale=1.0):
 @pytest.mark.parametrize("op", [adamw, reference.adamw], ids=["triton", "reference"])
 def test_three_steps_equal_torch(op, grad_dtype):
     torch.manual_seed(0)
-    start = tensors()
+    start = random_tensors()
     theirs = [x.double().requires_grad_() for x in start]
     optimizer = torch.optim.AdamW(theirs, **SETTINGS)
     params, exp_avgs, exp_avg_sqs = start, [torch.zeros_like(x) for x in start], [torch.zeros_like(x) for x in start]
     copies = [torch.full_like(x, torch.nan, dtype=torch.bfloat16) if i % 2 else None for i, x in enumerate(start)]
     for step in (1, 2, 3):
-        grads = [x.to(grad_dtype) for x in tensors(1e-3)]
+        grads = [x.to(grad_dtype) for x in random_tensors(1e-3)]
         for param, grad in zip(theirs, grads, strict=True):
             param.grad = grad.double() * 0.5
         optimizer.step()
@@ -48,8 +49,9 @@ def test_shards_that_start_anywhere_in_a_buffer():
     before, whole = buffers[0].clone(), [x.clone() for x in buffers]
     model = torch.zeros(100, device=DEVICE, dtype=torch.bfloat16)
     cuts = [slice(0, 3), slice(3, 40), slice(40, 72), slice(80, 100)]
-    adamw(*([x[cut] for cut in cuts] for x in buffers), [model[cut] for cut in cuts], step=5, **SETTINGS)
-    adamw(*([x] for x in whole), [None], step=5, **SETTINGS)
+    shards = [[x[cut] for cut in cuts] for x in (*buffers, model)]
+    adamw(shards[0], shards[1], shards[2], shards[3], shards[4], step=5, **SETTINGS)
+    adamw(whole[:1], whole[1:2], whole[2:3], whole[3:], [None], step=5, **SETTINGS)
     for i, (mine, exact) in enumerate(zip(buffers, whole, strict=True)):
         inside = torch.cat([exact[cut] for cut in cuts])
         assert torch.equal(torch.cat([mine[cut] for cut in cuts]), inside), f"tensor {i}"
@@ -67,13 +69,13 @@ def test_tensors_of_a_kind_share_one_launch(monkeypatch):
 
     launch = kernel.adamw_kernel
     monkeypatch.setattr(kernel, "adamw_kernel", Recorded())
-    params, grads, *moments = ([torch.ones(n, device=DEVICE) for n in (BLOCK + 8, 16, 24)] for _ in range(4))
-    adamw(params, grads, *moments, [None] * 3, step=1, **SETTINGS)
+    tensors = [[torch.ones(n, device=DEVICE) for n in (BLOCK + 8, 16, 24)] for _ in range(4)]
+    adamw(tensors[0], tensors[1], tensors[2], tensors[3], [None] * 3, step=1, **SETTINGS)
     assert grids == [(4,)]  # blocks of BLOCK elements
 
 
 def train(optimizer_of, steps, state=None):
-    """Parameters after these steps of two groups with different decay, the second without a gradient every other step."""
+    """Parameters after these steps of two groups of different decay, the second without a gradient every other step."""
     torch.manual_seed(0)
     params = [torch.nn.Parameter(randn(n, dtype=torch.float32).to(DEVICE)) for n in (130, 9)]
     groups = [{"params": [params[0]]}, {"params": [params[1]], "weight_decay": 0.0}]

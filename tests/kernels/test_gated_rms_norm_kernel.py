@@ -26,6 +26,10 @@ def plain(groups):
     return run
 
 
+def normed(groups, group=None, op=gated_rms_norm):
+    return lambda y, z, weight: op(y, z, weight, EPS, groups, group)
+
+
 def inputs_of(t, d, dtype):
     return [x.to(DEVICE) for x in (randn(t, d, dtype=dtype), randn(t, d, dtype=dtype), randn(d, dtype=dtype))]
 
@@ -35,7 +39,7 @@ def inputs_of(t, d, dtype):
 def test_values_and_gradients(t, groups, w, dtype):
     torch.manual_seed(0)
     inputs = inputs_of(t, groups * w, dtype)
-    assert_as_exact_as(lambda *a: gated_rms_norm(*a, EPS, groups), plain(groups), inputs)
+    assert_as_exact_as(normed(groups), plain(groups), inputs)
 
 
 def test_weight_gradient_over_many_rows_repeats_to_the_bit():
@@ -43,8 +47,8 @@ def test_weight_gradient_over_many_rows_repeats_to_the_bit():
     inputs = inputs_of(301, 48, torch.bfloat16)
     inputs[2] = inputs[2].float()
     upstream = randn(301, 48, dtype=torch.bfloat16).to(DEVICE)
-    first, again = (value_and_gradients(lambda *a: gated_rms_norm(*a, EPS, 2), inputs, upstream) for _ in range(2))
-    exact = value_and_gradients(lambda *a: reference.gated_rms_norm(*a, EPS, 2), [x.double() for x in inputs], upstream)
+    first, again = (value_and_gradients(normed(2), inputs, upstream) for _ in range(2))
+    exact = value_and_gradients(normed(2, op=reference.gated_rms_norm), [x.double() for x in inputs], upstream)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     torch.testing.assert_close(first[3], exact[3].float(), rtol=1e-5, atol=1e-4)  # summed in fp32, not in bf16
 
@@ -58,7 +62,7 @@ def test_z_is_read_where_the_projection_put_it(offset, width):
     results = []
     for gate, grad in ((z, upstream), (z.contiguous(), upstream.contiguous())):
         leaves = [y.requires_grad_(), gate.detach().requires_grad_(), weight.requires_grad_()]
-        out = gated_rms_norm(*leaves, EPS, 3)
+        out = normed(3)(*leaves)
         results.append([out, *torch.autograd.grad(out, leaves, grad)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -69,7 +73,7 @@ def rank_of_a_spanning_group(groups, y, z, weight, upstream):
     y, z, weight, upstream = (
         x.chunk(groups.tp_size, -1)[groups.tp_rank].contiguous() for x in (y, z, weight, upstream)
     )
-    return value_and_gradients(lambda *a: gated_rms_norm(*a, EPS, 1, groups.tp), [y, z, weight], upstream)
+    return value_and_gradients(normed(1, groups.tp), [y, z, weight], upstream)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the ranks of the tests run on CPUs")
