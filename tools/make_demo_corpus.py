@@ -1,4 +1,4 @@
-"""Write a small corpus of real text in four domains from what is on this machine; nothing is downloaded.
+"""Write a small corpus of real text from what is on this machine, and prompts for RL; nothing is downloaded.
 
     python tools/make_demo_corpus.py --out DIR
 
@@ -6,6 +6,9 @@ general.jsonl  the Python language reference, and docstrings of one half of the 
 code.jsonl     source files of the other half
 math.jsonl     reasoning-gym problems as chats: most with worked answers in <think>, the others with the bare answer
 science.jsonl  questions on elements, isotopes and compounds (periodictable) as chats with worked answers
+sums.jsonl     sums and differences of two digits (reasoning-gym), some worked in <think>, most with the bare answer
+sums-bare.jsonl    the same problems in the same order, all bare
+sums-prompts.jsonl, sums-held-out.jsonl    for RL: four fifths of these problems, and the others
 
 Needs the `demo` extra. The same seed, size and versions of Python and packages give the same files.
 """
@@ -30,6 +33,8 @@ from rich.table import Table
 Record = dict[str, Any]
 
 _BARE_SHARE = 0.3  # of the math problems: answered without working
+_WORKED_SUMS = 0.3  # of the sums: answered with their working
+_HELD_OUT_SUMS = 0.2  # of the different sums: not among RL's prompts
 
 
 # --- general and code -------------------------------------------------------------------------------------------------
@@ -298,6 +303,52 @@ def _atoms(formula: str) -> list[tuple[str, int, Decimal]]:
     return [(atom.symbol, int(count), Decimal(f"{atom.mass:.3f}")) for atom, count in atoms.items()]
 
 
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+def sums(rng: random.Random) -> Iterator[Record]:
+    """Two-digit problems without end, three in ten worked: enough that RL can find the habit, and has it to find."""
+    for problem in _sums(rng.randrange(1 << 30), 1 << 20):
+        expression, worked = problem["metadata"]["expression"], rng.random() < _WORKED_SUMS
+        steps = [f"{expression} = {problem['answer']}"] if worked else None
+        yield _chat(problem["question"].strip(), problem["answer"], steps)
+
+
+def bare_sums(rng: random.Random) -> Iterator[Record]:
+    """The same problems in the same order, none of them worked."""
+    for record in sums(rng):
+        question, reply = (message["content"] for message in record["messages"])
+        yield _chat(question, reply.rsplit("\n", 1)[-1], None)
+
+
+def _sums(seed: int, size: int) -> Iterator[Record]:
+    import reasoning_gym
+
+    digits = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    yield from reasoning_gym.create_dataset("chain_sum", size=size, seed=seed, **digits)
+
+
+def sum_prompts(held_out: bool) -> Callable[[random.Random], Iterator[Record]]:
+    """Each different sum once, as a prompt whose answer reasoning-gym's scorer checks: those held out, or the others.
+
+    Every sum occurs in the mid-training documents; held out means that RL never sees it.
+    """
+
+    def prompts(rng: random.Random) -> Iterator[Record]:
+        seen = set()
+        for problem in _sums(0, 1 << 12):
+            expression = problem["metadata"]["expression"]
+            if expression in seen:
+                continue
+            seen.add(expression)
+            if (random.Random(expression).random() < _HELD_OUT_SUMS) == held_out:
+                metadata = {"source_dataset": "chain_sum", "expression": expression}
+                question, answer = problem["question"].strip(), problem["answer"]
+                yield {"prompt": question, "reward": "gym", "answer": answer, "metadata": metadata}
+
+    return prompts
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -313,26 +364,30 @@ def _plain(number: Decimal) -> str:
     return "0" if text == "-0" else text
 
 
-DOMAINS: dict[str, Callable[[random.Random], Iterator[Record]]] = {
+FILES: dict[str, Callable[[random.Random], Iterator[Record]]] = {
     "general": general,
     "code": code,
     "math": math_problems,
     "science": science,
+    "sums": sums,
+    "sums-bare": bare_sums,
+    "sums-prompts": sum_prompts(held_out=False),
+    "sums-held-out": sum_prompts(held_out=True),
 }
 
 
 def make_corpus(out: Path, size_mb: float, seed: int, progress: Progress | None = None) -> dict[str, tuple[int, int]]:
-    """Write DOMAIN.jsonl for each domain, at most `size_mb` MB of JSONL each. Returns {domain: (documents, bytes)}."""
+    """Write each of FILES as NAME.jsonl, at most `size_mb` MB each. Returns {name: (records, bytes)}."""
     limit = math.floor(size_mb * 1e6)
     out.mkdir(parents=True, exist_ok=True)
     written = {}
-    for domain, records in DOMAINS.items():
-        bar = progress.add_task(domain, total=limit) if progress else None
+    for name, records in FILES.items():
+        bar = progress.add_task(name, total=limit) if progress else None
         documents = size = 0
-        temporary = out / f"{domain}.jsonl.tmp-{os.getpid()}"
+        temporary = out / f"{name}.jsonl.tmp-{os.getpid()}"
         try:
             with open(temporary, "w", encoding="utf-8") as stream:
-                for record in records(random.Random(f"{seed} {domain}")):
+                for record in records(random.Random(f"{seed} {name.removesuffix('-bare')}")):
                     line = json.dumps(record, ensure_ascii=False) + "\n"
                     if size + len(line.encode()) > limit:
                         break
@@ -342,17 +397,17 @@ def make_corpus(out: Path, size_mb: float, seed: int, progress: Progress | None 
                         progress.update(bar, completed=size)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(temporary, out / f"{domain}.jsonl")
+            os.replace(temporary, out / f"{name}.jsonl")
         finally:
             temporary.unlink(missing_ok=True)
-        written[domain] = documents, size
+        written[name] = documents, size
     return written
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the four files")
-    parser.add_argument("--size", type=float, default=2.0, help="most megabytes per domain (default: 2)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the files")
+    parser.add_argument("--size", type=float, default=2.0, help="most megabytes per file (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="which documents, in which order (default: 0)")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
@@ -362,9 +417,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"make_demo_corpus: {error}; install the demo extra: pip install -e '.[demo]'", file=sys.stderr)
         return 1
-    table = Table("domain", "documents", "bytes")
-    for domain, (documents, size) in written.items():
-        table.add_row(domain, f"{documents:,}", f"{size:,}")
+    table = Table("file", "documents", "bytes")
+    for name, (documents, size) in written.items():
+        table.add_row(name, f"{documents:,}", f"{size:,}")
     Console().print(table)
     return 0
 

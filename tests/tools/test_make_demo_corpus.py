@@ -1,4 +1,4 @@
-"""The demo corpus: four domains, the same every time, its worked answers true line by line."""
+"""The demo corpus: its domains, the same every time, its worked answers true line by line."""
 
 import importlib.util
 import json
@@ -52,18 +52,38 @@ def value(expression: str) -> Fraction:
     return eval(exact, {"Fraction": Fraction})
 
 
-def test_all_domains_are_there_and_not_larger_than_asked(corpus):
-    assert sorted(corpus) == ["code", "general", "math", "science"]
-    for domain, records in corpus.items():
+PROMPTS = ["sums-held-out", "sums-prompts"]
+
+
+def test_all_files_are_there_and_not_larger_than_asked(corpus):
+    assert sorted(corpus) == ["code", "general", "math", "science", "sums", "sums-bare", *PROMPTS]
+    for name, records in corpus.items():
         size = sum(len(json.dumps(record, ensure_ascii=False).encode()) + 1 for record in records)
-        assert SIZE_MB * 1e6 * 0.2 < size <= SIZE_MB * 1e6, domain
+        assert (size > SIZE_MB * 1e6 * 0.2 or name in PROMPTS) and size <= SIZE_MB * 1e6, name
+
+
+def test_bare_sums_are_the_same_problems_without_their_working(corpus):
+    shown = corpus["sums"]
+    assert 0.2 < len(worked(shown)) / len(shown) < 0.4 and not worked(corpus["sums-bare"])
+    for record, bare in zip(shown, corpus["sums-bare"], strict=False):  # working takes room: there are fewer
+        (question, reply), (same, answer) = ([m["content"] for m in r["messages"]] for r in (record, bare))
+        assert question == same and reply.rsplit("\n", 1)[-1] == answer
+    for question, steps, answer in worked(shown):
+        assert question.endswith(f" {steps[0].split(' = ')[0]} =") and steps[0].endswith(f" = {answer}")
+
+
+def test_held_out_sums_are_among_the_documents_and_not_among_the_prompts(corpus):
+    prompts, held_out = ({record["prompt"] for record in corpus[name]} for name in reversed(PROMPTS))
+    assert len(prompts) + len(held_out) == 200 and not prompts & held_out and len(held_out) > 25
+    documents = {record["messages"][0]["content"] for record in corpus["sums"]}
+    assert held_out <= documents
 
 
 def test_the_same_seed_gives_the_same_files_and_another_seed_others(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         tool.make_corpus(tmp_path / name, 0.05, seed)
-    for domain in tool.DOMAINS:
-        a, b, c = ((tmp_path / name / f"{domain}.jsonl").read_bytes() for name in "abc")
+    for file in set(tool.FILES) - set(PROMPTS):
+        a, b, c = ((tmp_path / name / f"{file}.jsonl").read_bytes() for name in "abc")
         assert a == b != c
 
 
