@@ -2,10 +2,13 @@
 
 # t packed tokens, h query heads, k key/value heads (both of this rank), p head_dim
 
+import torch
 from torch import Tensor, nn
 
+from prism_kernels.caches import PagedCache
 from prism_mcore.model.linear import Build, column_linear, row_linear
 from prism_mcore.model.sequence import Sequence
+from prism_mcore.model.state import Decode, State
 
 
 class TransformerEngineAttention(nn.Module):
@@ -41,8 +44,13 @@ class Attention(nn.Module):
         self.out_proj = row_linear(build, spec.hidden_size, width)
         self.apply_rope = build.ops["rope"]
         self.attention = TransformerEngineAttention(build) if build.ops.uses_te("attention") else build.ops["attention"]
+        self.attention_decode = build.ops["attention_decode"]
 
-    def forward(self, x: Tensor, seq: Sequence, state: None = None) -> Tensor:
+    def cache(self, blocks: int, block_len: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
+        """Room for the keys and values of blocks * block_len tokens."""
+        return PagedCache.allocate(blocks, block_len, self.kv_heads, self.spec.head_dim, dtype, device)
+
+    def forward(self, x: Tensor, seq: Sequence, state: State | None = None) -> Tensor:
         """[t, 1, d] -> [t, 1, d]."""
         qkv, _ = self.qkv(x)
         tokens, p = qkv.shape[0], self.spec.head_dim
@@ -51,7 +59,19 @@ class Attention(nn.Module):
         k, v = grouped[:, :, -2], grouped[:, :, -1]
         if seq.rope is not None:
             q, k = self.apply_rope(q, k, *seq.rope)
-        if isinstance(self.attention, TransformerEngineAttention):
+        if state is not None:
+            assert isinstance(state.cache, PagedCache), "an attention sub-layer caches keys and values"
+            state.cache.write(state.step.rows, k, v)
+        if state is not None and isinstance(state.step, Decode):
+            y = self.attention_decode(
+                q,
+                state.cache,
+                state.step.block_table,
+                state.step.lengths,
+                self.spec.attention_scale,
+                self.spec.sliding_window,
+            )
+        elif isinstance(self.attention, TransformerEngineAttention):
             y = self.attention(q, k, v, seq)
         else:
             y = self.attention(q, k, v, seq.boundaries, self.spec.attention_scale, self.spec.sliding_window)

@@ -5,8 +5,12 @@
 import torch
 from torch import Tensor, nn
 
+from prism_kernels.caches import ConvCache
 from prism_mcore.model.linear import Build, Weight, column_product, row_linear
 from prism_mcore.model.sequence import Sequence
+from prism_mcore.model.state import Decode, MambaCache, State
+
+OPS = ("causal_conv1d", "conv_step", "ssd_scan", "ssd_cache", "ssd_prefill", "ssd_step")
 
 
 class Mamba(nn.Module):
@@ -36,29 +40,47 @@ class Mamba(nn.Module):
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(self.heads)) for _ in range(3))
         self.norm = Weight((self.inner,), dtype)
         self.out_proj = row_linear(build, spec.hidden_size, spec.mamba_num_heads * spec.mamba_head_dim)
-        self.conv, self.scan = build.ops["causal_conv1d"], build.ops["ssd_scan"]
+        self.ops = {op: build.ops[op] for op in OPS}
         self.gated_norm = build.ops["gated_rms_norm"]
 
-    def forward(self, x: Tensor, seq: Sequence, state: None = None) -> Tensor:
+    def cache(self, slots: int, dtype: torch.dtype, device: torch.device) -> MambaCache:
+        """Room for the states of so many sequences."""
+        spec = self.spec
+        shape = (slots, self.heads, spec.mamba_head_dim, self.groups, spec.ssm_state_size)
+        conv = ConvCache.allocate(slots, self.inner + 2 * self.state, spec.conv_kernel, dtype, device)
+        return MambaCache(conv, self.ops["ssd_cache"](*shape, dtype, device))
+
+    def forward(self, x: Tensor, seq: Sequence, state: State | None = None) -> Tensor:
         """[t, 1, d] -> [t, 1, d]."""
         spec = self.spec
         zdtxbc = column_product(x, [self.in_proj(), self.in_proj_bc()], self.build).squeeze(1)
         z, dt, xbc = zdtxbc.split([self.inner, self.heads, self.inner + 2 * self.state], dim=-1)
-        conv_weight = torch.cat([self.conv_x(), self.conv_bc()])
-        conv_bias = torch.cat([self.conv_x.bias, self.conv_bc.bias]) if spec.conv_bias else None
-        xbc = self.conv(xbc, conv_weight, conv_bias, seq.boundaries)
+        xbc = self._convolved(xbc, seq, state)
         xs, B, C = xbc.split([self.inner, self.state, self.state], dim=-1)
-        y = self.scan(
-            xs.unflatten(-1, (self.heads, -1)),
-            dt,
-            self.A_log,
-            B.unflatten(-1, (self.groups, -1)),
-            C.unflatten(-1, (self.groups, -1)),
-            self.D,
-            self.dt_bias,
-            seq.boundaries,
-            spec.chunk_len,
-            spec.dt_limit,
-        )
+        B, C = (y.unflatten(-1, (self.groups, -1)) for y in (B, C))
+        y = self._scanned((xs.unflatten(-1, (self.heads, -1)), dt, self.A_log, B, C, self.D, self.dt_bias), seq, state)
         y = self.gated_norm(y.flatten(-2), z, self.norm(), spec.norm_eps, self.norm_groups, self.norm_ranks)
         return self.out_proj(y.unsqueeze(1))[0]
+
+    def _convolved(self, xbc: Tensor, seq: Sequence, state: State | None) -> Tensor:
+        weight = torch.cat([self.conv_x(), self.conv_bc()])
+        bias = torch.cat([self.conv_x.bias, self.conv_bc.bias]) if self.spec.conv_bias else None
+        if state is None:
+            return self.ops["causal_conv1d"](xbc, weight, bias, seq.boundaries)
+        assert isinstance(state.cache, MambaCache), "a Mamba sub-layer caches its states"
+        if isinstance(state.step, Decode):
+            return self.ops["conv_step"](xbc, weight, bias, state.cache.conv, state.step.slots)
+        y, final = self.ops["causal_conv1d"](xbc, weight, bias, seq.boundaries, return_final_state=True)
+        state.cache.conv.state[state.step.slots] = final.to(state.cache.conv.state.dtype)
+        return y
+
+    def _scanned(self, inputs: tuple[Tensor, ...], seq: Sequence, state: State | None) -> Tensor:
+        """inputs: x [t, h, p], dt [t, h], A_log [h], B, C [t, g, n], D, dt_bias [h] -> [t, h, p]."""
+        spec = self.spec
+        if state is None:
+            return self.ops["ssd_scan"](*inputs, seq.boundaries, spec.chunk_len, spec.dt_limit)
+        assert isinstance(state.cache, MambaCache), "a Mamba sub-layer caches its states"
+        scan, step = state.cache.scan, state.step
+        if isinstance(step, Decode):
+            return self.ops["ssd_step"](*inputs, scan, step.slots, step.positions, spec.dt_limit)
+        return self.ops["ssd_prefill"](*inputs, seq.boundaries, spec.chunk_len, spec.dt_limit, scan, step.slots)

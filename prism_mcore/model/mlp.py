@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from prism_mcore.model.linear import Build, column_linear, row_linear
 from prism_mcore.model.sequence import Sequence
+from prism_mcore.model.state import State
 
 
 class MLP(nn.Module):
@@ -18,7 +19,7 @@ class MLP(nn.Module):
         self.down = row_linear(build, spec.hidden_size, spec.ffn_size)
         self.activation = build.ops[spec.activation]
 
-    def forward(self, x: Tensor, seq: Sequence, state: None = None) -> Tensor:
+    def forward(self, x: Tensor, seq: Sequence, state: State | None = None) -> Tensor:
         """[t, 1, d] -> [t, 1, d]."""
         up, _ = (self.gate_up if self.gated else self.up)(x)
         return self.down(self.activation(up))[0]
