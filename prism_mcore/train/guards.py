@@ -4,10 +4,11 @@ import json
 import logging
 import math
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,6 @@ from safetensors.torch import save_file
 from prism_mcore.batch import PackedBatch
 from prism_mcore.parallel import Groups
 from prism_mcore.train.settings import GuardSettings
-from prism_mcore.train.step import StepStats
 
 log = logging.getLogger(__name__)
 
@@ -25,15 +25,53 @@ class GuardStop(RuntimeError):
     """More bad steps than guards.skip_budget; the same on every rank. Exit code: exit_codes.STOPPED_BY_GUARD."""
 
 
+class Stats(Protocol):
+    """What a guard looks at of a step's stats; the same on every rank but for row_losses."""
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def grad_norm(self) -> float: ...
+
+    @property
+    def row_losses(self) -> list[list[float]] | None:
+        """Of this rank's rows, by micro-batch; None where no loss is computed."""
+
+
+Suspects = Callable[[Stats, Sequence[PackedBatch]], list[str]]
+
+
+def worst_sequences(stats: Stats, batches: Sequence[PackedBatch]) -> list[str]:
+    """This rank's sequences that are to blame, the worst first: those whose loss is not finite, else the highest.
+
+    Where no loss is computed (before the last stage) nobody knows.
+    """
+    if stats.row_losses is None:
+        return []
+    rows = [
+        (loss, source, sample)
+        for batch, losses in zip(batches, stats.row_losses, strict=True)
+        for loss, source, sample, counts in zip(
+            losses, batch.source_ids.tolist(), batch.sample_ids.tolist(), _counts(batch), strict=True
+        )
+        if counts
+    ]
+    broken = [row for row in rows if not math.isfinite(row[0])]
+    worst = broken or sorted(rows)[-1:]
+    return [f"sample {sample} of data.sources[{source}] (loss {loss:.4g})" for loss, source, sample in worst]
+
+
 class Guard:
     """Decides after each step's gradients whether they may change the weights.
 
     run_dir: dumps go to <run_dir>/bad_steps/step_00000017/: per data-parallel rank the batch (rank_3.safetensors,
-    tensors named <micro-batch>.<field>) and what was seen of it (rank_3.json).
+    tensors named <micro-batch>.<field>) and what was seen of it (rank_3.json). suspects: names what on this rank is to
+    blame for a bad step.
     """
 
-    def __init__(self, settings: GuardSettings, run_dir: Path, groups: Groups):
-        self.settings, self.run_dir, self.groups = settings, run_dir, groups
+    def __init__(self, settings: GuardSettings, run_dir: Path, groups: Groups, suspects: Suspects = worst_sequences):
+        self.settings, self.run_dir, self.groups, self.suspects = settings, run_dir, groups, suspects
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._skipped = 0
         self._good_losses: deque[float] = deque(maxlen=settings.spike_window)
@@ -47,7 +85,7 @@ class Guard:
         self._skipped = state["skipped"]
         self._good_losses.extend(state["good_losses"])
 
-    def admits(self, step: int, stats: StepStats, batches: list[PackedBatch]) -> bool:
+    def admits(self, step: int, stats: Stats, batches: Sequence[PackedBatch]) -> bool:
         """May this step's gradients be applied? Every rank calls it; one small reduction when all is well.
 
         A bad step is dumped, named in the log and answered with False, or GuardStop beyond the budget.
@@ -57,7 +95,7 @@ class Guard:
             self._good_losses.append(stats.loss)
             return True
         folder = self.run_dir / "bad_steps" / f"step_{step:08d}"
-        suspects = self._suspects(stats, batches)
+        suspects = self.suspects(stats, batches) if self.groups.tp_rank == 0 else []  # one rank speaks for all
         self._dump(folder, complaint, stats, batches, suspects)
         everyone: list[list[str]] = [[]] * self.groups.world_size
         dist.all_gather_object(everyone, [f"rank {self.groups.rank}: {suspect}" for suspect in suspects])
@@ -71,7 +109,7 @@ class Guard:
             log.error("%s The step is skipped, %d of %d.", message, self._skipped, self.settings.skip_budget)
         return False
 
-    def _complaint(self, stats: StepStats) -> str:
+    def _complaint(self, stats: Stats) -> str:
         if not math.isfinite(stats.loss):
             return f"the loss is {stats.loss}"
         if not math.isfinite(stats.grad_norm):
@@ -90,27 +128,8 @@ class Guard:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
-    def _suspects(self, stats: StepStats, batches: list[PackedBatch]) -> list[str]:
-        """This rank's sequences that are to blame, the worst first: those whose loss is not finite, else the highest.
-
-        Where no loss is computed (before the last stage) nobody knows; one tensor-parallel rank speaks for all.
-        """
-        if stats.row_losses is None or self.groups.tp_rank > 0:
-            return []
-        rows = [
-            (loss, source, sample)
-            for batch, losses in zip(batches, stats.row_losses, strict=True)
-            for loss, source, sample, counts in zip(
-                losses, batch.source_ids.tolist(), batch.sample_ids.tolist(), _counts(batch), strict=True
-            )
-            if counts
-        ]
-        broken = [row for row in rows if not math.isfinite(row[0])]
-        worst = broken or sorted(rows)[-1:]
-        return [f"sample {sample} of data.sources[{source}] (loss {loss:.4g})" for loss, source, sample in worst]
-
     def _dump(
-        self, folder: Path, complaint: str, stats: StepStats, batches: list[PackedBatch], suspects: list[str]
+        self, folder: Path, complaint: str, stats: Stats, batches: Sequence[PackedBatch], suspects: list[str]
     ) -> None:
         if self.groups.tp_rank > 0 or not (self.groups.is_first_stage or self.groups.is_last_stage):
             return
@@ -127,7 +146,6 @@ class Guard:
             "complaint": complaint,
             "loss": repr(stats.loss),
             "grad_norm": repr(stats.grad_norm),
-            "source_loss": [repr(loss) for loss in stats.source_loss],
             "suspects": suspects,
             "samples": [batch.sample_ids.tolist() for batch in batches],
         }

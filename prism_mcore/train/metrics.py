@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -21,6 +22,71 @@ if TYPE_CHECKING:
     from prism_mcore.train.step import StepStats
 
 STEPS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
+
+
+class Records:
+    """JSON lines and tensorboard in a run's folder; on rank 0, and quietly nothing elsewhere.
+
+    start: the step resumed from; what the files have beyond it is dropped.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[str], start: int, *, tensorboard: bool, rank: int):
+        self._files: dict[str, TextIO] = {}
+        self._tensorboard: Any = None
+        if rank == 0:
+            self._open(folder, files, start, tensorboard)
+
+    def _open(self, folder: Path, files: Sequence[str], start: int, tensorboard: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            truncate_after(folder / name, start)
+            self._files[name] = open(folder / name, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def __bool__(self) -> bool:
+        """Is anything written here?"""
+        return bool(self._files)
+
+    def write(self, file: str, record: dict[str, Any]) -> None:
+        """Append an object, which has a `step`; NaN and Inf become null."""
+        finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        self._files[file].write(json.dumps(finite) + "\n")
+        if self._tensorboard is not None:
+            for key, value in record.items():
+                if key != "step":
+                    self._tensorboard.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+class StepClock:
+    """Times a step and its parts; the same part may come several times."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """A step begins."""
+        self._begun = self._last = perf_counter()
+        self.parts: dict[str, float] = {}  # time/<part>_s
+
+    def mark(self, part: str) -> None:
+        """The named part of the step ends here."""
+        now = perf_counter()
+        name = f"time/{part}_s"
+        self.parts[name] = self.parts.get(name, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def step_s(self) -> float:
+        return perf_counter() - self._begun
 
 
 class Metrics:
@@ -39,51 +105,34 @@ class Metrics:
         self.peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self.domains = run.loader.domains
         self._step_times: deque[float] = deque(maxlen=20)
-        self._marks: dict[str, float] = {}
-        self._files: dict[str, TextIO] = {}
-        self._tensorboard: Any = None
-        if run.groups.rank == 0:
-            self._open(settings.run_dir, start, settings.log.tensorboard)
-        self.start_step()
-
-    def _open(self, folder: Path, start: int, tensorboard: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (STEPS_FILE, VALIDATION_FILE):
-            truncate_after(folder / name, start)
-            self._files[name] = open(folder / name, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        files = (STEPS_FILE, VALIDATION_FILE)
+        self.records = Records(
+            settings.run_dir, files, start, tensorboard=settings.log.tensorboard, rank=run.groups.rank
+        )
+        self.clock = StepClock()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for file in self._files.values():
-            file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self.records.close()
 
     def start_step(self) -> None:
         """A step begins."""
-        self._begun = self._last = perf_counter()
-        self._marks = {}
+        self.clock.start()
 
     def mark(self, part: str) -> None:
         """The named part of the step ends here; it becomes time/<part>_s."""
-        now = perf_counter()
-        self._marks[f"time/{part}_s"] = now - self._last
-        self._last = now
+        self.clock.mark(part)
 
     def log(self, step: int, stats: StepStats, lr: float) -> None:
         """Write down a step: step, loss (nats per token), loss/<domain>, grad_norm, lr, tokens (so far), time/step_s,
         time/<part>_s, throughput/tokens_per_s (all devices), throughput/tflops (each device), throughput/mfu (where the
         peak is known), memory/peak_gb (of rank 0). NaN and Inf become null.
         """
-        step_s = perf_counter() - self._begun
+        step_s = self.clock.step_s
         self._step_times.append(step_s)
-        if not self._files:
+        if not self.records:
             return
         domains = domain_losses(self.domains, stats)
         flops = self.flops_per_step / step_s / self.num_devices
@@ -95,32 +144,24 @@ class Metrics:
             "lr": lr,
             "tokens": step * self.tokens_per_step,
             "time/step_s": step_s,
-            **self._marks,
+            **self.clock.parts,
             "throughput/tokens_per_s": self.tokens_per_step / step_s,
             "throughput/tflops": flops / 1e12,
             **({"throughput/mfu": flops / self.peak} if self.peak else {}),
             "memory/peak_gb": peak_memory_gb(),
         }
-        self._write(STEPS_FILE, step, record)
+        self.records.write(STEPS_FILE, record)
         if step % self.every == 0 or step == self.steps:
             print(self._line(record, domains), file=sys.stderr, flush=True)
 
     def log_validation(self, step: int, losses: dict[str, float]) -> None:
         """Write down the validation after a step: nats per token by domain."""
-        if not self._files:
+        if not self.records:
             return
         record = {"step": step, **{f"validation/loss/{domain}": loss for domain, loss in losses.items()}}
-        self._write(VALIDATION_FILE, step, record)
+        self.records.write(VALIDATION_FILE, record)
         listed = " ".join(f"{domain} {loss:.4f}" for domain, loss in losses.items())
         print(f"step {step:>{len(str(self.steps))}}/{self.steps} | validation {listed}", file=sys.stderr, flush=True)
-
-    def _write(self, file: str, step: int, record: dict[str, Any]) -> None:
-        finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
-        self._files[file].write(json.dumps(finite) + "\n")
-        if self._tensorboard is not None:
-            for key, value in record.items():
-                if key != "step":
-                    self._tensorboard.add_scalar(key, value, step)
 
     def _line(self, record: dict[str, Any], domains: dict[str, float]) -> str:
         step = record["step"]
@@ -130,10 +171,10 @@ class Metrics:
             " ".join(f"{domain} {loss:.3f}" for domain, loss in domains.items()) if len(domains) > 1 else "",
             f"lr {record['lr']:.2e}",
             f"grad {record['grad_norm']:.3f}",
-            f"{_short(record['throughput/tokens_per_s'])} tok/s",
+            f"{short(record['throughput/tokens_per_s'])} tok/s",
             f"{record['throughput/tflops']:.3g} TFLOP/s",
             f"MFU {100 * record['throughput/mfu']:.1f}%" if self.peak else "",
-            f"ETA {_clock((self.steps - step) * sum(self._step_times) / len(self._step_times))}",
+            f"ETA {clock_text((self.steps - step) * sum(self._step_times) / len(self._step_times))}",
         ]
         return " | ".join(part for part in parts if part)
 
@@ -173,14 +214,14 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
 
 
-def _clock(seconds: float) -> str:
+def clock_text(seconds: float) -> str:
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{secs:02d}"
