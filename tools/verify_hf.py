@@ -180,7 +180,9 @@ def compare(settings: Settings, tokens: Tensor, reference: Path) -> list[Differe
             if chunk.pre_process:
                 chunk.embedding.register_forward_hook(lambda module, inputs, x: see(0, x))
             for index, layer in chunk.layers.items():
-                layer.register_forward_hook(lambda module, inputs, x, index=int(index): see(index + 1, x))
+                layer.register_forward_hook(
+                    lambda module, inputs, out, index=int(index): see(index + 1, module.total(*out))
+                )
         score(
             chunks,
             tokens,

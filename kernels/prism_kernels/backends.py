@@ -50,7 +50,11 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "reference": REFERENCE + "rms_norm",
         "exact": EXACT + "rms_norm",
     },
-    "add_rms_norm": {"triton": "prism_kernels.rms_norm:add_rms_norm", "reference": REFERENCE + "add_rms_norm"},
+    "add_rms_norm": {  # a residual sum and the norm after it
+        "triton": "prism_kernels.rms_norm:add_rms_norm",
+        "reference": REFERENCE + "add_rms_norm",
+        "exact": EXACT + "add_rms_norm",
+    },
     "gated_rms_norm": {
         "triton": "prism_kernels.gated_rms_norm:gated_rms_norm",
         "reference": REFERENCE + "gated_rms_norm",

@@ -20,7 +20,7 @@ from prism_kernels.matmul import mm
 from prism_kernels.reference import rope_table
 from prism_mcore.batch import PackedBatch
 from prism_mcore.model.attention import Attention
-from prism_mcore.model.linear import Build, norm
+from prism_mcore.model.linear import Build, add_and_norm, norm, residual_sum
 from prism_mcore.model.mamba import Mamba
 from prism_mcore.model.mlp import MLP
 from prism_mcore.model.parameters import Parameter, draw, padded_vocabulary, parameters, shard
@@ -30,23 +30,31 @@ MIXERS: dict[str, type[nn.Module]] = {"*": Attention, "-": MLP, "M": Mamba}
 
 
 class Block(nn.Module):
-    """One sub-layer: x + residual_multiplier * mixer(norm(x))."""
+    """One sub-layer: x + residual_multiplier * mixer(norm(x)).
+
+    The sum is left to the next sub-layer, whose norm reads it anyway: hidden states travel as (x, branch).
+    """
 
     def __init__(self, build: Build, kind: str, recompute: bool):
         super().__init__()
         self.norm, self.mixer = norm(build), MIXERS[kind](build)
         self.residual_multiplier, self.recompute = build.spec.residual_multiplier, recompute
 
-    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+    def forward(self, x: Tensor, seq: Sequence, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The previous sub-layer's (x, branch) -> this one's, each [t, 1, d]; no branch: x is the whole."""
         if self.recompute and torch.is_grad_enabled():
+            x = self.total(x, branch)  # one tensor to keep instead of two
             # Nothing here draws random numbers, so there is no state to restore.
-            branch = checkpoint(self.branch, x, seq, use_reentrant=False, preserve_rng_state=False)
-        else:
-            branch = self.branch(x, seq)
-        return torch.add(x, branch, alpha=self.residual_multiplier)
+            return x, checkpoint(self.branch, x, seq, use_reentrant=False, preserve_rng_state=False)
+        normed, x = add_and_norm(self.norm, x, branch, self.residual_multiplier)
+        return x, self.mixer(normed, seq)
 
     def branch(self, x: Tensor, seq: Sequence) -> Tensor:
         return self.mixer(self.norm(x), seq)
+
+    def total(self, x: Tensor, branch: Tensor | None) -> Tensor:
+        """The hidden states that (x, branch) stands for."""
+        return residual_sum(x, branch, self.residual_multiplier)
 
 
 class Embedding(VocabParallelEmbedding):
@@ -171,13 +179,14 @@ class HybridModel(MegatronModule):
             x = self.embedding(batch.tokens.flatten())
         else:
             x = self.input_tensor
+        branch = None
         for layer in self.layers.values():
-            x = layer(x, seq)
+            x, branch = layer(x, seq, branch)
         if not self.post_process:
-            return x
+            return residual_sum(x, branch, self.spec.residual_multiplier)
         assert batch.labels is not None and batch.loss_mask is not None, "the loader gives the last stage its labels"
         tied = self.embedding.weight if self.pre_process and self.spec.tied_embeddings else None
-        x = self.final_norm(x)
+        x, _ = add_and_norm(self.final_norm, x, branch, self.spec.residual_multiplier)
         if temperature is not None:
             return self.output.policy(x, batch.labels.flatten(), tied, temperature)
         loss = self.output(x, batch.labels.flatten(), batch.loss_mask.flatten(), tied)

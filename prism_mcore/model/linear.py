@@ -68,11 +68,14 @@ class RMSNorm(nn.Module):
     def __init__(self, build: Build):
         super().__init__()
         self.eps = build.spec.norm_eps
-        self.rms_norm = build.ops["rms_norm"]
+        self.rms_norm, self.add_rms_norm = build.ops["rms_norm"], build.ops["add_rms_norm"]
         self.weight = nn.Parameter(torch.empty(build.spec.hidden_size, dtype=build.config.params_dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, branch: Tensor | None = None, alpha: float = 1.0) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with a branch (the norm of h, h) for h = x + alpha * branch, in one pass."""
+        if branch is None:
+            return self.rms_norm(x, self.weight, self.eps)
+        return self.add_rms_norm(x, branch, alpha, self.weight, self.eps)
 
 
 def norm(build: Build) -> nn.Module:
@@ -82,6 +85,18 @@ def norm(build: Build) -> nn.Module:
 
         return TENorm(build.config, build.spec.hidden_size, build.spec.norm_eps)
     return RMSNorm(build)
+
+
+def add_and_norm(norm: nn.Module, x: Tensor, branch: Tensor | None, alpha: float) -> tuple[Tensor, Tensor]:
+    """(norm(h), h) for h = x + alpha * branch, or x where there is no branch."""
+    if branch is not None and isinstance(norm, RMSNorm):
+        return norm(x, branch, alpha)
+    h = residual_sum(x, branch, alpha)
+    return norm(h), h
+
+
+def residual_sum(x: Tensor, branch: Tensor | None, alpha: float) -> Tensor:
+    return x if branch is None else torch.add(x, branch, alpha=alpha)
 
 
 class Weight(nn.Module):
