@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prism_kernels.backends import Uncovered
 from prism_kernels.boundaries import Boundaries, ScanTables
-from prism_kernels.ssd_scan_backward import launch_group_grads, launch_inner_grads, launch_step_grads
+from prism_kernels.ssd_scan_backward import Slots, launch_group_grads, launch_inner_grads, launch_step_grads
 from prism_kernels.ssd_scan_forward import Decays, Shape, States, launch_decays, launch_outputs, launch_states
 
 LONGEST_CHUNK = {torch.bfloat16: 128, torch.float32: 32}  # fp32: no tensor cores, and tiles are twice as large
@@ -89,25 +89,18 @@ class _Scan(torch.autograd.Function):
         after, grad_initial = launch_states(
             grad, C, decays, tables, shape, grad_final, ctx.initial_dtype is not None, ctx.num_documents, backward=True
         )
-        shares = torch.empty(3, tables.num_chunks, shape.num_heads, dtype=torch.float32, device=x.device)
-        grad_x, grad_scores, rising, falling, handed_on = launch_inner_grads(
-            x, grad, B, C, D, decays, after, tables, shape, shares[2]
-        )
-        grad_B, grad_C, states_rising, overlap = launch_group_grads(
-            x, grad, B, C, decays, before, after, grad_scores, tables, shape
-        )
-        grad_dt = launch_step_grads(
-            dt, dt_bias, A_log, decays, rising, falling, handed_on, states_rising, overlap, tables, ctx.limit, shape,
-            shares[0], shares[1],
-        )  # fmt: skip
-        grad_bias, grad_A_log, grad_D = shares.sum(1)
+        slots = Slots.empty(tables, shape, x.device)
+        grad_x, grad_scores, falling = launch_inner_grads(x, grad, B, C, D, decays, after, tables, shape, slots)
+        grad_B, grad_C = launch_group_grads(x, grad, B, C, decays, before, after, grad_scores, tables, shape, slots)
+        grad_dt, shares = launch_step_grads(dt, dt_bias, A_log, decays, falling, slots, tables, ctx.limit, shape)
+        grad_bias, grad_A_log = shares.sum(1)
         return (
             grad_x,
             grad_dt,
             grad_A_log.to(A_log.dtype),
             grad_B,
             grad_C,
-            None if D is None else grad_D.to(D.dtype),
+            None if D is None else slots.grad_D.sum((0, 1)).to(D.dtype),
             grad_bias.to(dt_bias.dtype),
             None if grad_initial is None else grad_initial.to(ctx.initial_dtype),
             *(None,) * 4,

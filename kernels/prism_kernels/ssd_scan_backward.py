@@ -7,6 +7,8 @@ of x before it is rounded: so what cancels in the sum of their differences cance
 
 # t packed tokens, h heads, p head_dim, g groups, n state, C chunks, Q tokens in a chunk, s splits of a group's heads
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -28,67 +30,70 @@ from prism_kernels.ssd_scan_forward import (
 
 
 @triton.jit
-def decays_to_end(query, key, query_low, key_low, at, Q: tl.constexpr, EXACT: tl.constexpr):
-    """[Q] dt_j * decay from j to the chunk's end."""
-    rows = tl.arange(0, Q)
-    gap = tl.load(query + at + Q - 1) - tl.load(key + at + rows)
+def decays_to_end(query, key, query_low, key_low, at, start, Q: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr):
+    """[R] dt_j * decay from j to the chunk's end, for R keys from `start` on."""
+    j = start + tl.arange(0, R)
+    gap = tl.load(query + at + Q - 1) - tl.load(key + at + j)
     if EXACT:
-        gap += tl.load(query_low + at + Q - 1) - tl.load(key_low + at + rows)
+        gap += tl.load(query_low + at + Q - 1) - tl.load(key_low + at + j)
     return tl.exp2(gap)
 
 
 @triton.jit
 def inner_grads_kernel(
     x, grad, B, C, D, query, key, query_low, key_low, chunks, local, carries, logs,
-    grad_x, grad_scores, rising, falling, handed_on, grad_D, num_heads, heads_per_group,
+    grad_x, grad_scores, rising, falling, handed_on, grad_D, num_heads, heads_per_group, num_chunks,
     x_stride, grad_stride, B_stride, C_stride,
     HEADS: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr,
-    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
     SKIP: tl.constexpr, CARRIES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk and HEADS heads of one group: the gradients of x, and of C_i . B_j summed over the heads.
+    """Of R keys of one chunk and HEADS heads of one group: the gradients of x, and of C_i . B_j summed over the heads.
 
-    local, carries, logs: gradients of the state after each chunk. handed_on [C, h]: sum of what the states after the
-    chunk make of falling; grad_D [C, h]: sums of x . grad.
+    local, carries, logs: gradients of the state after each chunk. With a slot for each R keys of a chunk:
+    rising [slots, C, h, Q], handed_on [slots, C, h] the sum of what the states after the chunk make of falling,
+    grad_D [slots, C, h] sums of x . grad.
     """
-    program, chunk = tl.program_id(0), tl.program_id(1)
-    first_head = program * HEADS
+    slot, first_head, chunk = tl.program_id(0), tl.program_id(1) * HEADS, tl.program_id(2)
+    start = slot * R
     entry = chunks + chunk * CHUNK_COLUMNS
     first, length, segment, carried = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 4)
-    rows = tl.arange(0, Q)
+    queries_at, keys_at = tl.arange(0, Q), start + tl.arange(0, R)
+    seen = queries_at[:, None] >= keys_at[None, :]
     group = first_head // heads_per_group
     queries = load_rows(C, first, length, C_stride, group * STATE, STATE, Q, N)
-    keys = load_rows(B, first, length, B_stride, group * STATE, STATE, Q, N)
-    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-    scores = tl.where(rows[:, None] >= rows[None, :], scores, 0.0)
-    total_scores = tl.zeros((Q, Q), tl.float32)
+    keys = load_rows(B, first + start, length - start, B_stride, group * STATE, STATE, R, N)
+    scores = tl.where(seen, tl.dot(queries, tl.trans(keys), input_precision="ieee"), 0.0)
+    total_scores = tl.zeros((Q, R), tl.float32)
     for i in range(HEADS):
         head = first_head + i
         row = chunk * num_heads + head
+        slot_row = slot * num_chunks * num_heads + row
         at = row.to(tl.int64) * Q
+        values = load_rows(x, first + start, length - start, x_stride, head * WIDTH, WIDTH, R, P)
+        grads = load_rows(grad, first, length, grad_stride, head * WIDTH, WIDTH, Q, P)
+        pairs = tl.dot(grads, tl.trans(values), input_precision="ieee")
+        decays = pair_decays(query, key, query_low, key_low, at, start, Q, R, EXACT)
+        mixing = (decays * scores).to(values.dtype)
+        total_scores += decays * pairs
+        tl.store(rising + slot_row.to(tl.int64) * Q + queries_at, tl.sum(mixing.to(tl.float32) * pairs, 1))
         state = load_state(
             local, carries, logs, chunk, head, segment, carried, num_heads, 0, WIDTH, STATE, P, N, CARRIES
         )
-        values = load_rows(x, first, length, x_stride, head * WIDTH, WIDTH, Q, P)
-        grads = load_rows(grad, first, length, grad_stride, head * WIDTH, WIDTH, Q, P)
-        pairs = tl.dot(grads, tl.trans(values), input_precision="ieee")
-        to_end = decays_to_end(query, key, query_low, key_low, at, Q, EXACT)
+        to_end = decays_to_end(query, key, query_low, key_low, at, start, Q, R, EXACT)
         out = tl.dot(keys, tl.trans(state), input_precision="ieee") * to_end[:, None]
-        tl.store(handed_on + row, tl.sum(out * values.to(tl.float32)))
-        decays = pair_decays(query, key, query_low, key_low, at, Q, EXACT)
-        total_scores += decays * pairs
-        mixing = (decays * scores).to(values.dtype)
-        tl.store(rising + at + rows, tl.sum(mixing.to(tl.float32) * pairs, 1))
-        out = tl.dot(tl.trans(mixing), grads, out, input_precision="ieee")
         wide = values.to(tl.float32)
-        tl.store(falling + at + rows, tl.sum(out * wide, 1))
+        tl.store(handed_on + slot_row, tl.sum(out * wide))
+        out = tl.dot(tl.trans(mixing), grads, out, input_precision="ieee")
+        tl.store(falling + at + keys_at, tl.sum(out * wide, 1))
         if SKIP:
-            out += tl.load(D + head).to(tl.float32) * grads.to(tl.float32)
-            tl.store(grad_D + row, tl.sum(wide * grads.to(tl.float32)))
-        store_rows(grad_x, out, first, length, num_heads * WIDTH, head * WIDTH, WIDTH, Q, P)
-    total_scores = tl.where(rows[:, None] >= rows[None, :], total_scores, 0.0)
-    split = program % SPLITS + SPLITS * (chunk * (num_heads // heads_per_group) + group)
-    offsets = split.to(tl.int64) * (Q * Q) + rows[:, None] * Q + rows[None, :]
+            own = load_rows(grad, first + start, length - start, grad_stride, head * WIDTH, WIDTH, R, P)
+            out += tl.load(D + head).to(tl.float32) * own.to(tl.float32)
+            tl.store(grad_D + slot_row, tl.sum(wide * own.to(tl.float32)))
+        store_rows(grad_x, out, first + start, length - start, num_heads * WIDTH, head * WIDTH, WIDTH, R, P)
+    split = tl.program_id(1) % SPLITS + SPLITS * (chunk * (num_heads // heads_per_group) + group)
+    offsets = split.to(tl.int64) * (Q * Q) + queries_at[:, None] * Q + keys_at[None, :]
+    total_scores = tl.where(seen, total_scores, 0.0)
     tl.store(grad_scores + offsets, total_scores.to(grad_scores.dtype.element_ty))
 
 
@@ -135,7 +140,7 @@ def group_grads_kernel(
         )  # fmt: skip
         values = load_rows(x, first, length, x_stride, head * WIDTH, WIDTH, Q, P)
         grads = load_rows(grad, first, length, grad_stride, head * WIDTH, WIDTH, Q, P)
-        to_end = decays_to_end(query, key, query_low, key_low, at, Q, EXACT)
+        to_end = decays_to_end(query, key, query_low, key_low, at, 0, Q, Q, EXACT)
         wide = grads.to(tl.float32) * tl.exp2(tl.load(query + at + rows))[:, None]
         carried_out = tl.dot(queries, tl.trans(state), input_precision="ieee")
         out = slot * num_chunks * num_heads + row
@@ -150,11 +155,14 @@ def group_grads_kernel(
 
 @triton.jit
 def step_grads_kernel(
-    dt, dt_bias, A_log, query, chunks, rising, falling, handed_on, states_rising, overlap,
+    dt, dt_bias, A_log, query, chunks, rising, falling, handed_on, overlap,
     grad_dt, grad_bias, grad_A_log, low, high, num_heads, num_chunks, dt_stride,
-    SLOTS: tl.constexpr, Q: tl.constexpr, H: tl.constexpr,
+    RISING: tl.constexpr, HANDED_ON: tl.constexpr, OVERLAP: tl.constexpr, Q: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk and H heads: the gradient of dt, and the chunk's share of those of dt_bias and A_log, [C, h]."""
+    """Of one chunk and H heads: the gradient of dt, and the chunk's share of those of dt_bias and A_log, [C, h].
+
+    RISING, HANDED_ON, OVERLAP: how many slots each has, to be summed.
+    """
     chunk, heads, rows = tl.program_id(0), tl.program_id(1) * H + tl.arange(0, H), tl.arange(0, Q)
     first, length = tl.load(chunks + chunk * CHUNK_COLUMNS), tl.load(chunks + chunk * CHUNK_COLUMNS + 1)
     present = heads < num_heads
@@ -166,15 +174,17 @@ def step_grads_kernel(
     raw, raw_step, step, _ = step_and_log_decay(value, bias[None, :], rate[None, :], low, high)
     row = (chunk * num_heads + heads).to(tl.int64)
     at = row[None, :] * Q + rows[:, None]
-    up = tl.load(rising + at, mask=inside, other=0.0)
     down = tl.load(falling + at, mask=inside, other=0.0)
-    product = tl.zeros((H,), tl.float32)
-    for slot in range(SLOTS):
-        slot_row = slot * num_chunks * num_heads + row
-        up += tl.load(states_rising + slot_row[None, :] * Q + rows[:, None], mask=inside, other=0.0)
-        product += tl.load(overlap + slot_row, mask=present, other=0.0)
-    total = tl.load(query + row * Q + Q - 1, mask=present, other=0.0)
-    end = tl.load(handed_on + row, mask=present, other=0.0) + product * tl.exp2(total)
+    up = tl.zeros((Q, H), tl.float32)
+    product, end = tl.zeros((H,), tl.float32), tl.zeros((H,), tl.float32)
+    skip = num_chunks * num_heads
+    for slot in tl.static_range(RISING):
+        up += tl.load(rising + (slot * skip + row)[None, :] * Q + rows[:, None], mask=inside, other=0.0)
+    for slot in tl.static_range(HANDED_ON):
+        end += tl.load(handed_on + slot * skip + row, mask=present, other=0.0)
+    for slot in tl.static_range(OVERLAP):
+        product += tl.load(overlap + slot * skip + row, mask=present, other=0.0)
+    end += product * tl.exp2(tl.load(query + row * Q + Q - 1, mask=present, other=0.0))
     difference = (up - down).to(tl.float64)
     # sum from each row to the chunk's last, as the whole minus those before it, exact enough in fp64
     later = tl.sum(difference, 0)[None, :] - tl.cumsum(difference, 0) + difference + end.to(tl.float64)[None, :]
@@ -189,6 +199,34 @@ def step_grads_kernel(
     tl.store(grad_A_log + row, share.to(tl.float32), mask=present)
 
 
+class Slots(NamedTuple):
+    """Sums of the parts into which kernels cut a chunk's keys (s of them) or a state's columns (r of them)."""
+
+    rising: Tensor  # [s + r, C, h, Q] fp32
+    handed_on: Tensor  # [s, C, h]
+    grad_D: Tensor  # [s, C, h]
+    overlap: Tensor  # [r, C, h]
+
+    @staticmethod
+    def empty(tables: ScanTables, shape: Shape, device: torch.device) -> "Slots":
+        s, r = triton.cdiv(shape.Q, keys_per_program(shape)), triton.cdiv(shape.state, columns_per_program(shape))
+        rows = (tables.num_chunks, shape.num_heads)
+
+        def slots(*sizes: int) -> Tensor:
+            return torch.empty(sizes, dtype=torch.float32, device=device)
+
+        return Slots(slots(s + r, *rows, shape.Q), slots(s, *rows), slots(s, *rows), slots(r, *rows))
+
+
+def keys_per_program(shape: Shape) -> int:
+    """Half a chunk of 128: with all keys what is per pair does not fit in registers (563 spills)."""
+    return min(shape.Q, 64)
+
+
+def columns_per_program(shape: Shape) -> int:
+    return min(shape.N, 64)
+
+
 def launch_inner_grads(
     x: Tensor,
     grad: Tensor,
@@ -199,25 +237,26 @@ def launch_inner_grads(
     states: States,
     tables: ScanTables,
     shape: Shape,
-    grad_D: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """grad_x, grad_scores [C, g, s, Q, Q] in x.dtype, rising and falling [C, h, Q], handed_on [C, h]."""
+    slots: Slots,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_x, grad_scores [C, g, s, Q, Q] in x.dtype, falling [C, h, Q]."""
+    keys = keys_per_program(shape)
     heads = heads_per_program(shape, tables.num_chunks, 256)
     splits = shape.heads_per_group // heads
     groups = shape.num_heads // shape.heads_per_group
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_scores = torch.empty(tables.num_chunks, groups, splits, shape.Q, shape.Q, dtype=x.dtype, device=x.device)
-    rising, falling = torch.empty(2, *decays.query.shape, dtype=torch.float32, device=x.device)
-    handed_on = torch.empty(decays.query.shape[:2], dtype=torch.float32, device=x.device)
-    inner_grads_kernel[shape.num_heads // heads, tables.num_chunks](
+    falling = torch.empty_like(decays.query)
+    inner_grads_kernel[shape.Q // keys, shape.num_heads // heads, tables.num_chunks](
         x, grad, B, C, x if D is None else D, *decays, tables.chunks, *states,
-        grad_x, grad_scores, rising, falling, handed_on, grad_D, shape.num_heads, shape.heads_per_group,
+        grad_x, grad_scores, slots.rising, falling, slots.handed_on, slots.grad_D,
+        shape.num_heads, shape.heads_per_group, tables.num_chunks,
         x.stride(0), grad.stride(0), B.stride(0), C.stride(0),
-        HEADS=heads, SPLITS=splits, WIDTH=shape.head_dim, STATE=shape.state, Q=shape.Q, P=shape.P, N=shape.N,
+        HEADS=heads, SPLITS=splits, WIDTH=shape.head_dim, STATE=shape.state, Q=shape.Q, P=shape.P, N=shape.N, R=keys,
         SKIP=D is not None, CARRIES=tables.carries, EXACT=shape.exact,
         num_warps=8 if shape.Q == 128 else 4, num_stages=1 if shape.exact else 2,
     )  # fmt: skip
-    return grad_x, grad_scores, rising, falling, handed_on
+    return grad_x, grad_scores, falling
 
 
 def launch_group_grads(
@@ -231,22 +270,21 @@ def launch_group_grads(
     grad_scores: Tensor,
     tables: ScanTables,
     shape: Shape,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad_B, grad_C, rising [slots, C, h, Q], overlap [slots, C, h]."""
-    block = min(shape.N, 64)
-    slots = triton.cdiv(shape.state, block)
+    slots: Slots,
+) -> tuple[Tensor, Tensor]:
+    """grad_B, grad_C."""
+    count, block = len(slots.overlap), columns_per_program(shape)
     grad_B, grad_C = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (B, C))
-    rising = torch.empty(slots, *decays.query.shape, dtype=torch.float32, device=x.device)
-    overlap = torch.empty(rising.shape[:3], dtype=torch.float32, device=x.device)
-    group_grads_kernel[slots, shape.num_heads // shape.heads_per_group, tables.num_chunks](
+    group_grads_kernel[count, shape.num_heads // shape.heads_per_group, tables.num_chunks](
         x, grad, B, C, *decays, tables.chunks, *before, *after, grad_scores,
-        grad_B, grad_C, rising, overlap, shape.num_heads, shape.heads_per_group, tables.num_chunks,
+        grad_B, grad_C, slots.rising[-count:], slots.overlap,
+        shape.num_heads, shape.heads_per_group, tables.num_chunks,
         x.stride(0), grad.stride(0), B.stride(0), C.stride(0),
         SPLITS=grad_scores.shape[2], WIDTH=shape.head_dim, STATE=shape.state, Q=shape.Q, P=shape.P, N=block,
         CARRIES=tables.carries, EXACT=shape.exact,
         num_warps=8 if shape.Q == 128 else 4, num_stages=1 if shape.exact else 2,
     )  # fmt: skip
-    return grad_B, grad_C, rising, overlap
+    return grad_B, grad_C
 
 
 def launch_step_grads(
@@ -254,23 +292,20 @@ def launch_step_grads(
     dt_bias: Tensor,
     A_log: Tensor,
     decays: Decays,
-    rising: Tensor,
     falling: Tensor,
-    handed_on: Tensor,
-    states_rising: Tensor,
-    overlap: Tensor,
+    slots: Slots,
     tables: ScanTables,
     limit: tuple[float, float],
     shape: Shape,
-    grad_bias: Tensor,
-    grad_A_log: Tensor,
-) -> Tensor:
-    """grad_dt; writes the chunks' shares [C, h] of the gradients of dt_bias and A_log."""
+) -> tuple[Tensor, Tensor]:
+    """grad_dt, and the chunks' shares [2, C, h] of the gradients of dt_bias and A_log."""
     grad_dt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
+    shares = torch.empty(2, tables.num_chunks, shape.num_heads, dtype=torch.float32, device=dt.device)
     block = min(16, triton.next_power_of_2(shape.num_heads))
     step_grads_kernel[tables.num_chunks, triton.cdiv(shape.num_heads, block)](
-        dt, dt_bias, A_log, decays.query, tables.chunks, rising, falling, handed_on, states_rising, overlap,
-        grad_dt, grad_bias, grad_A_log, *limit, shape.num_heads, tables.num_chunks, dt.stride(0),
-        SLOTS=states_rising.shape[0], Q=shape.Q, H=block, num_warps=4,
+        dt, dt_bias, A_log, decays.query, tables.chunks, slots.rising, falling, slots.handed_on, slots.overlap,
+        grad_dt, shares[0], shares[1], *limit, shape.num_heads, tables.num_chunks, dt.stride(0),
+        RISING=len(slots.rising), HANDED_ON=len(slots.handed_on), OVERLAP=len(slots.overlap),
+        Q=shape.Q, H=block, num_warps=4,
     )  # fmt: skip
-    return grad_dt
+    return grad_dt, shares

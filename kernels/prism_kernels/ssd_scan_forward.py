@@ -66,21 +66,19 @@ def decays_kernel(
 
 
 @triton.jit
-def pair_decays(query, key, query_low, key_low, at, Q: tl.constexpr, EXACT: tl.constexpr):
-    """[Q, Q] dt_j * decay from j to i; on and below the diagonal right, above it finite.
+def pair_decays(query, key, query_low, key_low, at, start, Q: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr):
+    """[Q, R] dt_j * decay from j to i, for R keys from `start` on; right where j <= i, elsewhere finite.
 
     at: first element of the chunk and head in [C, h, Q]. No exponent above that of the diagonal is ever formed.
     """
-    rows = tl.arange(0, Q)
-    query_i, query_j = tl.load(query + at + rows), tl.load(query + at + rows)
-    key_j = tl.load(key + at + rows)
-    gap = query_i[:, None] - key_j[None, :]
-    most = query_j - key_j
+    i, j = tl.arange(0, Q), start + tl.arange(0, R)
+    key_j = tl.load(key + at + j)
+    gap = tl.load(query + at + i)[:, None] - key_j[None, :]
+    most = tl.load(query + at + j) - key_j
     if EXACT:
-        low_i, low_j = tl.load(query_low + at + rows), tl.load(query_low + at + rows)
-        key_low_j = tl.load(key_low + at + rows)
-        gap += low_i[:, None] - key_low_j[None, :]
-        most += low_j - key_low_j
+        key_low_j = tl.load(key_low + at + j)
+        gap += tl.load(query_low + at + i)[:, None] - key_low_j[None, :]
+        most += tl.load(query_low + at + j) - key_low_j
     return tl.exp2(tl.minimum(gap, most[None, :]))
 
 
@@ -238,7 +236,7 @@ def outputs_kernel(
         values = load_rows(x, first, length, x_stride, head * WIDTH, WIDTH, Q, P)
         from_start = tl.exp2(tl.load(query + at + rows))
         out = tl.dot(queries, tl.trans(state), input_precision="ieee") * from_start[:, None]
-        mixing = scores * pair_decays(query, key, query_low, key_low, at, Q, EXACT)
+        mixing = scores * pair_decays(query, key, query_low, key_low, at, 0, Q, Q, EXACT)
         out = tl.dot(mixing.to(values.dtype), values, out, input_precision="ieee")
         if SKIP:
             out += tl.load(D + head).to(tl.float32) * values.to(tl.float32)
