@@ -39,6 +39,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm, self.mixer = norm(build), MIXERS[kind](build)
         self.residual_multiplier, self.recompute = build.spec.residual_multiplier, recompute
+        self.exact = build.ops.uses_exact("add_rms_norm")
 
     def forward(self, x: Tensor, seq: Sequence, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The previous sub-layer's (x, branch) -> this one's, each [t, 1, d]; no branch: x is the whole."""
@@ -54,7 +55,7 @@ class Block(nn.Module):
 
     def total(self, x: Tensor, branch: Tensor | None) -> Tensor:
         """The hidden states that (x, branch) stands for."""
-        return residual_sum(x, branch, self.residual_multiplier)
+        return residual_sum(x, branch, self.residual_multiplier, self.exact)
 
 
 class Embedding(VocabParallelEmbedding):
