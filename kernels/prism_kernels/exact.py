@@ -28,6 +28,7 @@ from prism_kernels.reference import rms_norm, squared_relu
 
 __all__ = [
     "add_rms_norm",
+    "add_scaled",
     "apply_rope",
     "attention",
     "attention_decode",
@@ -56,7 +57,7 @@ def _silu(x: Tensor) -> Tensor:
 
 def add_rms_norm(x: Tensor, branch: Tensor, alpha: float, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(h), h) of h = x + alpha * branch, all [..., d]: the end of one sub-layer and the norm of the next."""
-    h = _add_scaled(x, branch, alpha)
+    h = add_scaled(x, branch, alpha)
     return rms_norm(h, weight, eps), h
 
 
@@ -72,7 +73,8 @@ class _AddScaled(torch.autograd.Function):
         return grad, grad * ctx.alpha, None
 
 
-def _add_scaled(x: Tensor, branch: Tensor, alpha: float) -> Tensor:
+def add_scaled(x: Tensor, branch: Tensor, alpha: float) -> Tensor:
+    """x + alpha * branch, rounded once more than a fused one, but always the same way."""
     return x + branch if alpha == 1 else _AddScaled.apply(x, branch, alpha)
 
 

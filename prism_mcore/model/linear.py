@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from prism_kernels.exact import add_scaled
 from prism_mcore.model.exact import ExactColumnLinear, ExactRowLinear, column_parallel
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.spec import ModelSpec
@@ -95,8 +96,11 @@ def add_and_norm(norm: nn.Module, x: Tensor, branch: Tensor | None, alpha: float
     return norm(h), h
 
 
-def residual_sum(x: Tensor, branch: Tensor | None, alpha: float) -> Tensor:
-    return x if branch is None else torch.add(x, branch, alpha=alpha)
+def residual_sum(x: Tensor, branch: Tensor | None, alpha: float, exact: bool = False) -> Tensor:
+    """x + alpha * branch, or x; `exact` as the exact op set's add_rms_norm rounds it."""
+    if branch is None:
+        return x
+    return add_scaled(x, branch, alpha) if exact else torch.add(x, branch, alpha=alpha)
 
 
 class Weight(nn.Module):
