@@ -23,6 +23,7 @@ PACKAGES = {
     "apex": "apex",
     "triton": "triton",
     "megatron": "",
+    "torch": "",
     "reference": "",
     "exact": "",
 }
@@ -37,7 +38,10 @@ INSTALL = {
 CUDA_ONLY = {"te", "flash_attn", "mamba_ssm", "causal_conv1d", "apex"}
 REFERENCE = "prism_kernels.reference:"
 EXACT = "prism_kernels.exact:"  # the same bits in training and decoding, in any batch; on a CPU
-MODULE = ""  # not a function but a module of another library, built in model/linear.py or model/attention.py
+PEERS = "prism_kernels.peers:"
+MODULE = (
+    ""  # no function but a class of another library, built in model/linear.py, model/attention.py, train/optimizer.py
+)
 
 
 # op -> backend -> where its function is, in order of preference
@@ -77,6 +81,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     },
     "causal_conv1d": {
         "triton": "prism_kernels.causal_conv1d:causal_conv1d",
+        "causal_conv1d": PEERS + "causal_conv1d_package",
         "reference": REFERENCE + "causal_conv1d",
         "exact": EXACT + "causal_conv1d",
     },
@@ -87,6 +92,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     },
     "ssd_scan": {
         "triton": "prism_kernels.ssd_scan:ssd_scan",
+        "mamba_ssm": PEERS + "mamba_ssm_scan",
         "reference": REFERENCE + "ssd_scan",
         "exact": EXACT + "ssd_scan",
     },
@@ -102,8 +108,10 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "reference": REFERENCE + "linear_cross_entropy",
         "exact": EXACT + "linear_cross_entropy",
     },
+    "lm_logits": {"reference": REFERENCE + "lm_logits", "exact": "prism_kernels.exact_loss:logits"},
     "attention": {
         "te": MODULE,
+        "flash_attn": PEERS + "flash_attn_attention",
         "triton": "prism_kernels.attention:attention",
         "reference": REFERENCE + "attention",
         "exact": EXACT + "attention",
@@ -114,7 +122,21 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "exact": EXACT + "attention_decode",
     },
     # Where neither Transformer Engine nor apex brings megatron-core its own.
-    "adamw": {"triton": "prism_kernels.adamw:adamw", "reference": REFERENCE + "adamw"},
+    "adamw": {
+        "te": MODULE,
+        "apex": MODULE,
+        "triton": "prism_kernels.adamw:adamw",
+        "torch": MODULE,
+        "reference": REFERENCE + "adamw",
+    },
+}
+
+# (op, backend): a token's result has the same bits whatever other documents are in the call. What is not listed was not
+# shown to be: products by cuBLAS or oneDNN choose their order of sums by the number of rows.
+BATCH_INVARIANT = {(op, "exact") for op, table in IMPLEMENTATIONS.items() if "exact" in table} | {
+    # Each row, or each token and channel, is computed by itself, in tiles that its width alone decides.
+    (op, "triton")
+    for op in ("rms_norm", "add_rms_norm", "gated_rms_norm", "swiglu", "squared_relu", "rope", "causal_conv1d")
 }
 
 
@@ -124,10 +146,11 @@ class Uncovered(ValueError):
 
 @dataclass(frozen=True)
 class Choice:
-    """`Choice("reference", "the only one for this op")`."""
+    """`Choice("reference", "the only one here for this op on cpu", batch_invariant=False)`."""
 
     backend: str
     reason: str
+    batch_invariant: bool  # see BATCH_INVARIANT
 
 
 Backends = dict[str, Choice]  # op -> its choice
@@ -190,17 +213,21 @@ def _missing(backend: str, device: torch.device) -> str | None:
     return None
 
 
+def _choice(op: str, backend: str, reason: str) -> Choice:
+    return Choice(backend, reason, (op, backend) in BATCH_INVARIANT)
+
+
 def _choose(op: str, wanted: str, device: torch.device) -> Choice:
     table = IMPLEMENTATIONS[op]
     missing = {backend: _missing(backend, device) for backend in table}
     available = [backend for backend, why in missing.items() if why is None]
     if wanted == "auto":
         on_request = {"exact"} | (set() if device.type == "cuda" else {"triton"})
-        chosen = next(backend for backend in available if backend not in on_request)
-        only = "the only one" if len(table) == 1 else "the fastest one"
-        return Choice(chosen, f"{only} here for this op on {device.type}")
+        candidates = [backend for backend in available if backend not in on_request]
+        first = "the first in order of preference" if len(candidates) > 1 else "the only one"
+        return _choice(op, candidates[0], f"{first} here for this op on {device.type}")
     if wanted in available:
-        return Choice(wanted, f"asked for by kernels.{op}")
+        return _choice(op, wanted, f"asked for by kernels.{op}")
     message = f"kernels.{op}={wanted}: not available; available are {', '.join(available)}"
     if wanted in table:
         message += f"; {missing[wanted]}"

@@ -18,7 +18,7 @@ from torch import Tensor
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.precision import accumulate_dtype
 from prism_kernels.reference_attention import attention
-from prism_kernels.reference_decode import attention_decode, conv_step, ssd_cache, ssd_prefill, ssd_step
+from prism_kernels.reference_decode import attention_decode, conv_step, lm_logits, ssd_cache, ssd_prefill, ssd_step
 from prism_kernels.reference_loss import linear_cross_entropy
 from prism_kernels.reference_scan import ssd_recurrence, ssd_scan
 
@@ -32,6 +32,7 @@ __all__ = [
     "conv_step",
     "gated_rms_norm",
     "linear_cross_entropy",
+    "lm_logits",
     "rms_norm",
     "rope_frequencies",
     "rope_table",

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.caches import ConvCache, PagedCache, ScanCache
+from prism_kernels.matmul import mm
 from prism_kernels.precision import accumulate_dtype
+from prism_kernels.reference_loss import CHUNK_ROWS, LOG2_E
 from prism_kernels.reference_scan import ssd_scan
 
-LOG2_E = math.log2(math.e)
 STATE_ELEMENTS = 2**17  # of scan states worked on at a time: 512 KiB in fp32 stay in a core's L2 cache
 
 
@@ -138,6 +139,22 @@ def attention_decode(
     out = pairs.product(weights.to(q.dtype).unflatten(1, (key_heads, -1)), values).flatten(1).to(acc)
     out = out.new_zeros(b, heads * head_dim).index_add_(0, ordered_rows, out[order])
     return out.view(q.shape).div_(sums[..., None]).to(q.dtype)
+
+
+def lm_logits(hidden: Tensor, weight: Tensor, divisor: float) -> Tensor:
+    """hidden [n, d], weight [v, d] -> hidden @ weight.T / divisor, [n, v] fp32: never rounded to a narrower dtype.
+
+    No autograd. On a CPU a bf16 weight is widened in blocks, as in `linear_cross_entropy(fp32_logits=True)`.
+    """
+    acc = accumulate_dtype(hidden.dtype)
+    if hidden.dtype == acc:
+        logits = mm(hidden, weight.t())
+    elif hidden.device.type == "cuda":
+        logits = torch.mm(hidden, weight.t(), out_dtype=acc)
+    else:
+        wide = hidden.to(acc)
+        logits = torch.cat([mm(wide, block.to(acc).t()) for block in weight.split(CHUNK_ROWS)], 1)
+    return logits if divisor == 1 else logits.div_(divisor)
 
 
 class _Pairs(NamedTuple):

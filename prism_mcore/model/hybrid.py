@@ -2,6 +2,10 @@
 
 # t packed tokens (t / tp of them where activations are sequence-parallel), d hidden
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
@@ -25,6 +29,7 @@ from prism_mcore.model.mamba import Mamba
 from prism_mcore.model.mlp import MLP
 from prism_mcore.model.parameters import Parameter, draw, padded_vocabulary, parameters, shard
 from prism_mcore.model.sequence import Sequence
+from prism_mcore.model.state import Cache, Decode, Prefill, State
 
 MIXERS: dict[str, type[nn.Module]] = {"*": Attention, "-": MLP, "M": Mamba}
 
@@ -41,14 +46,16 @@ class Block(nn.Module):
         self.residual_multiplier, self.recompute = build.spec.residual_multiplier, recompute
         self.exact = build.ops.uses_exact("add_rms_norm")
 
-    def forward(self, x: Tensor, seq: Sequence, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, seq: Sequence, branch: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The previous sub-layer's (x, branch) -> this one's, each [t, 1, d]; no branch: x is the whole."""
         if self.recompute and torch.is_grad_enabled():
             x = self.total(x, branch)  # one tensor to keep instead of two
             # Nothing here draws random numbers, so there is no state to restore.
             return x, checkpoint(self.branch, x, seq, use_reentrant=False, preserve_rng_state=False)
         normed, x = add_and_norm(self.norm, x, branch, self.residual_multiplier)
-        return x, self.mixer(normed, seq)
+        return x, self.mixer(normed, seq, state)
 
     def branch(self, x: Tensor, seq: Sequence) -> Tensor:
         return self.mixer(self.norm(x), seq)
@@ -89,9 +96,13 @@ class Head(nn.Module):
         rows = padded_vocabulary(build.spec, build.groups.tp_size) // build.groups.tp_size
         if weight is None:
             self.weight = nn.Parameter(torch.empty(rows, build.spec.hidden_size, dtype=build.config.params_dtype))
-        self.linear_cross_entropy = build.ops["linear_cross_entropy"]
+        self.linear_cross_entropy, self.lm_logits = build.ops["linear_cross_entropy"], build.ops["lm_logits"]
 
-    def forward(self, x: Tensor, labels: Tensor, loss_mask: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, use: Callable[..., Any], *arguments: Any) -> Any:
+        """`output(Head.loss, ...)`: overlapped parameter gathering waits for a module's weight when it is called."""
+        return use(self, *arguments)
+
+    def loss(self, x: Tensor, labels: Tensor, loss_mask: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """[t, 1, d], labels [t], mask [t] -> sum of -log p over unmasked labels, log p of every label [t] fp32."""
         weight = self.weight if weight is None else weight
         if not torch.is_grad_enabled():
@@ -131,6 +142,13 @@ class Head(nn.Module):
         ranks = [torch.empty_like(mine) for _ in range(groups.tp_size)]
         dist.all_gather(ranks, mine, group=groups.tp)
         return torch.cat(ranks, dim=-1)[:, : spec.vocab_size].float() / spec.logits_divisor
+
+    def local_logits(self, x: Tensor, weight: Tensor | None, temperature: float) -> Tensor:
+        """[n, 1, d] -> logits / temperature [n, v] fp32 of this rank's part of the vocabulary, without padding."""
+        spec, groups = self.build.spec, self.build.groups
+        weight = self.weight if weight is None else weight
+        rows = max(0, min(len(weight), spec.vocab_size - groups.tp_rank * len(weight)))
+        return self.lm_logits(x.squeeze(1), weight[:rows], spec.logits_divisor * temperature)
 
     def _all_tokens(self, x: Tensor) -> Tensor:
         """[t, 1, d], or a sequence-parallel part of it, -> [t, d]."""
@@ -186,20 +204,70 @@ class HybridModel(MegatronModule):
         if not self.post_process:
             return residual_sum(x, branch, self.spec.residual_multiplier)
         assert batch.labels is not None and batch.loss_mask is not None, "the loader gives the last stage its labels"
-        tied = self.embedding.weight if self.pre_process and self.spec.tied_embeddings else None
+        tied = self._tied_weight()
         x, _ = add_and_norm(self.final_norm, x, branch, self.spec.residual_multiplier)
         if temperature is not None:
-            return self.output.policy(x, batch.labels.flatten(), tied, temperature)
-        loss = self.output(x, batch.labels.flatten(), batch.loss_mask.flatten(), tied)
-        return (*loss, self.output.logits(x.detach(), tied)) if logits else loss
+            return self.output(Head.policy, x, batch.labels.flatten(), tied, temperature)
+        loss = self.output(Head.loss, x, batch.labels.flatten(), batch.loss_mask.flatten(), tied)
+        return (*loss, self.output(Head.logits, x.detach(), tied)) if logits else loss
 
     def _sequence(self, batch: PackedBatch) -> Sequence:
-        rope = None
-        if self.spec.position == "rope":
-            positions = batch.position_ids.flatten()
-            scaling = self.spec.rope_scaling.as_config() if self.spec.rope_scaling else None
-            rope = rope_table(positions, self.spec.head_dim, self.spec.rope_theta, scaling)
-        return Sequence(Boundaries.on(batch.position_ids.device, batch.cu_seqlens), batch.max_seqlen, rope)
+        boundaries = Boundaries.on(batch.position_ids.device, batch.cu_seqlens)
+        return Sequence(boundaries, batch.max_seqlen, self.rope(batch.position_ids.flatten()))
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Rotary angles of tokens at these positions [t]; None where the model has no positional encoding."""
+        if self.spec.position != "rope":
+            return None
+        scaling = self.spec.rope_scaling.as_config() if self.spec.rope_scaling else None
+        return rope_table(positions, self.spec.head_dim, self.spec.rope_theta, scaling)
+
+    def _tied_weight(self) -> Tensor | None:
+        return self.embedding.weight if self.pre_process and self.spec.tied_embeddings else None
+
+    # Generation: the same sub-layers, with caches. The whole model is on this rank or its tensor-parallel group.
+
+    def caches(self, slots: int, blocks: int, block_len: int) -> dict[str, Cache]:
+        """Empty caches by sub-layer for `slots` sequences, or `blocks` * block_len tokens, as its kind needs."""
+        dtype, device = self.config.params_dtype, next(self.parameters()).device
+        made: dict[str, Cache] = {}
+        for name, layer in self.layers.items():
+            if isinstance(layer.mixer, Attention):
+                made[name] = layer.mixer.cache(blocks, block_len, dtype, device)
+            else:
+                made[name] = layer.mixer.cache(slots, dtype, device) if isinstance(layer.mixer, Mamba) else None
+        return made
+
+    def advance(self, tokens: Tensor, seq: Sequence, step: Prefill | Decode, caches: dict[str, Cache]) -> Tensor:
+        """Tokens [t] continue the sequences that `step` names: hidden states [t, 1, d] after the final norm.
+
+        Under tensor parallelism every rank gets all tokens, and `whole_sequences` must be in force.
+        """
+        x, branch = self.embedding(tokens), None
+        for name, layer in self.layers.items():
+            x, branch = layer(x, seq, branch, State(step, caches[name]))
+        return add_and_norm(self.final_norm, x, branch, self.spec.residual_multiplier)[0]
+
+    def next_logits(self, x: Tensor, temperature: float) -> Tensor:
+        """Hidden states [n, 1, d] -> logits / temperature [n, v] fp32 of this rank's part of the vocabulary."""
+        return self.output(Head.local_logits, x, self._tied_weight(), temperature)
+
+    @contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        """Inside, activations are not cut over tensor-parallel ranks: a decoding step has too few tokens to cut."""
+        cut = [m for m in self.modules() if getattr(m, "sequence_parallel", False)] + [self.config]
+        if not self.config.sequence_parallel:
+            yield
+            return
+        try:
+            for place in cut:
+                place.sequence_parallel = False
+            self.embedding.reduce_scatter_embeddings = False
+            yield
+        finally:
+            for place in cut:
+                place.sequence_parallel = True
+            self.embedding.reduce_scatter_embeddings = True
 
     # What megatron-core asks of a model.
 

@@ -7,6 +7,7 @@ pass (`Decode`) adds one token to each of many sequences.
 # t packed tokens, b sequences (rows of a decoding pass), L blocks of the longest context
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -46,9 +47,12 @@ class MambaCache:
     scan: SlotCache  # what the op `ssd_cache` makes
 
 
+Cache: TypeAlias = PagedCache | MambaCache | None  # of an attention, a Mamba and an MLP sub-layer
+
+
 @dataclass(frozen=True, eq=False)
 class State:
-    """A sub-layer's view of a pass; an MLP has no cache."""
+    """A sub-layer's view of a pass."""
 
     step: Prefill | Decode
-    cache: PagedCache | MambaCache | None
+    cache: Cache
