@@ -12,6 +12,7 @@ installed (peers.py has the lines); where these autotune, their first configurat
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 import triton
-from launches import Compiled, Launch, TorchOp, compile_launch, recorded
+from launches import MULTIPROCESSORS, Compiled, Launch, TorchOp, compile_launch, reading_values, recorded
 from op_cases import MODELS, ROWS, TP, Case, Work, cases, gradients
 from peers import PEERS, TRITON, prepare
 from rich.console import Console
@@ -145,7 +146,8 @@ def record_case(case: Case, side: str) -> tuple[list[PassReport], dict[str, Laun
 
 def _run_passes(case: Case, side: str) -> list[tuple[list[Launch], list[TorchOp]]]:
     passes = []
-    with torch.set_grad_enabled(case.phase == "train"):
+    peculiar = contextlib.nullcontext() if side == "ours" else reading_values()
+    with peculiar, torch.set_grad_enabled(case.phase == "train"):
         work = case.build("meta")
         with recorded() as forward:
             call, leaves = prepare(case, work, side)
@@ -223,82 +225,106 @@ def compile_all(launches: dict[str, Launch], processes: int, progress: Progress)
 # ----------------------------------------------------------------------------------------------------------- traffic
 
 
-def count_all(
-    wanted: Sequence[tuple[Case, str]], processes: int, progress: Progress
-) -> dict[tuple[str, str], list[dict]]:
-    """(case, side) -> what traffic.py counted at each of the two reduced sizes."""
-    requests = [(case, side, tokens) for case, side in wanted for tokens in reduced_tokens(case)]
-    task = progress.add_task("counting bytes in the interpreter", total=len(requests))
-    answers: dict[tuple[str, str], list[dict]] = {}
+@dataclass(frozen=True)
+class Sample:
+    """At which size bytes are counted."""
 
-    def serve(share: list[tuple[Case, str, int]]) -> list[tuple[str, str, dict]]:
-        found = []
-        asked = [
-            {"row": case.row.name, "phase": case.phase, "shape": case.shape, "tokens": tokens, "side": side}
-            for case, side, tokens in share
-        ]
+    tokens: int
+    multiprocessors: int
+
+
+def samples(case: Case) -> list[Sample]:
+    """Two token counts; for persistent kernels the smaller again with twice the multiprocessors; decode at its size."""
+    small, large = case.row.reduced
+    if case.phase == "decode" and case.row.persistent:
+        return [Sample(case.tokens // 2, MULTIPROCESSORS), Sample(case.tokens, MULTIPROCESSORS)]
+    found = [Sample(small, 2), Sample(large, 2)]
+    return [*found, Sample(small, 4)] if case.row.persistent else found
+
+
+Count = dict[str, Any]  # what traffic.py answers
+Request = dict[str, Any]
+
+
+def _request(case: Case, side: str, sample: Sample) -> Request:
+    shape, _ = case.row.narrow(case.shape)
+    return {"row": case.row.name, "phase": case.phase, "shape": shape, "side": side, **asdict(sample)}
+
+
+def count_all(wanted: Sequence[tuple[Case, str]], processes: int, progress: Progress) -> dict[str, Count]:
+    """What traffic.py answers to every distinct request of these (case, side), by the request as JSON."""
+    asked = {json.dumps(r): r for case, side in wanted for s in samples(case) for r in [_request(case, side, s)]}
+    task = progress.add_task("counting bytes in the interpreter", total=len(asked))
+
+    def serve(share: list[str]) -> dict[str, Count]:
         environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(HERE / "traffic.py")]
-        with subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, text=True) as process:
+        found = {}
+        with subprocess.Popen(
+            [sys.executable, str(HERE / "traffic.py")], env=environment, stdin=-1, stdout=-1
+        ) as process:
             assert process.stdin and process.stdout
-            process.stdin.write(json.dumps(asked))
+            process.stdin.write(json.dumps([asked[key] for key in share]).encode())
             process.stdin.close()
-            for (case, side, _), line in zip(share, process.stdout, strict=False):
-                found.append((case.name, side, json.loads(line)))
+            for key, line in zip(share, process.stdout, strict=False):
+                found[key] = json.loads(line)
                 progress.advance(task)
         if process.returncode:
             raise RuntimeError(f"traffic.py exited with {process.returncode} after {len(found)} of {len(share)} counts")
         return found
 
     # ours and the peers' apart: the patch that makes bf16 right for ours refuses what theirs do
-    shares = []
-    for ours in (True, False):
-        group = [request for request in requests if (request[1] == "ours") is ours]
-        pairs = [group[i : i + 2] for i in range(0, len(group), 2)]
-        shares += [[r for pair in pairs[i::processes] for r in pair] for i in range(processes)]
+    sides = [[key for key, r in asked.items() if (r["side"] == "ours") is ours] for ours in (True, False)]
+    shares = [keys[i::processes] for keys in sides for i in range(processes)]
+    answers: dict[str, Count] = {}
     with ThreadPoolExecutor(processes) as pool:
         for found in pool.map(serve, [share for share in shares if share]):
-            for case_name, side, answer in found:
-                answers.setdefault((case_name, side), []).append(answer)
+            answers |= found
     return answers
 
 
-def reduced_tokens(case: Case) -> tuple[int, int]:
-    small, large = case.row.reduced
-    return (small, large) if large <= case.tokens else (case.tokens // 2, case.tokens)
-
-
-def add_traffic(report: PassReport, case: Case, counted: list[dict]) -> None:
-    """Scale what was counted at two sizes to the real one: a straight line in the tokens, for each kernel."""
-    failed = [answer["error"] for answer in counted if "error" in answer]
-    if failed or len(counted) < 2:
-        report.note = report.note or f"not counted: {'; '.join(failed[:1])}"
+def add_traffic(report: PassReport, case: Case, answers: dict[str, Count]) -> None:
+    """Scale what was counted to the real size, for each kernel: a plane in tokens and multiprocessors, times width."""
+    counts = [answers[json.dumps(_request(case, report.side, sample))] for sample in samples(case)]
+    failed = [count["error"] for count in counts if "error" in count]
+    if failed:
+        report.note = report.note or f"not counted: {failed[0]}"
         return
-    sizes = reduced_tokens(case)
-    sides = [answer[report.direction] for answer in counted]
-    flop_ratio = _needed_flops(case, report, case.tokens) / max(1.0, _needed_flops(case, report, sizes[1]))
+    _, factor = case.row.narrow(case.shape)
     for name in {kernel.name for kernel in report.kernels}:
         same = [kernel for kernel in report.kernels if kernel.name == name]
-        if name not in sides[0] or name not in sides[1]:
+        totals = [count[report.direction].get(name) for count in counts]
+        if None in totals:
             report.note = report.note or f"{name} does not run at the reduced size"
             continue
-        share = 1 / sum(kernel.launches for kernel in same)
-        small, large = sides[0][name], sides[1][name]
-
-        def at_real_size(number: str, small: dict = small, large: dict = large) -> float:
-            slope = (large[number] - small[number]) / (sizes[1] - sizes[0])
-            return large[number] + slope * (case.tokens - sizes[1])
-
+        number_of_launches = sum(kernel.launches for kernel in same)
+        real = {key: factor * _at_real_size(case, [total[key] for total in totals]) for key in totals[0]}
+        flops = real["product_flops"] * _flop_correction(case, report)
         for kernel in same:
-            kernel.bytes = (at_real_size("read") + at_real_size("written")) * share * kernel.launches
-            kernel.requested_bytes = at_real_size("requested") * share * kernel.launches
-            flops = large["product_flops"] * flop_ratio if flop_ratio else at_real_size("product_flops")
-            kernel.product_flops = flops * share * kernel.launches
+            share = kernel.launches / number_of_launches
+            kernel.bytes = (real["read"] + real["written"]) * share
+            kernel.requested_bytes = real["requested"] * share
+            kernel.product_flops = flops * share
 
 
-def _needed_flops(case: Case, report: PassReport, tokens: int) -> float:
-    work = case.build("meta", tokens)
-    return work.forward_flops if report.direction == "forward" else work.backward_flops
+def _at_real_size(case: Case, numbers: Sequence[float]) -> float:
+    first, second, *third = samples(case)
+    slope = (numbers[1] - numbers[0]) / (second.tokens - first.tokens)
+    value = numbers[1] + slope * (case.tokens - second.tokens)
+    if third:
+        per_multiprocessor = (numbers[2] - numbers[0]) / (third[0].multiprocessors - first.multiprocessors)
+        value += per_multiprocessor * (MULTIPROCESSORS - first.multiprocessors)
+    return value
+
+
+def _flop_correction(case: Case, report: PassReport) -> float:
+    """For products that do not grow in a straight line with the tokens: attention's."""
+
+    def needed(tokens: int) -> float:
+        work = case.build("meta", tokens)
+        return work.forward_flops if report.direction == "forward" else work.backward_flops
+
+    line = _at_real_size(case, [needed(sample.tokens) for sample in samples(case)])
+    return needed(case.tokens) / line if line else 1.0
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -328,11 +354,10 @@ def make_report(
                 else:
                     report.note = f"{kernel.name}: {result}"
         if traffic:
-            wanted = {(report.case, report.side): (case, report.side) for case, report in reports if report.kernels}
-            counted = count_all(list(wanted.values()), processes, progress)
-            for case, report in reports:
-                if report.kernels:
-                    add_traffic(report, case, counted.get((report.case, report.side), []))
+            with_kernels = [(case, report) for case, report in reports if report.kernels]
+            answers = count_all([(case, report.side) for case, report in with_kernels], processes, progress)
+            for case, report in with_kernels:
+                add_traffic(report, case, answers)
     return [report for _, report in reports]
 
 

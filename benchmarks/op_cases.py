@@ -73,9 +73,12 @@ class Row:
     build: Callable[["Inputs", Shape, int], Work]
     phases: tuple[str, ...] = ("train",)
     memory_bound: bool = True
-    # Two token counts at which the interpreter counts bytes; both in the regime of the real size: where partial sums
-    # are written per program, more rows than programs.
+    # How bytes are counted in the interpreter, which is slow: at two token counts, scaled by a straight line; where
+    # a fixed number of persistent programs write partial sums, for two numbers of multiprocessors, too; and at a
+    # narrower shape where bytes are proportional to the width: (shape, factor).
     reduced: tuple[int, int] = (64, 128)
+    persistent: bool = False
+    narrow: Callable[[Shape], tuple[Shape, float]] = lambda shape: (shape, 1.0)
 
 
 class Inputs:
@@ -380,24 +383,44 @@ def _loss(spec: ModelSpec, tp: int) -> Shape:
     return {"d": spec.hidden_size, "v": -(-spec.vocab_size // tp), "divisor": spec.logits_divisor}
 
 
+def _fewer_channels(shape: Shape) -> tuple[Shape, float]:
+    """Channels of a convolution share nothing; 256 of them fill a program."""
+    return shape | {"c": 256, "other": 256}, shape["c"] / 256
+
+
+def _one_group(shape: Shape) -> tuple[Shape, float]:
+    """Groups of a scan share nothing; the heads of a group share B and C."""
+    return shape | {"h": shape["h"] // shape["g"], "g": 1}, shape["g"]
+
+
+def _one_key_head(shape: Shape) -> tuple[Shape, float]:
+    return shape | {"h": shape["h"] // shape["hk"], "hk": 1}, shape["hk"]
+
+
+def _narrow_products(shape: Shape) -> tuple[Shape, float]:
+    """The products of the loss are torch's, counted at their real size; the kernels see only logits."""
+    return shape | {"d": 64}, 1.0
+
+
 ROWS = [
-    Row("rms_norm", "rms_norm", _hidden, rms_norm, ("train", "decode"), reduced=(1056, 2112)),
-    Row("add_rms_norm", "add_rms_norm", _residual, add_rms_norm, ("train", "decode"), reduced=(1056, 2112)),
-    Row("gated_rms_norm", "gated_rms_norm", _gated, gated_rms_norm, ("train", "decode"), reduced=(1056, 2112)),
-    Row("swiglu", "swiglu", _mlp("swiglu"), activation(2), ("train", "decode")),
-    Row("squared_relu", "squared_relu", _mlp("squared_relu"), activation(1), ("train", "decode")),
-    Row("rope", "rope", _rope, rope, ("train", "decode")),
-    Row("adamw", "adamw", _optimizer, adamw),
-    Row("causal_conv1d", "causal_conv1d", _conv, causal_conv1d, reduced=(512, 1024)),
-    Row("ssd_scan", "ssd_scan", _scan, ssd_scan, memory_bound=False, reduced=(512, 1024)),
-    Row("attention", "attention", _attention, attention, memory_bound=False, reduced=(256, 512)),
+    Row("rms_norm", "rms_norm", _hidden, rms_norm, ("train", "decode"), persistent=True),
+    Row("add_rms_norm", "add_rms_norm", _residual, add_rms_norm, ("train", "decode"), persistent=True),
+    Row("gated_rms_norm", "gated_rms_norm", _gated, gated_rms_norm, ("train", "decode"), persistent=True),
+    Row("swiglu", "swiglu", _mlp("swiglu"), activation(2), ("train", "decode"), reduced=(8, 16)),
+    Row("squared_relu", "squared_relu", _mlp("squared_relu"), activation(1), ("train", "decode"), reduced=(8, 16)),
+    Row("rope", "rope", _rope, rope, ("train", "decode"), reduced=(16, 32)),
+    Row("adamw", "adamw", _optimizer, adamw, reduced=(4, 8)),
+    Row("causal_conv1d", "causal_conv1d", _conv, causal_conv1d, reduced=(256, 512), narrow=_fewer_channels),
+    Row("ssd_scan", "ssd_scan", _scan, ssd_scan, memory_bound=False, reduced=(256, 512), narrow=_one_group),
+    Row("attention", "attention", _attention, attention, memory_bound=False, reduced=(256, 512), narrow=_one_key_head),
     Row(
         "linear_cross_entropy",
         "linear_cross_entropy",
         _loss,
         linear_cross_entropy(True),
         memory_bound=False,
-        reduced=(32, 64),
+        reduced=(16, 32),
+        narrow=_narrow_products,
     ),
     Row(
         "log-probabilities",
@@ -405,11 +428,20 @@ ROWS = [
         _loss,
         linear_cross_entropy(False),
         memory_bound=False,
-        reduced=(32, 64),
+        reduced=(16, 32),
+        narrow=_narrow_products,
     ),
-    Row("conv_step", "conv_step", _conv, conv_step, ("decode",), reduced=(32, 64)),
+    Row("conv_step", "conv_step", _conv, conv_step, ("decode",), reduced=(4, 8)),
     Row("ssd_step", "ssd_step", _step, ssd_step, ("decode",), reduced=(4, 8)),
-    Row("attention_decode", "attention_decode", _attention_decode, attention_decode, ("decode",), reduced=(2, 4)),
+    Row(
+        "attention_decode",
+        "attention_decode",
+        _attention_decode,
+        attention_decode,
+        ("decode",),
+        reduced=(2, 4),
+        narrow=_one_key_head,
+    ),
 ]
 
 

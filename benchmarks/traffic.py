@@ -25,7 +25,7 @@ from triton.language.extra import libdevice
 from triton.runtime import interpreter as tritons
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
-from prism_kernels import interpreter
+from prism_kernels import interpreter, rows
 
 SECTOR_BITS = 5  # 32 bytes
 PENDING = 1 << 22  # sector numbers kept before duplicates are dropped
@@ -80,7 +80,8 @@ class Counter:
         return kernels
 
     def touch(self, pointers: Any, mask: Any, sides: tuple[_Sectors, ...]) -> None:
-        mask = np.broadcast_to(mask.data if isinstance(mask, TensorHandle) else mask, pointers.data.shape)
+        mask = np.asarray(mask.data if isinstance(mask, TensorHandle) else mask).astype(bool)  # 0 and 1 after `&`
+        mask = np.broadcast_to(mask, pointers.data.shape)
         addresses = pointers.data[mask]
         width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         self._now.requested += len(addresses) * width * len(sides)
@@ -164,9 +165,14 @@ def _completed() -> Iterator[None]:
         yield
 
 
-def count(case: Case, tokens: int, side: str) -> dict[str, Any]:
-    """{"forward": {kernel: Traffic}, "backward": {...}, "settings": {...}} of our kernel or a peer's, at `tokens`."""
+def count(case: Case, tokens: int, side: str, multiprocessors: int) -> dict[str, Any]:
+    """{"forward": {kernel: Traffic}, "backward": {...}, "settings": {...}} of our kernel or a peer's, at `tokens`.
+
+    multiprocessors: what launchers of persistent kernels size their grid by.
+    """
     counter = Counter()
+    rows.multiprocessors.cache_clear()
+    rows.MULTIPROCESSORS["cpu"] = multiprocessors
     with counter.counting(), torch.set_grad_enabled(case.phase == "train"), np.errstate(all="ignore"):
         call, leaves = prepare(case, case.build("cpu", tokens), side)
         outputs = call()
@@ -183,17 +189,17 @@ def count(case: Case, tokens: int, side: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answers requests {"row", "phase", "shape", "tokens", "side"}, a JSON list on stdin, one line each."""
+    """Answers requests, a JSON list on stdin of {"row", "phase", "shape", "tokens", "side", "multiprocessors"}."""
     requests = json.load(sys.stdin)
     answers = sys.stdout
     sys.stdout = sys.stderr
-    rows = {row.name: row for row in ROWS}
+    named = {row.name: row for row in ROWS}
     if any(request["side"] == "ours" for request in requests):
         interpreter.install()  # peers compute with bf16, which is refused then; their values do not matter here
     for request in requests:
-        case = Case(rows[request["row"]], request["phase"], request["shape"], request["tokens"])
+        case = Case(named[request["row"]], request["phase"], request["shape"], request["tokens"])
         try:
-            answer = count(case, request["tokens"], request["side"])
+            answer = count(case, request["tokens"], request["side"], request["multiprocessors"])
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
         print(json.dumps(answer), file=answers, flush=True)

@@ -1,0 +1,107 @@
+"""Our Triton kernels, compiled for Hopper on a CPU: no spills, wgmma for products, no bytes moved for nothing.
+
+In processes of their own: within the test session Triton only interprets.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+OPS = [
+    "rms_norm",
+    "add_rms_norm",
+    "gated_rms_norm",
+    "swiglu",
+    "rope",
+    "causal_conv1d",
+    "ssd_scan",
+    "attention",
+    "linear_cross_entropy",
+]
+
+FAULTY = """
+import json
+import sys
+
+import torch
+import triton
+import triton.language as tl
+
+sys.path.insert(0, sys.argv[1])
+from launches import compile_launch, recorded
+
+
+@triton.jit
+def product_kernel(x, y, out, PRECISION: tl.constexpr):
+    i = tl.arange(0, 64)
+    place = i[:, None] * 64 + i
+    tl.store(out + place, tl.dot(tl.load(x + place), tl.load(y + place), input_precision=PRECISION))
+
+
+@triton.jit
+def crowded_kernel(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    values = tl.load(x + i)
+    tl.store(out + i, tl.sort(values) + values)
+
+
+@triton.jit
+def copy_kernel(x, out, size, stride):
+    i = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    tl.store(out + i * stride, tl.load(x + i, mask=i < size), mask=i < size)
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+with recorded() as record:
+    product_kernel[(1,)](meta(64, 64), meta(64, 64), meta(64, 64, dtype=torch.float32), "tf32", num_warps=4)
+    wide = meta(64, 64, dtype=torch.float32)
+    product_kernel[(1,)](wide, wide, wide, "ieee", num_warps=4)
+    crowded_kernel[(1,)](meta(4096), meta(4096), 4096, num_warps=1)
+    copy_kernel[(8,)](meta(8192), meta(8192), 8192, 1)
+    copy_kernel[(8,)](meta(8193)[1:], meta(8193)[1:], 8191, 1)
+launches = [compile_launch(launch) for launch in record.launches]
+print(json.dumps([[x.spills, x.wgmma, x.other_products, x.wide_loads] for x in launches]))
+"""
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+
+
+def test_spills_slow_products_and_narrow_accesses_are_seen(tmp_path: Path):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY)
+    done = run(str(script), str(BENCHMARKS))
+    assert done.returncode == 0, done.stderr
+    fast, slow, crowded, aligned, offset = json.loads(done.stdout)
+    assert fast[:3] == [0, 1, []]
+    assert slow[1:3] == [0, ["64x64 * 64x64 f32"]]
+    assert crowded[0] > 0
+    assert aligned[3] == 1.0  # 16 bytes a thread, as Triton specialises whole pointers and sizes
+    assert offset[3] == 0.0  # and as it does for a view that starts at an odd element
+
+
+def test_no_kernel_spills_misses_wgmma_or_moves_more_than_it_must(tmp_path: Path):
+    """One small layout of every op; `python benchmarks/compile_kernels.py` does all models and layouts."""
+    report = tmp_path / "report"
+    where = ["--models", "granite-4.0-h-micro", "granite-4.0-micro", "--tp", "8", "--phases", "train"]
+    how = ["--traffic", "memory-bound", "--peers", "--out", str(report)]
+    done = run(str(BENCHMARKS / "compile_kernels.py"), *where, "--ops", *OPS, *how)
+    result = json.loads(report.with_suffix(".json").read_text())
+    assert result["faults"] == []
+    assert done.returncode == 0, done.stderr
+    passes = result["passes"]
+    assert {report["row"] for report in passes} == set(OPS)
+    for each in passes:
+        assert each["kernels"], each["case"] + ": no kernel of ours ran: " + each["note"]
+        assert all(kernel["compiled"] for kernel in each["kernels"]), each["note"]
+        assert each["bytes"] or not each["memory_bound"], each["case"] + ": " + each["note"]
+    products = [p for p in passes if p["row"] in ("ssd_scan", "attention")]
+    assert all(any(kernel["compiled"]["wgmma"] for kernel in p["kernels"]) for p in products)
