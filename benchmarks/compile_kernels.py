@@ -331,7 +331,7 @@ def _flop_correction(case: Case, report: PassReport) -> float:
 
 
 def make_report(
-    selected: Sequence[Case], peers: Sequence[str], traffic: bool, processes: int, console: Console
+    selected: Sequence[Case], peers: Sequence[str], traffic: str, processes: int, console: Console
 ) -> list[PassReport]:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     launches: dict[str, Launch] = {}
@@ -353,8 +353,10 @@ def make_report(
                     kernel.compiled = result
                 else:
                     report.note = f"{kernel.name}: {result}"
-        if traffic:
+        if traffic != "none":
             with_kernels = [(case, report) for case, report in reports if report.kernels]
+            if traffic == "memory-bound":
+                with_kernels = [(case, report) for case, report in with_kernels if report.memory_bound]
             answers = count_all([(case, report.side) for case, report in with_kernels], processes, progress)
             for case, report in with_kernels:
                 add_traffic(report, case, answers)
@@ -465,7 +467,9 @@ def main() -> None:
     parser.add_argument("--tp", nargs="*", type=int, default=list(TP), help="tensor-parallel degrees")
     parser.add_argument("--phases", nargs="*", default=[], choices=["train", "decode"], help="default: both")
     parser.add_argument("--peers", nargs="*", default=sorted(TRITON), choices=sorted(TRITON), help="default: all")
-    parser.add_argument("--no-traffic", action="store_true", help="do not count bytes")
+    parser.add_argument(
+        "--traffic", choices=["all", "memory-bound", "none"], default="all", help="of which ops bytes are counted"
+    )
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=HERE / "results" / "compile_sm90", help="writes .json and .md")
     parser.add_argument("--picture", type=Path, help="draw the roofline there (PNG)")
@@ -475,7 +479,7 @@ def main() -> None:
 
     console = Console(stderr=True)
     selected = cases(args.ops, args.models, args.tp, args.phases)
-    reports = make_report(selected, args.peers, not args.no_traffic, args.processes, console)
+    reports = make_report(selected, args.peers, args.traffic, args.processes, console)
     faults = [fault for report in reports if report.side == "ours" for fault in report.faults()]
     rows = table_rows(reports)
     show(rows, Console(width=220) if not console.is_terminal else Console())

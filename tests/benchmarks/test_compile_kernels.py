@@ -45,7 +45,7 @@ def product_kernel(x, y, out, PRECISION: tl.constexpr):
 def crowded_kernel(x, out, N: tl.constexpr):
     i = tl.arange(0, N)
     values = tl.load(x + i)
-    tl.store(out + i, tl.sort(values) + values)
+    tl.store(out + i, values / tl.sum(values))
 
 
 @triton.jit
@@ -62,7 +62,7 @@ with recorded() as record:
     product_kernel[(1,)](meta(64, 64), meta(64, 64), meta(64, 64, dtype=torch.float32), "tf32", num_warps=4)
     wide = meta(64, 64, dtype=torch.float32)
     product_kernel[(1,)](wide, wide, wide, "ieee", num_warps=4)
-    crowded_kernel[(1,)](meta(4096), meta(4096), 4096, num_warps=1)
+    crowded_kernel[(1,)](meta(4096), meta(4096), 4096, num_warps=1, maxnreg=32)
     copy_kernel[(8,)](meta(8192), meta(8192), 8192, 1)
     copy_kernel[(8,)](meta(8193)[1:], meta(8193)[1:], 8191, 1)
 launches = [compile_launch(launch) for launch in record.launches]
