@@ -39,9 +39,8 @@ CUDA_ONLY = {"te", "flash_attn", "mamba_ssm", "causal_conv1d", "apex"}
 REFERENCE = "prism_kernels.reference:"
 EXACT = "prism_kernels.exact:"  # the same bits in training and decoding, in any batch; on a CPU
 PEERS = "prism_kernels.peers:"
-MODULE = (
-    ""  # no function but a class of another library, built in model/linear.py, model/attention.py, train/optimizer.py
-)
+# No function but a class of another library, built in model/linear.py, model/attention.py or train/optimizer.py.
+MODULE = ""
 
 
 # op -> backend -> where its function is, in order of preference

@@ -78,10 +78,33 @@ def build_optimizer(
         use_gloo_process_groups=False,
         pg_collection=groups.collection,
     )
-    for group in optimizer.param_groups:
-        if isinstance(optimizer.chained_optimizers[0].optimizer, torch.optim.AdamW):
-            group["fused"], group["foreach"] = True, False  # one pass over memory instead of eight
+    model: HybridModel = chunks[0].module
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is not None:  # this rank holds a share of the parameters
+            part.optimizer = _adamw(model.build.ops.choices["adamw"].backend, part.optimizer)
     return optimizer
+
+
+def _adamw(backend: str, theirs: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The chosen AdamW over the parameter groups of megatron-core's, which takes the first it can import.
+
+    All of them keep the same state, under the same names.
+    """
+    package = {"transformer_engine": "te", "apex": "apex"}.get(type(theirs).__module__.split(".")[0], "torch")
+    if backend in ("te", "apex"):
+        if backend != package:
+            raise ValueError(
+                f"kernels.adamw={backend}: megatron-core has taken {package}'s; ask for that, or for triton"
+            )
+        return theirs
+    if backend == "triton":
+        from prism_kernels.adamw import FusedAdamW
+
+        return FusedAdamW(theirs.param_groups)
+    ours = theirs if package == "torch" else torch.optim.AdamW(theirs.param_groups)
+    for group in ours.param_groups:
+        group["fused"], group["foreach"] = backend == "torch", False  # one pass over memory; plain torch takes eight
+    return ours
 
 
 def _groups(settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
