@@ -1,8 +1,10 @@
 """The Mamba-2 scan's backward kernels: within chunks (x, D, C_i . B_j), with states (B, C), and the step sizes.
 
-`rising_i` is the gradient of the cumulated log decay at i as a query, `falling_j` minus that as a key. Rising is a row
-sum of M_ij (g_i . x_j) with M rounded as the products round it; falling is x_j . (sum_i M_ij g_i), read off the grad
-of x before it is rounded: so what cancels in the sum of their differences cancels to fp32.
+`rising_i` is the gradient of the cumulated log decay at i as a query, `falling_j` minus that as a key; both have a part
+from pairs within the chunk and one from states. What pairs add to the two cancels in later sums, so it is made to
+cancel to fp32: rising is a row sum of M_ij (g_i . x_j) with M rounded as the products round it, falling is
+x_j . (sum_i M_ij g_i), read off the gradient of x before it is rounded, and pairs of a token with itself, which cancel
+altogether and outweigh the rest where decays are strong, are left out of both.
 """
 
 # t packed tokens, h heads, p head_dim, g groups, n state, C chunks, Q tokens in a chunk, s splits of a group's heads
@@ -42,7 +44,7 @@ def decays_to_end(query, key, query_low, key_low, at, start, Q: tl.constexpr, R:
 @triton.jit
 def inner_grads_kernel(
     x, grad, B, C, D, query, key, query_low, key_low, chunks, local, carries, logs,
-    grad_x, grad_scores, rising, falling, handed_on, grad_D, num_heads, heads_per_group, num_chunks,
+    grad_x, grad_scores, rising, falling, grad_D, num_heads, heads_per_group, num_chunks,
     x_stride, grad_stride, B_stride, C_stride,
     HEADS: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
@@ -50,21 +52,23 @@ def inner_grads_kernel(
 ):  # fmt: skip
     """Of R keys of one chunk and HEADS heads of one group: the gradients of x, and of C_i . B_j summed over the heads.
 
-    local, carries, logs: gradients of the state after each chunk. With a slot for each R keys of a chunk:
-    rising [slots, C, h, Q], handed_on [slots, C, h] the sum of what the states after the chunk make of falling,
-    grad_D [slots, C, h] sums of x . grad.
+    local, carries, logs: gradients of the state after each chunk. falling [3, C, h, Q]: what pairs make of it, what
+    states make of it, and the gradient of dt from each token's pair with itself. With a slot for each R keys of a
+    chunk: rising [slots, C, h, Q], what pairs make of it, and grad_D [slots, C, h], sums of x . grad.
     """
     slot, first_head, chunk = tl.program_id(0), tl.program_id(1) * HEADS, tl.program_id(2)
     start = slot * R
     entry = chunks + chunk * CHUNK_COLUMNS
     first, length, segment, carried = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 4)
     queries_at, keys_at = tl.arange(0, Q), start + tl.arange(0, R)
-    seen = queries_at[:, None] >= keys_at[None, :]
     group = first_head // heads_per_group
     queries = load_rows(C, first, length, C_stride, group * STATE, STATE, Q, N)
     keys = load_rows(B, first + start, length - start, B_stride, group * STATE, STATE, R, N)
-    scores = tl.where(seen, tl.dot(queries, tl.trans(keys), input_precision="ieee"), 0.0)
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+    own_score = tl.sum(tl.where(queries_at[:, None] == keys_at[None, :], scores, 0.0), 0)
+    scores = tl.where(queries_at[:, None] > keys_at[None, :], scores, 0.0)
     total_scores = tl.zeros((Q, R), tl.float32)
+    array = num_chunks * num_heads * Q
     for i in range(HEADS):
         head = first_head + i
         row = chunk * num_heads + head
@@ -77,23 +81,30 @@ def inner_grads_kernel(
         mixing = (decays * scores).to(values.dtype)
         total_scores += decays * pairs
         tl.store(rising + slot_row.to(tl.int64) * Q + queries_at, tl.sum(mixing.to(tl.float32) * pairs, 1))
+        wide = values.to(tl.float32)
+        out = tl.dot(tl.trans(mixing), grads, input_precision="ieee")
+        tl.store(falling + at + keys_at, tl.sum(out * wide, 1))
         state = load_state(
             local, carries, logs, chunk, head, segment, carried, num_heads, 0, WIDTH, STATE, P, N, CARRIES
         )
         to_end = decays_to_end(query, key, query_low, key_low, at, start, Q, R, EXACT)
-        out = tl.dot(keys, tl.trans(state), input_precision="ieee") * to_end[:, None]
-        wide = values.to(tl.float32)
-        tl.store(handed_on + slot_row, tl.sum(out * wide))
-        out = tl.dot(tl.trans(mixing), grads, out, input_precision="ieee")
-        tl.store(falling + at + keys_at, tl.sum(out * wide, 1))
+        from_state = tl.dot(keys, tl.trans(state), input_precision="ieee") * to_end[:, None]
+        tl.store(falling + array + at + keys_at, tl.sum(from_state * wide, 1))
+        own = load_rows(grad, first + start, length - start, grad_stride, head * WIDTH, WIDTH, R, P).to(tl.float32)
+        products = tl.sum(wide * own, 1)
+        tl.store(falling + 2 * array + at + keys_at, own_score * products)
+        log_step = tl.load(query + at + keys_at) - tl.load(key + at + keys_at)
+        if EXACT:
+            log_step += tl.load(query_low + at + keys_at) - tl.load(key_low + at + keys_at)
+        factor = own_score * tl.exp2(log_step)
         if SKIP:
-            own = load_rows(grad, first + start, length - start, grad_stride, head * WIDTH, WIDTH, R, P)
-            out += tl.load(D + head).to(tl.float32) * own.to(tl.float32)
-            tl.store(grad_D + slot_row, tl.sum(wide * own.to(tl.float32)))
+            factor += tl.load(D + head).to(tl.float32)
+            tl.store(grad_D + slot_row, tl.sum(products))
+        out += from_state + factor[:, None] * own
         store_rows(grad_x, out, first + start, length - start, num_heads * WIDTH, head * WIDTH, WIDTH, R, P)
     split = tl.program_id(1) % SPLITS + SPLITS * (chunk * (num_heads // heads_per_group) + group)
     offsets = split.to(tl.int64) * (Q * Q) + queries_at[:, None] * Q + keys_at[None, :]
-    total_scores = tl.where(seen, total_scores, 0.0)
+    total_scores = tl.where(queries_at[:, None] >= keys_at[None, :], total_scores, 0.0)
     tl.store(grad_scores + offsets, total_scores.to(grad_scores.dtype.element_ty))
 
 
@@ -155,13 +166,13 @@ def group_grads_kernel(
 
 @triton.jit
 def step_grads_kernel(
-    dt, dt_bias, A_log, query, chunks, rising, falling, handed_on, overlap,
+    dt, dt_bias, A_log, query, chunks, rising, falling, overlap,
     grad_dt, grad_bias, grad_A_log, low, high, num_heads, num_chunks, dt_stride,
-    RISING: tl.constexpr, HANDED_ON: tl.constexpr, OVERLAP: tl.constexpr, Q: tl.constexpr, H: tl.constexpr,
+    PAIRS: tl.constexpr, STATES: tl.constexpr, Q: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk and H heads: the gradient of dt, and the chunk's share of those of dt_bias and A_log, [C, h].
 
-    RISING, HANDED_ON, OVERLAP: how many slots each has, to be summed.
+    rising [PAIRS + STATES, C, h, Q]: parts of what pairs, then parts of what states make of it.
     """
     chunk, heads, rows = tl.program_id(0), tl.program_id(1) * H + tl.arange(0, H), tl.arange(0, Q)
     first, length = tl.load(chunks + chunk * CHUNK_COLUMNS), tl.load(chunks + chunk * CHUNK_COLUMNS + 1)
@@ -174,22 +185,29 @@ def step_grads_kernel(
     raw, raw_step, step, _ = step_and_log_decay(value, bias[None, :], rate[None, :], low, high)
     row = (chunk * num_heads + heads).to(tl.int64)
     at = row[None, :] * Q + rows[:, None]
-    down = tl.load(falling + at, mask=inside, other=0.0)
-    up = tl.zeros((Q, H), tl.float32)
-    product, end = tl.zeros((H,), tl.float32), tl.zeros((H,), tl.float32)
     skip = num_chunks * num_heads
-    for slot in tl.static_range(RISING):
-        up += tl.load(rising + (slot * skip + row)[None, :] * Q + rows[:, None], mask=inside, other=0.0)
-    for slot in tl.static_range(HANDED_ON):
-        end += tl.load(handed_on + slot * skip + row, mask=present, other=0.0)
-    for slot in tl.static_range(OVERLAP):
+    pairs_down = tl.load(falling + at, mask=inside, other=0.0)
+    states_down = tl.load(falling + skip.to(tl.int64) * Q + at, mask=inside, other=0.0)
+    own = tl.load(falling + skip.to(tl.int64) * (2 * Q) + at, mask=inside, other=0.0)
+    pairs_up, states_up = tl.zeros((Q, H), tl.float32), tl.zeros((Q, H), tl.float32)
+    product = tl.zeros((H,), tl.float32)
+    for slot in tl.static_range(PAIRS):
+        pairs_up += tl.load(rising + (slot * skip + row)[None, :] * Q + rows[:, None], mask=inside, other=0.0)
+    for slot in tl.static_range(STATES):
+        states_up += tl.load(
+            rising + ((PAIRS + slot) * skip + row)[None, :] * Q + rows[:, None], mask=inside, other=0.0
+        )
         product += tl.load(overlap + slot * skip + row, mask=present, other=0.0)
-    end += product * tl.exp2(tl.load(query + row * Q + Q - 1, mask=present, other=0.0))
-    difference = (up - down).to(tl.float64)
-    # sum from each row to the chunk's last, as the whole minus those before it, exact enough in fp64
-    later = tl.sum(difference, 0)[None, :] - tl.cumsum(difference, 0) + difference + end.to(tl.float64)[None, :]
+    product *= tl.exp2(tl.load(query + row * Q + Q - 1, mask=present, other=0.0))
+    # A token's decay acts on what is queried from it on, what keys before it hand on and what goes through the chunk.
+    # Sums from a token on are the whole minus those before it, exact enough in fp64.
+    earlier = states_down.to(tl.float64)
+    upward = pairs_up.to(tl.float64) - pairs_down.to(tl.float64) + states_up.to(tl.float64)
+    later = tl.sum(upward, 0)[None, :] + product.to(tl.float64)[None, :]
+    later += tl.cumsum(earlier - upward, 0) - earlier + upward
     rate_now = -tl.exp(rate.to(tl.float64))[None, :]
-    grad_step = tl.where(step > 0, down / tl.maximum(step, 1e-300), 0.0) + later * rate_now
+    grad_step = tl.where(step > 0, (pairs_down + states_down) / tl.maximum(step, 1e-300), 0.0)
+    grad_step += own + later * rate_now
     allowed = (raw_step >= low) & (raw_step <= high) & inside
     grad = tl.where(allowed, grad_step / (1 + tl.exp(-raw)), 0.0)
     out = (first + rows).to(tl.int64)[:, None] * num_heads + heads[None, :]
@@ -200,12 +218,11 @@ def step_grads_kernel(
 
 
 class Slots(NamedTuple):
-    """Sums of the parts into which kernels cut a chunk's keys (s of them) or a state's columns (r of them)."""
+    """Sums in parts: for each of s runs of a chunk's keys, for each of r runs of a state's columns. fp32."""
 
-    rising: Tensor  # [s + r, C, h, Q] fp32
-    handed_on: Tensor  # [s, C, h]
+    rising: Tensor  # [s + r, C, h, Q]
     grad_D: Tensor  # [s, C, h]
-    overlap: Tensor  # [r, C, h]
+    overlap: Tensor  # [r, C, h] state before the chunk times gradient of the state after it
 
     @staticmethod
     def empty(tables: ScanTables, shape: Shape, device: torch.device) -> "Slots":
@@ -215,7 +232,7 @@ class Slots(NamedTuple):
         def slots(*sizes: int) -> Tensor:
             return torch.empty(sizes, dtype=torch.float32, device=device)
 
-        return Slots(slots(s + r, *rows, shape.Q), slots(s, *rows), slots(s, *rows), slots(r, *rows))
+        return Slots(slots(s + r, *rows, shape.Q), slots(s, *rows), slots(r, *rows))
 
 
 def keys_per_program(shape: Shape) -> int:
@@ -239,17 +256,17 @@ def launch_inner_grads(
     shape: Shape,
     slots: Slots,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad_x, grad_scores [C, g, s, Q, Q] in x.dtype, falling [C, h, Q]."""
+    """grad_x, grad_scores [C, g, splits, Q, Q] in x.dtype, falling [3, C, h, Q]."""
     keys = keys_per_program(shape)
     heads = heads_per_program(shape, tables.num_chunks, 256)
     splits = shape.heads_per_group // heads
     groups = shape.num_heads // shape.heads_per_group
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_scores = torch.empty(tables.num_chunks, groups, splits, shape.Q, shape.Q, dtype=x.dtype, device=x.device)
-    falling = torch.empty_like(decays.query)
+    falling = torch.empty(3, *decays.query.shape, dtype=torch.float32, device=x.device)
     inner_grads_kernel[shape.Q // keys, shape.num_heads // heads, tables.num_chunks](
         x, grad, B, C, x if D is None else D, *decays, tables.chunks, *states,
-        grad_x, grad_scores, slots.rising, falling, slots.handed_on, slots.grad_D,
+        grad_x, grad_scores, slots.rising, falling, slots.grad_D,
         shape.num_heads, shape.heads_per_group, tables.num_chunks,
         x.stride(0), grad.stride(0), B.stride(0), C.stride(0),
         HEADS=heads, SPLITS=splits, WIDTH=shape.head_dim, STATE=shape.state, Q=shape.Q, P=shape.P, N=shape.N, R=keys,
@@ -303,9 +320,8 @@ def launch_step_grads(
     shares = torch.empty(2, tables.num_chunks, shape.num_heads, dtype=torch.float32, device=dt.device)
     block = min(16, triton.next_power_of_2(shape.num_heads))
     step_grads_kernel[tables.num_chunks, triton.cdiv(shape.num_heads, block)](
-        dt, dt_bias, A_log, decays.query, tables.chunks, slots.rising, falling, slots.handed_on, slots.overlap,
+        dt, dt_bias, A_log, decays.query, tables.chunks, slots.rising, falling, slots.overlap,
         grad_dt, shares[0], shares[1], *limit, shape.num_heads, tables.num_chunks, dt.stride(0),
-        RISING=len(slots.rising), HANDED_ON=len(slots.handed_on), OVERLAP=len(slots.overlap),
-        Q=shape.Q, H=block, num_warps=4,
+        PAIRS=len(slots.grad_D), STATES=len(slots.overlap), Q=shape.Q, H=block, num_warps=4,
     )  # fmt: skip
     return grad_dt, shares
