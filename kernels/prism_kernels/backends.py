@@ -198,7 +198,7 @@ def _with_fallback(op: str, kernel: Callable[..., Any], reference: Callable[...,
     return call
 
 
-def _missing(backend: str, device: torch.device) -> str | None:
+def why_not(backend: str, device: torch.device) -> str | None:
     """Why this backend cannot run here, or None."""
     package = PACKAGES[backend]
     if package and importlib.util.find_spec(package) is None:
@@ -218,7 +218,7 @@ def _choice(op: str, backend: str, reason: str) -> Choice:
 
 def _choose(op: str, wanted: str, device: torch.device) -> Choice:
     table = IMPLEMENTATIONS[op]
-    missing = {backend: _missing(backend, device) for backend in table}
+    missing = {backend: why_not(backend, device) for backend in table}
     available = [backend for backend, why in missing.items() if why is None]
     if wanted == "auto":
         on_request = {"exact"} | (set() if device.type == "cuda" else {"triton"})

@@ -1,0 +1,61 @@
+"""The doctor runs anywhere, tells the truth about every op, and refuses what cannot be obeyed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from prism_kernels.backends import IMPLEMENTATIONS
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import doctor
+
+
+@pytest.fixture(autouse=True)
+def wide_console(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """First cell -> the other cells of each row of rich's tables."""
+    cells = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in text.splitlines() if "│" in line]
+    return {first: others for first, *others in cells}
+
+
+def test_every_op_is_shown_with_its_backend_and_the_reason(capsys):
+    assert doctor.main(["--device", "cpu"]) == 0
+    table = rows(capsys.readouterr().out)
+    assert {op: table[op][0] for op in ("ssd_scan", "linear", "adamw")} == {
+        "ssd_scan": "reference",
+        "linear": "megatron",
+        "adamw": "torch",
+    }
+    assert set(IMPLEMENTATIONS) <= set(table)
+    assert table["torch"][0] == torch.__version__ or "yes" in table["torch"]
+    assert "needs a GPU" in table["te"][0] or "not installed" in table["te"][0]
+
+
+def test_a_recipes_choice_is_tried_and_a_bad_one_refused(capsys):
+    assert doctor.main(["--device", "cpu", "kernels.ssd_scan=exact"]) == 0
+    shown = rows(capsys.readouterr().out)["ssd_scan"]
+    assert shown[:2] == ["exact", "asked for by kernels.ssd_scan"] and shown[3] == "yes"
+    for bad, said in (
+        ("kernels.ssd_scan=flash_attn", "no flash_attn implementation"),
+        ("ssd_scan", "kernels.OP=BACKEND"),
+    ):
+        assert doctor.main(["--device", "cpu", bad]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_missing_requirement_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(doctor.REQUIRED, "no-such-package", "nothing")
+    assert doctor.main(["--device", "cpu"]) == 1
+    assert "missing no-such-package" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        doctor.main(["--help"])
+    assert "--device" in capsys.readouterr().out

@@ -1,0 +1,145 @@
+"""What is installed, on what devices, and which backend each op will use, and why: `python tools/doctor.py`.
+
+Settings that a recipe would make can be tried: `python tools/doctor.py kernels.ssd_scan=mamba_ssm`. The exit code is 0
+where every op has a backend, 1 where a required package is missing, 2 where an override cannot be obeyed.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from prism_kernels.backends import IMPLEMENTATIONS, PACKAGES, Backends, select, why_not
+
+# distribution -> what it is for
+REQUIRED = {
+    "torch": "the engine",
+    "megatron-core": "parallel linears, schedules, distributed optimizer",
+    "numpy": "the data path",
+    "psutil": "memory; saving checkpoints",
+    "safetensors": "Hugging Face files",
+    "tokenizers": "tokenizers",
+    "transformers": "chat templates, the parity oracle",
+    "pydantic": "settings",
+    "PyYAML": "recipes",
+    "rich": "the console",
+    "tensorboard": "curves",
+    "matplotlib": "pictures",
+    "jinja2": "reports",
+    "einops": "the distributed optimizer with several instances",
+    "pyarrow": "parquet corpora",
+    "zstandard": ".jsonl.zst corpora",
+}
+# distribution -> (what it is for, what happens without it)
+OPTIONAL = {
+    "triton": ("our kernels", "plain torch"),
+    "transformer-engine": ("FP8, fused attention, FusedAdam", "megatron-core's linears, bf16"),
+    "flash-attn": ("attention where Transformer Engine is absent", "our kernel"),
+    "mamba-ssm": ("another scan", "our kernel"),
+    "causal-conv1d": ("another convolution", "our kernel"),
+    "apex": ("FusedAdam where Transformer Engine is absent", "our kernel"),
+    "nvidia-dali-cuda120": ("input pipeline that feeds the GPU", "torch's loader"),
+    "math-verify": ("math rewards", "they are refused"),
+    "reasoning-gym": ("demo tasks", "they are refused"),
+    "wandb": ("a sink of metrics", "it is off"),
+}
+PROGRAMS = {"bwrap": ("sandbox of code rewards", "they are refused: install bubblewrap")}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    device = torch.device(options.device)
+    try:
+        chosen = select(_overrides(options.overrides), device)
+    except ValueError as error:
+        print(f"doctor: {error}", file=sys.stderr)
+        return 2
+    console = Console()
+    console.print(_devices())
+    console.print(_packages())
+    console.print(_backends(device))
+    console.print(_ops(chosen, device))
+    missing = [name for name in REQUIRED if _version(name) is None]
+    if missing:
+        print(f"doctor: missing {', '.join(missing)}; pip install -e . installs them", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=found, help="choose as on this device (%(default)s)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="kernels.OP=BACKEND", help="as in a recipe")
+    return parser
+
+
+def _overrides(arguments: list[str]) -> dict[str, str]:
+    pairs = [argument.removeprefix("kernels.").partition("=") for argument in arguments]
+    for argument, (_, equals, _) in zip(arguments, pairs, strict=True):
+        if not equals or not argument.startswith("kernels."):
+            raise ValueError(f"{argument!r} is not of the form kernels.OP=BACKEND")
+    return {op: backend for op, _, backend in pairs}
+
+
+def _devices() -> Table:
+    table = Table("device", "memory", "", title="Devices")
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        card = torch.cuda.get_device_properties(i)
+        known = f"sm_{card.major}{card.minor}, {card.multi_processor_count} multiprocessors"
+        table.add_row(f"cuda:{i} {card.name}", f"{card.total_memory / 2**30:.0f} GiB", known)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = f"{len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
+    table.add_row(f"cpu {platform.machine()}", f"{memory:.0f} GiB", cores)
+    return table
+
+
+def _packages() -> Table:
+    table = Table("package", "version", "for", "without it", title="Packages")
+    for name, purpose in REQUIRED.items():
+        table.add_row(name, _version(name) or "[red]missing[/red]", purpose, "nothing works")
+    for name, (purpose, without) in OPTIONAL.items():
+        table.add_row(name, _version(name) or "[dim]-[/dim]", purpose, without)
+    for name, (purpose, without) in PROGRAMS.items():
+        table.add_row(name, "found" if shutil.which(name) else "[dim]-[/dim]", purpose, without)
+    return table
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _backends(device: torch.device) -> Table:
+    table = Table("backend", "here", title=f"Backends on {device.type}")
+    for backend in PACKAGES:
+        why = why_not(backend, device)
+        table.add_row(backend, "yes" if why is None else f"[dim]{escape(why)}[/dim]")
+    return table
+
+
+def _ops(chosen: Backends, device: torch.device) -> Table:
+    title = f"Ops on {device.type} (dim: not here; same bits: a token's result does not depend on its batch)"
+    table = Table("op", "backend", "why", "others", "same bits", title=title)
+    for op, choice in chosen.items():
+        others = [
+            backend if why_not(backend, device) is None else f"[dim]{backend}[/dim]"
+            for backend in IMPLEMENTATIONS[op]
+            if backend != choice.backend
+        ]
+        table.add_row(op, choice.backend, choice.reason, ", ".join(others), "yes" if choice.batch_invariant else "no")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
