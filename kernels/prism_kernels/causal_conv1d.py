@@ -81,7 +81,7 @@ def _forward_kernel(
     UNIT: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
     SILU: tl.constexpr, BIAS: tl.constexpr, INITIAL: tl.constexpr,
 ):  # fmt: skip
-    stride = stride.to(tl.int64) * UNIT
+    stride = tl.cast(stride, tl.int64) * UNIT
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channels < num_channels
     blocks += 4 * tl.program_id(1)
@@ -144,7 +144,7 @@ def _backward_kernel(
     grad_stride, stride, GRAD_UNIT: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
     SILU: tl.constexpr, BIAS: tl.constexpr, INITIAL: tl.constexpr,
 ):  # fmt: skip
-    grad_stride, stride = grad_stride.to(tl.int64) * GRAD_UNIT, stride.to(tl.int64) * UNIT
+    grad_stride, stride = tl.cast(grad_stride, tl.int64) * GRAD_UNIT, tl.cast(stride, tl.int64) * UNIT
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channels < num_channels
     x += channels
