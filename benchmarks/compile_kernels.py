@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import triton
 from launches import MULTIPROCESSORS, Compiled, Launch, TorchOp, compile_launch, reading_values, recorded
-from op_cases import MODELS, ROWS, TP, Case, Work, cases, gradients
+from op_cases import MODELS, ROWS, TP, Case, Work, cases, differentiable
 from peers import PEERS, TRITON, prepare
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -155,7 +155,8 @@ def _run_passes(case: Case, side: str) -> list[tuple[list[Launch], list[TorchOp]
             outputs = call()
         passes.append((forward.launches, forward.torch_ops))
         if leaves:
-            results, upstream = gradients(outputs)
+            results = differentiable(outputs)
+            upstream = [torch.empty_like(x) for x in results]
             with recorded() as backward:
                 torch.autograd.grad(results, leaves, upstream, allow_unused=True)
             passes.append((backward.launches, backward.torch_ops))

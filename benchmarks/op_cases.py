@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.caches import ConvCache, PagedCache, ScanCache
+from prism_kernels.reference import rope_table
 from prism_mcore.model.spec import SHIPPED, ModelSpec, read_spec
 
 MODELS = [path.stem for path in sorted(SHIPPED.glob("*.json")) if not path.stem.startswith("demo")]
@@ -36,13 +37,14 @@ Function = Callable[..., Any]
 class Work:
     """One call of an op. Bytes are the fewest possible: what it reads and writes, once each; FLOPs are of products."""
 
-    call: Callable[[Function], Any]
     leaves: tuple[Tensor, ...]  # inputs whose gradients are wanted
     forward_bytes: int
     backward_bytes: int = 0
     forward_flops: float = 0.0
     backward_flops: float = 0.0
     args: tuple = ()  # the positional arguments, for implementations with another signature
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    returns: bool = True  # or its first argument holds the result
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,8 @@ def size(*tensors: Tensor | None) -> int:
 def _work(
     args: tuple, leaves: Sequence[Tensor | None], forward_bytes: int, backward_bytes: int = 0, **rest: Any
 ) -> Work:
-    kwargs = rest.pop("kwargs", {})
     wanted = tuple(x for x in leaves if x is not None and x.requires_grad)
-    return Work(lambda op: op(*args, **kwargs), wanted, forward_bytes, backward_bytes, args=args, **rest)
+    return Work(wanted, forward_bytes, backward_bytes, args=args, **rest)
 
 
 # ------------------------------------------------------------------------------------- norms, elementwise, optimizer
@@ -142,7 +143,7 @@ def adamw(make: Inputs, shape: Shape, tokens: int) -> Work:
     copies = [x.to(torch.bfloat16) for x in masters]
     hyper = {"step": 2, "lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.1}
     moved = size(*masters, *means, *squares) * 2 + size(*grads, *copies)
-    return _work((masters, grads, means, squares, copies), (), moved, kwargs=hyper)
+    return _work((masters, grads, means, squares, copies), (), moved, kwargs=hyper, returns=False)
 
 
 def rms_norm(make: Inputs, shape: Shape, tokens: int) -> Work:
@@ -179,7 +180,7 @@ def activation(factor: int) -> Callable[[Inputs, Shape, int], Work]:
 
 def rope(make: Inputs, shape: Shape, tokens: int) -> Work:
     q, k, _ = _qkv(make, shape, tokens)
-    cos, sin = (make.fp32(tokens, shape["p"], gradients=False) for _ in range(2))
+    cos, sin = rope_table(make.arange(tokens), shape["p"], 10_000.0)
     moved = size(q, q, k, k) + size(cos, sin) // 2  # both halves of a row of cos and of sin hold the same numbers
     return _work((q, k, cos, sin), (q, k), moved, moved)
 
@@ -447,7 +448,7 @@ ROWS = [
 
 @cache
 def _specs() -> dict[str, ModelSpec]:
-    return {name: read_spec(name) for name in MODELS}
+    return {path.stem: read_spec(path.stem) for path in SHIPPED.glob("*.json")}
 
 
 def cases(
@@ -479,11 +480,10 @@ def _combinations(
                 yield from ((row, phase, name, tp) for tp in tps)
 
 
-def gradients(outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The differentiable results of a call, and a gradient for each."""
-    results = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(x, Tensor)]
-    results = [x for x in results if x.requires_grad]
-    return results, [torch.ones_like(x) if x.dim() == 0 else torch.empty_like(x).fill_(0.5) for x in results]
+def differentiable(outputs: Any) -> list[Tensor]:
+    """The results of a call that gradients flow back from."""
+    results = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [x for x in results if isinstance(x, Tensor) and x.requires_grad]
 
 
 if __name__ == "__main__":

@@ -153,7 +153,8 @@ def liger_rope(work: Work) -> Prepared:
     q, k = (_leaf(x.detach().contiguous()[None].transpose(1, 2), x) for x in (q, k))
 
     def call() -> tuple[Tensor, Tensor]:
-        return LigerRopeFunction.apply(q, k, cos[None], sin[None])
+        rotated = LigerRopeFunction.apply(q, k, cos[None], sin[None])
+        return rotated[0][0].transpose(0, 1), rotated[1][0].transpose(0, 1)
 
     return call, (q, k) if work.leaves else ()
 
@@ -175,7 +176,11 @@ def causal_conv1d_package(work: Work) -> Prepared:
     from causal_conv1d import causal_conv1d_fn
 
     x, weight, bias, _ = work.args
-    return lambda: causal_conv1d_fn(x[None].transpose(1, 2), weight, bias, activation="silu"), work.leaves
+
+    def call() -> Tensor:
+        return causal_conv1d_fn(x[None].transpose(1, 2), weight, bias, activation="silu")[0].t()
+
+    return call, work.leaves
 
 
 def torch_causal_conv1d(work: Work) -> Prepared:
@@ -258,7 +263,9 @@ def torch_attention(work: Work) -> Prepared:
 
     def call() -> Tensor:
         q_, k_, v_ = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, scale=scale, enable_gqa=True)
+        return F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(
+            0, 1
+        )
 
     return call, work.leaves
 
@@ -321,5 +328,5 @@ def prepare(case: Case, work: Work, side: str) -> Prepared:
     """(call, leaves) of our Triton kernel ("ours") or a peer's, which raises where it does not cover the inputs."""
     if side == "ours":
         function = backends.function(case.row.op, "triton").__wrapped__  # type: ignore[attr-defined]  # no way back
-        return lambda: work.call(function), work.leaves
+        return lambda: function(*work.args, **work.kwargs), work.leaves
     return PEERS[case.row.name][side](work)
