@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prism_kernels import reference_attention as reference
+from prism_kernels import reference_decode
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.caches import PagedCache
-from prism_kernels.exact_linear import ROWS
+from prism_kernels.exact_linear import BATCHED_ROWS, bmm
 from prism_kernels.precision import accumulate_dtype
 from prism_kernels.reference_attention import BLOCK_ELEMENTS, LOG2_E
 
@@ -97,7 +98,7 @@ class _Attention(reference._BlockAttention):
             rows, cols = slice(start * group, end * group), slice(first, end)
             for i in range(0, len(keys), size):
                 batch = slice(i, i + size)
-                scores = reference._scores(queries[batch, rows], keys[batch, cols], hidden)
+                scores = _scores(queries[batch, rows], keys[batch, cols], hidden)
                 highest = scores.amax(-1, keepdim=True)
                 weights = scores.sub_(highest).mul_(scale).exp_().unflatten(-1, (-1, BLOCK)).transpose(1, 2)
                 blocks = values[batch, cols].unflatten(1, (-1, BLOCK))
@@ -110,10 +111,18 @@ class _Attention(reference._BlockAttention):
         return reference._tokens(out, q)
 
 
+def _scores(queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
+    """[b, rows, keys] unscaled in the accumulation dtype, -inf where the last keys are hidden."""
+    scores = bmm(queries, keys.transpose(1, 2)).to(accumulate_dtype(queries.dtype))
+    last = scores[..., scores.shape[-1] - hidden.shape[1] :]
+    last.unflatten(1, (len(hidden), -1)).masked_fill_(hidden[:, None], -math.inf)
+    return scores
+
+
 def _products(weights: Tensor, values: Tensor) -> Tensor:
     """[b, L, rows, 64] x [b, L, 64, p] -> [b, L, rows, p]."""
     b, blocks = values.shape[:2]
-    return torch.bmm(weights.flatten(0, 1), values.flatten(0, 1)).unflatten(0, (b, blocks))
+    return bmm(weights.flatten(0, 1), values.flatten(0, 1)).unflatten(0, (b, blocks))
 
 
 def _in_order(parts: Tensor) -> Tensor:
@@ -127,41 +136,22 @@ def _in_order(parts: Tensor) -> Tensor:
 def attention_decode(
     q: Tensor, cache: PagedCache, block_table: Tensor, lengths: Tensor, scale: float, window: int | None = None
 ) -> Tensor:
-    """`reference_decode.attention_decode`: q [b, h, p] -> [b, h, p]; reads the blocks that the rows have, no others."""
+    """`reference_decode.attention_decode`: q [b, h, p] -> [b, h, p], block by block as in training."""
     if cache.block_len != BLOCK:
         raise ValueError(f"attention_decode: blocks of {cache.block_len} tokens; exact mode needs {BLOCK}")
-    b, p, heads = len(q), q.shape[2], cache.keys.shape[2]
-    group = q.shape[1] // heads
-    queries = F.pad(q.view(b, heads, group, p), (0, 0, 0, -group % ROWS))
-    count = int(-(-lengths.max() // BLOCK))
-    first_token = torch.arange(count) * BLOCK
-    seen = first_token < lengths[:, None]
-    if window is not None:
-        seen &= first_token + BLOCK > lengths[:, None] - window
-    row, block = seen.nonzero(as_tuple=True)
-    used = block_table[row, block].long()
-    keys, values = (x.transpose(1, 2)[used].flatten(0, 1) for x in (cache.keys, cache.values))  # [pairs * hk, 64, p]
-
-    scores = torch.bmm(queries[row].flatten(0, 1), keys.transpose(1, 2)).to(accumulate_dtype(q.dtype))
-    scores = scores.unflatten(0, (-1, heads))[:, :, :group]  # [pairs, hk, m, 64]
-    place = first_token[block][:, None] + torch.arange(BLOCK)
-    hidden = place >= lengths[row, None]
-    if window is not None:
-        hidden |= place < lengths[row, None] - window
-    scores = scores.masked_fill(hidden[:, None, None], -math.inf)
-    highest = _spread(scores.amax(-1), row, block, (b, count), -math.inf).amax(1)
-    weights = scores.sub_(highest[row, ..., None]).mul_(scale).exp_()
-    sums = _in_order(_spread(weights.sum(-1), row, block, (b, count), 0))
-    padded = F.pad(weights.to(q.dtype), (0, 0, 0, -group % ROWS)).flatten(0, 1)
-    parts = torch.bmm(padded, values)[:, :group].unflatten(0, (-1, heads))
-    total = _in_order(_spread(parts, row, block, (b, count), 0))
-    return total.div_(sums[..., None]).to(q.dtype).flatten(1, 2)
-
-
-def _spread(parts: Tensor, row: Tensor, block: Tensor, shape: tuple[int, int], rest: float) -> Tensor:
-    """[pairs, ...] -> [b, L, ...], `rest` where a row does not have the block."""
-    if len(parts) == shape[0] * shape[1]:
-        return parts.view(*shape, *parts.shape[1:])
-    out = parts.new_full((*shape, *parts.shape[1:]), rest)
-    out[row, block] = parts
-    return out
+    acc, (b, heads, p), key_heads = accumulate_dtype(q.dtype), q.shape, cache.keys.shape[2]
+    group = heads // key_heads
+    pairs = reference_decode._pairs_of(block_table, lengths, BLOCK, window)
+    keys, values = (x.transpose(1, 2) for x in (cache.keys, cache.values))  # [blocks, hk, 64, p]
+    queries = F.pad(q.view(b, key_heads, group, p), (0, 0, 0, -group % BATCHED_ROWS))
+    scores = pairs.product(queries[pairs.rows], keys.transpose(2, 3))[:, :, :group]
+    scores = scores.flatten(1, 2).to(acc).add_(pairs.hidden)  # [pairs, h, 64]
+    rows = pairs.rows[:, None].expand(-1, heads)
+    highest = scores.new_full((b, heads), -math.inf).scatter_reduce_(0, rows, scores.amax(-1), "amax")
+    weights = scores.sub_(highest[pairs.rows, :, None]).mul_(scale).exp_()
+    order, ordered_rows = pairs.in_order
+    sums = weights.new_zeros(b, heads).index_add_(0, ordered_rows, weights.sum(-1)[order])
+    grouped = weights.to(q.dtype).unflatten(1, (key_heads, group))
+    parts = pairs.product(F.pad(grouped, (0, 0, 0, -group % BATCHED_ROWS)), values)[:, :, :group].flatten(1)
+    total = sums.new_zeros(b, heads * p).index_add_(0, ordered_rows, parts[order].to(acc))
+    return total.view(q.shape).div_(sums[..., None]).to(q.dtype)

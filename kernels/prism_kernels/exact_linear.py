@@ -2,7 +2,8 @@
 
 oneDNN (fp32 and bf16) and MKL choose their code, and with it the order of a row's sums, by the number of rows: one row
 differs from the same row among others, in MKL two and three do, and with two threads five, seven and nine. Multiples of
-eight rows never did, over 1 to 4,096 rows, any offset and one or two threads (tests/kernels/test_exact.py).
+eight rows never did, over 1 to 4,096 rows, any offset and one to four threads; in batched products multiples of four
+did not, except one matrix alone of 24 columns with three threads (tests/kernels/test_exact.py).
 """
 
 # m rows, k summed over, n columns
@@ -16,6 +17,7 @@ from prism_kernels import matmul
 from prism_kernels.precision import accumulate_dtype
 
 ROWS = 8
+BATCHED_ROWS = 4  # of each matrix of a batched product
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
@@ -27,6 +29,17 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     else:
         y = torch.mm(padded, b)
     return y[: len(a)] if missing else y
+
+
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """a [b, m, k] @ b [b, k, n], each row the same bits with whatever other rows and matrices; no autograd."""
+    m, missing = a.shape[1], -a.shape[1] % BATCHED_ROWS
+    if missing:
+        a = F.pad(a, (0, 0, 0, missing))
+    if len(a) == 1 and torch.get_num_threads() > 1:  # a matrix alone is cut over threads
+        return torch.bmm(a.expand(2, -1, -1), b.expand(2, -1, -1))[:1, :m]
+    y = torch.bmm(a, b)
+    return y[:, :m] if missing else y
 
 
 class _Linear(torch.autograd.Function):

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from prism_kernels import reference_scan as reference
 from prism_kernels.boundaries import Boundaries, ChunkGrid
 from prism_kernels.caches import SlotCache
-from prism_kernels.exact_linear import ROWS
+from prism_kernels.exact_linear import bmm
 from prism_kernels.precision import accumulate_dtype
 
 CHUNK = 64
@@ -114,7 +113,7 @@ def _added(x: Tensor, B: Tensor, last: Tensor, key: Tensor) -> Tensor:
     groups = len(B) // chunks
     acc = accumulate_dtype(x.dtype)
     scaled = reference._scale(x, (last[..., None] - key).to(acc).exp_(), groups)
-    return torch.bmm(B.transpose(1, 2), scaled).to(acc).view(chunks, groups, -1, heads // groups, p)
+    return bmm(B.transpose(1, 2), scaled).to(acc).reshape(chunks, groups, -1, heads // groups, p)
 
 
 def _factors(logs: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -143,8 +142,8 @@ def _outputs(chunks: _Chunks, D: Tensor | None) -> Tensor:
     """[C, Q, h, p] in x.dtype."""
     x, (count, groups, n, m, p) = chunks.x, chunks.before.shape
     acc = chunks.before.dtype
-    scores = torch.bmm(chunks.C, chunks.B.transpose(1, 2)).tril_().view(count, groups, 1, CHUNK, CHUNK)
-    carried = torch.bmm(chunks.C, chunks.before.to(x.dtype).view(-1, n, m * p)).view(count, groups, CHUNK, m, p)
+    scores = bmm(chunks.C, chunks.B.transpose(1, 2)).tril_().view(count, groups, 1, CHUNK, CHUNK)
+    carried = bmm(chunks.C, chunks.before.to(x.dtype).view(-1, n, m * p)).view(count, groups, CHUNK, m, p)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     size = max(1, reference.BLOCK_ELEMENTS // (groups * m * CHUNK**2))
     for start in range(0, count, size):
@@ -152,7 +151,7 @@ def _outputs(chunks: _Chunks, D: Tensor | None) -> Tensor:
         query, values = chunks.query[part], x[part].transpose(1, 2).contiguous()  # [., h, Q], [., h, Q, p]
         decays = (query[..., None] - chunks.key[part, :, None]).to(acc).tril_().exp_()
         mixing = decays.view(-1, groups, m, CHUNK, CHUNK).mul_(scores[part]).to(x.dtype)
-        mixed = torch.bmm(mixing.view(-1, CHUNK, CHUNK), values.flatten(0, 1)).view(-1, groups, m, CHUNK, p)
+        mixed = bmm(mixing.view(-1, CHUNK, CHUNK), values.flatten(0, 1)).view(-1, groups, m, CHUNK, p)
         since_start = query.to(acc).exp_().view(-1, groups, m, CHUNK, 1)
         out = (carried[part].transpose(2, 3) * since_start).add_(mixed).flatten(1, 2)
         if D is not None:
@@ -169,10 +168,19 @@ class ReplayCache(SlotCache):
     """The state before the chunk a sequence is in, and the chunk's tokens; rows after its last one mean nothing."""
 
     state: Tensor  # [slots, g, n, m, p] fp32
+    rounded: Tensor | None  # the same in the activations' dtype, as products take it; None where that is fp32
     x: Tensor  # [slots, h, Q, p]
     B: Tensor  # [slots, g, Q, n]
     key: Tensor  # [slots, h, Q] fp64, as in `_Chunks`
     query: Tensor  # [slots, h] fp64, at the last token
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (self.state, self.rounded, self.x, self.B, self.key, self.query) if x is not None]
+
+    def put(self, slots: Tensor, state: Tensor) -> None:
+        self.state[slots] = state
+        if self.rounded is not None:
+            self.rounded[slots] = state.to(self.rounded.dtype)
 
 
 def ssd_cache(
@@ -183,8 +191,10 @@ def ssd_cache(
     def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(slots, *shape, dtype=dtype, device=device)
 
+    shape, acc = (groups, state, heads // groups, head_dim), accumulate_dtype(dtype)
     return ReplayCache(
-        state=zeros(groups, state, heads // groups, head_dim, dtype=accumulate_dtype(dtype)),
+        state=zeros(*shape, dtype=acc),
+        rounded=None if dtype == acc else zeros(*shape, dtype=dtype),
         x=zeros(heads, CHUNK, head_dim, dtype=dtype),
         B=zeros(groups, CHUNK, state, dtype=dtype),
         key=zeros(heads, CHUNK, dtype=torch.float64),
@@ -213,7 +223,7 @@ def ssd_prefill(
     grid, groups = boundaries.derive(_grid), B.shape[1]
     chunks = _Chunks.build(x, step, decay, B, C, None, boundaries)
     target, last = slots[boundaries.document_rows], grid.last
-    cache.state[target] = chunks.before[last]
+    cache.put(target, chunks.before[last])
     cache.x[target] = chunks.x[last].transpose(1, 2)
     cache.B[target] = chunks.B.unflatten(0, (-1, groups))[last]
     cache.key[target] = chunks.key[last]
@@ -249,14 +259,15 @@ def ssd_step(
     cache.x[slots, :, place] = x
     cache.B[slots, :, place] = B
 
-    key, values, keys, before = (_rows(y, slots) for y in (cache.key, cache.x, cache.B, cache.state))
+    state = cache.state if cache.rounded is None else cache.rounded
+    key, values, keys, before = (_rows(y, slots) for y in (cache.key, cache.x, cache.B, state))
     unseen = torch.arange(CHUNK, device=x.device) > place[:, None]
     decays = (query[..., None] - key).to(acc).masked_fill_(unseen[:, None], -math.inf).exp_()
-    only_row = _padded(C.reshape(b * groups, 1, n))
-    scores = torch.bmm(only_row, keys.flatten(0, 1).transpose(1, 2))[:, :1].view(b, groups, 1, CHUNK)
+    only_row = C.reshape(b * groups, 1, n)
+    scores = bmm(only_row, keys.flatten(0, 1).transpose(1, 2)).reshape(b, groups, 1, CHUNK)
     mixing = decays.view(b, groups, -1, CHUNK).mul_(scores).to(x.dtype)
-    mixed = torch.bmm(_padded(mixing.view(-1, 1, CHUNK)), values.flatten(0, 1))[:, 0].view(b, heads, p)
-    carried = torch.bmm(only_row, before.to(x.dtype).view(b * groups, n, -1))[:, 0].reshape(b, heads, p)
+    mixed = bmm(mixing.view(-1, 1, CHUNK), values.flatten(0, 1))[:, 0].view(b, heads, p)
+    carried = bmm(only_row, before.view(b * groups, n, -1))[:, 0].reshape(b, heads, p)
     out = (carried * query.to(acc).exp_()[..., None]).add_(mixed)
     if D is not None:
         out += x * D.to(acc)[:, None]
@@ -270,7 +281,7 @@ def _start_chunks(cache: ReplayCache, slots: Tensor, positions: Tensor) -> None:
     last, groups = cache.query[slots], cache.B.shape[1]
     added = _added(cache.x[slots].transpose(1, 2), cache.B[slots].flatten(0, 1), last, cache.key[slots])
     state = cache.state[slots] * _factors(last, groups, added.dtype) + added
-    cache.state[slots] = state.masked_fill_((positions == 0)[:, None, None, None, None], 0)
+    cache.put(slots, state.masked_fill_((positions == 0)[:, None, None, None, None], 0))
     cache.query[slots] = 0
 
 
@@ -279,8 +290,3 @@ def _rows(x: Tensor, slots: Tensor) -> Tensor:
     first = int(slots[0])
     neighbours = torch.equal(slots, torch.arange(first, first + len(slots), device=slots.device))
     return x[first : first + len(slots)] if neighbours else x[slots]
-
-
-def _padded(rows: Tensor) -> Tensor:
-    """[b, 1, k] -> [b, 8, k]."""
-    return F.pad(rows, (0, 0, 0, ROWS - 1))
