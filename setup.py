@@ -26,6 +26,7 @@ setup(
         "prism_mcore.model",
         "prism_mcore.convert",
         "prism_mcore.train",
+        "prism_mcore.generate",
         "prism_mcore.plan",
         "prism_mcore.rl",
         "prism_mcore.rl.rewards",

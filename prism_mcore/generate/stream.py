@@ -1,0 +1,156 @@
+"""One stream of requests through an engine: prefill, fork, decode, sample, until every sample is done."""
+
+# b running samples, t tokens of a pass, n rows of logits, v vocabulary (local), d hidden
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prism_kernels.boundaries import Boundaries
+from prism_mcore.generate.cache import cache_memory, capacity
+from prism_mcore.generate.requests import Completion, Request
+from prism_mcore.generate.sampler import uniforms
+from prism_mcore.generate.schedule import Admission, Schedule, blocks_needed
+from prism_mcore.generate.settings import Sampling
+from prism_mcore.generate.text import StopTexts, stop_tokens
+from prism_mcore.model.sequence import Sequence as Tokens
+from prism_mcore.model.state import Decode, Prefill
+
+if TYPE_CHECKING:
+    from prism_mcore.generate.engine import Engine
+
+AHEAD = 64  # uniform numbers drawn at a time for each sample
+
+
+class Stream:
+    """The requests' schedule and, for every slot, what its sample has produced so far."""
+
+    def __init__(self, engine: Engine, requests: Sequence[Request], sampling: Sampling):
+        self.engine, self.model, self.requests, self.sampling = engine, engine.model, requests, sampling
+        self.temperature = sampling.temperature or 1.0
+        self.sampler = engine.sampler(sampling)
+        prompt_lens = np.array([len(request.tokens) for request in requests], np.int64)
+        samples = np.array([len(request.keys) for request in requests], np.int64)
+        self.limits = np.minimum(sampling.max_tokens, engine.context - prompt_lens)
+        needs = np.repeat(blocks_needed(prompt_lens, self.limits), samples)
+        memory = cache_memory(engine.settings.cache_gb, engine.device)
+        room = capacity(needs, engine.costs, memory, engine.settings.slots, engine.groups.tp)
+        self.caches = engine.caches(room)
+        self.schedule = Schedule(requests, self.limits, room, engine.settings.prefill_tokens)
+        self.held_logits: Tensor | None = None
+
+        self.keys = np.array([key for request in requests for key in request.keys], np.uint64)
+        self.first_key = np.cumsum(samples) - samples
+        self.is_stop = np.zeros(self.model.spec.vocab_size, bool)
+        self.is_stop[sorted(stop_tokens(sampling, engine.tokenizer, engine.eos))] = True
+        self.stop_texts = StopTexts(engine.tokenizer, sampling.stop) if sampling.stop else None
+
+        longest = int(self.limits.max())
+        self.uniform = np.zeros((room.slots, AHEAD))
+        self.count = np.zeros(room.slots, np.int64)  # tokens produced
+        self.tokens = np.zeros((room.slots, longest), np.int32)
+        self.logprobs = np.zeros((room.slots, longest), np.float32)
+
+    def completions(self) -> Iterator[Completion]:
+        """Finished slots are filled again before the next decoding pass."""
+        while self.schedule.unfinished:
+            while (admission := self.schedule.admit()) is not None:
+                yield from self._start(admission)
+            if self.schedule.active.any():
+                yield from self._decode()
+
+    def _start(self, admission: Admission) -> Iterator[Completion]:
+        logits = self._prefill(admission) if admission.prompts else self.held_logits
+        assert logits is not None, "a held prompt was prefilled before"
+        if self.schedule.held is not None and admission.prompts:
+            self.held_logits = logits[-1:].clone()
+        self.caches.copy_slots(*map(self._tensor, admission.slot_copies))
+        self.caches.copy_blocks(*map(self._tensor, admission.block_copies))
+        self.count[admission.slots] = 0
+        return self._sample(admission.slots, logits[self._tensor(admission.logits)])
+
+    def _prefill(self, admission: Admission) -> Tensor:
+        """Logits [prompts, v] after each prompt, whose keys, values and states are then cached."""
+        prompts = [self.requests[i].tokens for i in admission.prompts]
+        ends = torch.tensor(list(accumulate(map(len, prompts), initial=0)), dtype=torch.int32)
+        tokens = self._tensor(np.concatenate([np.array(prompt, np.int64) for prompt in prompts]))
+        positions = self._tensor(np.concatenate([np.arange(len(prompt)) for prompt in prompts]))
+        boundaries = Boundaries.on(self.engine.device, ends)
+        seq = Tokens(boundaries, max(map(len, prompts)), self.model.rope(positions))
+        step = Prefill(self._tensor(admission.prompt_slots), self._tensor(admission.prompt_rows))
+        self.engine.count(prefilled_tokens=len(tokens))
+        with self.model.whole_sequences():
+            hidden = self.model.advance(tokens, seq, step, self.caches.layers)
+            last = hidden[self._tensor(ends[1:].numpy().astype(np.int64) - 1)]
+            return self.model.next_logits(last, self.temperature)
+
+    def _decode(self) -> Iterator[Completion]:
+        step = self.schedule.decode()
+        slots, b = step.slots, len(step.slots)
+        newest = self.tokens[slots, self.count[slots] - 1]
+        tokens, places, positions, rows = self._tensor(np.stack([newest, slots, step.positions, step.rows]))
+        seq = Tokens(Boundaries(torch.arange(b + 1, dtype=torch.int32)), 1, self.model.rope(positions))
+        table = self._tensor(step.block_table)
+        lengths = (positions + 1).to(torch.int32)
+        self.engine.count(steps=1, running_steps=b, slot_steps=len(self.schedule.active))
+        with self.model.whole_sequences():
+            decode = Decode(places, positions, rows, table, lengths)
+            hidden = self.model.advance(tokens, seq, decode, self.caches.layers)
+            logits = self.model.next_logits(hidden, self.temperature)
+        return self._sample(slots, logits)
+
+    def _sample(self, slots: np.ndarray, logits: Tensor) -> Iterator[Completion]:
+        """One more token for each of these slots; those that are done leave."""
+        count = self.count[slots]
+        drawn, drawn_logprobs = self.sampler(logits, self._tensor(self._uniforms(slots)))
+        tokens, logprobs = drawn.cpu().numpy(), drawn_logprobs.cpu().numpy()
+        self.tokens[slots, count], self.logprobs[slots, count] = tokens, logprobs
+        self.count[slots] += 1
+        self.engine.count(decoded_tokens=len(slots))
+        stopped = self.is_stop[tokens]
+        done = stopped | (count + 1 >= self.limits[self.schedule.request[slots]])
+        if self.stop_texts is not None:
+            for i in np.flatnonzero(~stopped):
+                done[i] |= self._reached_text(slots[i])
+        if not done.any():
+            return iter(())
+        finished = [self._completion(slot, bool(stop)) for slot, stop in zip(slots[done], stopped[done], strict=True)]
+        self.schedule.finish(slots[done])
+        return iter(finished)
+
+    def _uniforms(self, slots: np.ndarray) -> np.ndarray:
+        place = self.count[slots] % AHEAD
+        fresh = slots[place == 0]
+        if len(fresh) and not self.sampler.greedy:
+            keys = self.keys[self.first_key[self.schedule.request[fresh]] + self.schedule.sample[fresh]]
+            positions = self.count[fresh][:, None] + np.arange(AHEAD)
+            drawn = uniforms(keys.repeat(AHEAD, 0), positions.flatten())
+            self.uniform[fresh] = drawn.reshape(len(fresh), AHEAD)
+        return self.uniform[slots, place]
+
+    def _reached_text(self, slot: int) -> bool:
+        assert self.stop_texts is not None
+        end = int(self.count[slot])
+        return self.stop_texts.reached(self.tokens[slot, max(0, end - self.stop_texts.window) : end].tolist())
+
+    def _completion(self, slot: int, stopped: bool) -> Completion:
+        count, request = int(self.count[slot]), int(self.schedule.request[slot])
+        text = not stopped and self.stop_texts is not None and self._reached_text(slot)
+        full = "length" if count == self.sampling.max_tokens else "context"
+        return Completion(
+            request=request,
+            sample=int(self.schedule.sample[slot]),
+            tokens=tuple(self.tokens[slot, :count].tolist()),
+            logprobs=self.logprobs[slot, :count].copy(),
+            finish="stop" if stopped or text else full,
+            stop_token=stopped,
+        )
+
+    def _tensor(self, x: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.engine.device)

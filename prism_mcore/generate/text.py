@@ -1,0 +1,43 @@
+"""Between text and tokens: prompts, stop texts, responses."""
+
+from collections.abc import Sequence
+from typing import Any
+
+SLACK_TOKENS = 4  # that may add no byte to a text: special tokens, the first piece of a sequence
+
+
+class StopTexts:
+    """Does a response end with one of these texts, whatever tokens they are made of?"""
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str]):
+        if any(not text for text in texts):
+            raise ValueError("sampling.stop holds an empty text; needed: texts of at least one character")
+        self.tokenizer, self.texts = tokenizer, list(texts)
+        self.window = max(len(text.encode()) for text in texts) + SLACK_TOKENS  # tokens: each is at least one byte
+
+    def reached(self, tokens: Sequence[int]) -> bool:
+        """Is one of the texts complete? Asked after every token, so only the end of the response is looked at."""
+        tail = decode(self.tokenizer, tokens[-self.window :])
+        return any(text in tail for text in self.texts)
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Tokens as they are, spaces included, without special tokens."""
+    return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def response_text(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str]) -> str:
+    """The response before the first of the stop texts."""
+    text = decode(tokenizer, tokens)
+    ends = [text.index(mark) for mark in stop if mark in text]
+    return text[: min(ends)] if ends else text
+
+
+def stop_tokens(sampling: Any, tokenizer: Any | None, eos: Sequence[int] = ()) -> set[int]:
+    """Tokens that end a response: those asked for, and the end-of-sequence tokens unless these are ignored."""
+    ends = set(sampling.stop_ids)
+    if not sampling.ignore_eos:
+        ends |= set(eos)
+        if tokenizer is not None and tokenizer.eos_token_id is not None:
+            ends.add(int(tokenizer.eos_token_id))
+    return ends
