@@ -40,8 +40,8 @@ class Config:
 
 
 # Chosen by what compiles for sm_90 without a spill, all products wgmma; not measured. At head_dim 128 one program of
-# two warpgroups fills a multiprocessor's registers (forward 244, dK and dV 255, dQ 180 a thread). Blocks are read by the
-# copy engine: with pointers, forward with a window and dK and dV spilled.
+# two warpgroups fills a multiprocessor's registers (forward 244, dK and dV 255, dQ 180 a thread). Blocks are read by
+# the copy engine: with pointers, forward with a window and dK and dV spilled.
 FORWARD = {128: Config(128, 128, 8, 2), 64: Config(128, 128, 8, 3)}
 BACKWARD_KEYS = {128: Config(128, 64, 8, 2), 64: Config(128, 64, 8, 2)}
 BACKWARD_QUERIES = {128: Config(128, 64, 8, 2), 64: Config(128, 64, 8, 2)}
@@ -190,8 +190,8 @@ def _keys_kernel(
     heads: tl.constexpr = GROUP // SPLITS
     head = key_head * GROUP + split * heads
     # All heads of the group in one loop, masked blocks first: fewer values live across it than with a loop per head,
-    # and the next head's first block is on its way while the last one's is worked on. Moving invariants out of the loops
-    # would spill.
+    # and the next head's first block is on its way while the last one's is worked on. Moving invariants out of the
+    # loops would spill.
     diagonal, edge = tl.cdiv(tl.minimum(first + OWN, end) - first, OTHER), 0
     if WINDOWED:
         edge = tl.cdiv(tl.maximum(beyond - every, 0), OTHER)
@@ -282,10 +282,8 @@ def _rows_of_16_bytes(x: Tensor) -> Tensor:
 
 def _splits(group: int, programs: int) -> int:
     """Parts of a group of query heads in dK and dV's kernel: enough programs for every multiprocessor to have two."""
-    splits = 1
-    while splits * programs < 2 * MULTIPROCESSORS and group % (2 * splits) == 0:
-        splits *= 2
-    return splits
+    divisors = [n for n in range(1, group + 1) if group % n == 0]
+    return next((n for n in divisors if n * programs >= 2 * MULTIPROCESSORS), group)
 
 
 class _Attention(torch.autograd.Function):

@@ -1,13 +1,16 @@
-"""Triton's attention, packed and decoding, against plain torch in the same dtype and fp64: values and every gradient."""
+"""Triton's attention, packed and decoding, against plain torch in its dtype and in fp64: values and every gradient."""
 
 # t packed tokens, h query heads, hk key heads, p head_dim
 
 import pytest
 import torch
-from accuracy import DEVICE, assert_as_exact_as, documents, randn
+from accuracy import DEVICE, assert_as_exact_as, documents, randn, relative_error
 
+from prism_kernels import reference
 from prism_kernels.attention import attention
+from prism_kernels.attention_decode import attention_decode
 from prism_kernels.backends import Uncovered
+from prism_kernels.caches import PagedCache
 
 LENGTHS = [200, 0, 1, 33]  # blocks are 128 tokens, met by blocks of 64 or 128
 
@@ -78,19 +81,63 @@ def test_slices_of_the_projection_are_read_where_they_lie():
 def test_a_document_gets_exactly_what_it_gets_alone():
     torch.manual_seed(0)
     boundaries, inputs = documents(*LENGTHS), qkv(sum(LENGTHS), 2, 1)
-    together = attention(*inputs, boundaries, 0.3)
+    together = attention(*inputs, boundaries=boundaries, scale=0.3)
     for _, start, end in boundaries.documents:
-        alone = attention(*(x[start:end] for x in inputs), documents(end - start), 0.3)
+        alone = attention(*(x[start:end] for x in inputs), boundaries=documents(end - start), scale=0.3)
         assert torch.equal(together[start:end], alone)
 
 
 def test_what_is_not_covered_is_said():
     boundaries = documents(4)
+
+    def run(heads=2, key_heads=1, p=32, dtype=torch.bfloat16, window=None):
+        attention(*qkv(4, heads, key_heads, p, dtype), boundaries=boundaries, scale=1.0, window=window)
+
     with pytest.raises(Uncovered, match="head_dim 80: needs one of"):
-        attention(*qkv(4, 2, 1, 80), boundaries, 1.0)
-    with pytest.raises(Uncovered, match="q, k, v in torch.float32"):
-        attention(*qkv(4, 2, 1, 32, torch.float32), boundaries, 1.0)
+        run(p=80)
+    with pytest.raises(Uncovered, match=r"q, k, v in torch.float32"):
+        run(dtype=torch.float32)
     with pytest.raises(ValueError, match="window=0; needs at least 1"):
-        attention(*qkv(4, 2, 1), boundaries, 1.0, 0)
+        run(window=0)
     with pytest.raises(ValueError, match="3 query heads are not a multiple of 2"):
-        attention(*qkv(4, 3, 2), boundaries, 1.0)
+        run(3, 2)
+
+
+@pytest.mark.parametrize("most_parts", [1, 64])  # a program for all of a context, and contexts cut into parts
+@pytest.mark.parametrize("window", [None, 70])
+def test_decoding_over_pages(monkeypatch, window, most_parts):
+    torch.manual_seed(0)
+    monkeypatch.setattr("prism_kernels.attention_decode.MOST_PARTS", most_parts)
+    monkeypatch.setattr("prism_kernels.attention_decode.SHORTEST_PART", 30)
+    lengths = torch.tensor([1, 65, 160], dtype=torch.int32, device=DEVICE)
+    keys, values = (randn(40, 16, 2, 32, dtype=torch.bfloat16).to(DEVICE) for _ in range(2))
+    block_table = torch.randperm(40)[:30].view(3, 10).to(torch.int32).to(DEVICE)  # of 16 tokens each
+    q = randn(3, 8, 48, dtype=torch.bfloat16).to(DEVICE)[:, :6, :32]
+    cache, wide = PagedCache(keys, values), PagedCache(keys.double(), values.double())
+    ours = attention_decode(q, cache, block_table, lengths, 0.3, window)
+    plain = reference.attention_decode(q, cache, block_table, lengths, 0.3, window)
+    exact = reference.attention_decode(q.double(), wide, block_table, lengths, 0.3, window)
+    for row in range(3):
+        assert relative_error(ours[row], exact[row]) <= 2 * relative_error(plain[row], exact[row]) + 2**-8
+
+
+def test_decoding_nothing_gives_zeros_and_other_rows_their_own():
+    torch.manual_seed(0)
+    cache = PagedCache(*(randn(64, 16, 1, 16, dtype=torch.bfloat16).to(DEVICE) for _ in range(2)))
+    block_table = torch.arange(64, dtype=torch.int32, device=DEVICE).view(2, 32)
+    lengths = torch.tensor([0, 300], dtype=torch.int32, device=DEVICE)
+    q = randn(2, 3, 16, dtype=torch.bfloat16).to(DEVICE)
+    both = attention_decode(q, cache, block_table, lengths, 0.3)
+    assert not both[0].any()
+    alone = attention(
+        torch.cat([q[1:].expand(300, -1, -1)]), *(x[32:].flatten(0, 1)[:300] for x in (cache.keys, cache.values)),
+        boundaries=documents(300), scale=0.3,
+    )[-1]  # fmt: skip
+    assert relative_error(both[1], alone) < 2**-7
+
+
+def test_a_cache_in_another_dtype_is_not_covered():
+    cache = PagedCache(*(torch.zeros(1, 16, 1, 16, device=DEVICE) for _ in range(2)))
+    q, table = torch.zeros(1, 1, 16, dtype=torch.bfloat16, device=DEVICE), torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(Uncovered, match=r"q in torch.bfloat16, cache in torch.float32"):
+        attention_decode(q, cache, table, table[0], 1.0)
