@@ -19,7 +19,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from prism_kernels import backends, interpreter
+from prism_kernels.caches import PagedCache, SlotCache
 
 HERE = Path(__file__).parent
 DEFAULT_MODELS = ["llama-3.1-8b", "nemotron-h-8b", "granite-4.0-h-micro"]
@@ -98,11 +99,18 @@ def exact_results(case: Case, device: str, tokens: int) -> list[Tensor]:
     wide = torch.float64 if case.row.memory_bound else torch.float32
     flat, layout = tree_flatten(work.args)
     cast = {id(x): x.detach().to(wide).requires_grad_(x.requires_grad) for x in flat if is_real(x)}
-    args = tree_unflatten([cast.get(id(x), x) for x in flat], layout)
+    args = tree_unflatten([cast.get(id(x), widened(x, wide)) for x in flat], layout)
     leaves = tuple(cast[id(x)] for x in work.leaves)
     reference = backends.function(case.row.op, "reference")
     outputs, grads = run_once(lambda: reference(*args, **work.kwargs), leaves, [])
     return comparable(outputs if work.returns else args[0][0], grads)
+
+
+def widened(x: Any, dtype: torch.dtype) -> Any:
+    """A decode cache in another dtype; anything else as it is."""
+    if isinstance(x, SlotCache | PagedCache):
+        return type(x)(*(getattr(x, field.name).detach().to(dtype, copy=True) for field in fields(x)))
+    return x
 
 
 def is_real(x: Any) -> bool:
@@ -235,10 +243,15 @@ def smoke(selected: Sequence[Case], device: str, console: Console) -> bool:
             if side == "torch" and "torch" not in PEERS.get(case.row.name, {}):
                 continue
             start = time.perf_counter()
-            work = case.build(device, SMOKE_TOKENS)
-            call, leaves = prepare(case, work, side)
-            outputs, grads = run_once(call, leaves, [])
-            error = largest_error(comparable(outputs if work.returns else work.args[0][0], grads), exact)
+            try:
+                work = case.build(device, SMOKE_TOKENS)
+                call, leaves = prepare(case, work, side)
+                outputs, grads = run_once(call, leaves, [])
+                error = largest_error(comparable(outputs if work.returns else work.args[0][0], grads), exact)
+            except Exception as problem:
+                good = False
+                console.print(f"{case.name} {side}: {type(problem).__name__}: {problem}")
+                continue
             good &= error < 0.03
             console.print(f"{case.name} {side}: error {error:.1e}, {time.perf_counter() - start:.1f} s")
     return good

@@ -5,9 +5,15 @@ In processes of their own: within the test session Triton only interprets.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+
+from prism_kernels import backends
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 OPS = [
@@ -70,8 +76,8 @@ print(json.dumps([[x.spills, x.wgmma, x.other_products, x.wide_loads] for x in l
 """
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+def run(*command: str, interpret: str = "0") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": interpret}
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
 
 
@@ -105,3 +111,21 @@ def test_no_kernel_spills_misses_wgmma_or_moves_more_than_it_must(tmp_path: Path
         assert each["bytes"] or not each["memory_bound"], each["case"] + ": " + each["note"]
     products = [p for p in passes if p["row"] in ("ssd_scan", "attention")]
     assert all(any(kernel["compiled"]["wgmma"] for kernel in p["kernels"]) for p in products)
+
+
+def test_measuring_needs_a_gpu_and_says_so_but_runs_toy_shapes_without():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    script = str(BENCHMARKS / "kernels.py")
+    refused = run(script, "--ops", "swiglu")
+    assert refused.returncode == 1
+    assert "no GPU here" in refused.stderr
+    toy = run(script, "--smoke", "--ops", "swiglu", "rope", "--phases", "train", interpret="1")
+    assert toy.returncode == 0, toy.stderr
+    assert len(re.findall(r"(swiglu|rope) train: .* (ours|torch): error \d", toy.stdout)) == 4
+
+
+def test_every_op_with_a_triton_kernel_is_compiled_and_measured():
+    source = (BENCHMARKS / "op_cases.py").read_text()
+    ops = [op for op, places in backends.IMPLEMENTATIONS.items() if "triton" in places]
+    assert [op for op in ops if not re.search(rf'Row\(\s*"[^"]+",\s*"{op}"', source)] == []
