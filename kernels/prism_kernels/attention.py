@@ -37,14 +37,16 @@ class Config:
     other: int
     num_warps: int
     num_stages: int
+    registers: int | None = None  # of a thread at most
 
 
 # Chosen by what compiles for sm_90 without a spill, all products wgmma; not measured. At head_dim 128 one program of
 # two warpgroups fills a multiprocessor's registers (forward 244, dK and dV 255, dQ 180 a thread). Blocks are read by
 # the copy engine: with pointers, forward with a window and dK and dV spilled.
-FORWARD = {128: Config(128, 128, 8, 2), 64: Config(128, 128, 8, 3)}
+# At 64, two programs of forward (117) and of dQ (134, or 128 without a spill) fit.
+FORWARD = {128: Config(128, 128, 8, 2), 64: Config(128, 64, 8, 3)}
 BACKWARD_KEYS = {128: Config(128, 64, 8, 2), 64: Config(128, 64, 8, 2)}
-BACKWARD_QUERIES = {128: Config(128, 64, 8, 2), 64: Config(128, 64, 8, 2)}
+BACKWARD_QUERIES = {128: Config(128, 64, 8, 2), 64: Config(128, 64, 8, 2, registers=128)}
 
 
 def _config(table: dict[int, Config], head_dim: int) -> Config:
@@ -122,6 +124,8 @@ def _forward_kernel(
                 acc, total, highest, q, k, v, k_column, v_column, key, queries, end, scale, window,
                 OTHER, True, WINDOWED,
             )  # fmt: skip
+    if WINDOWED:
+        total = tl.where(total == 0.0, 1.0, total)  # rows beyond the document may have seen nothing
     inside = queries < end
     place = out + head * P + queries.to(tl.int64)[:, None] * out_stride + width
     tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
@@ -297,7 +301,7 @@ class _Attention(torch.autograd.Function):
             _tiles(q, config.own), _tiles(k, config.other), _tiles(v, config.other), out, lse, blocks,
             t, scale * LOG2_E, window, q.stride(1), k.stride(1), v.stride(1), h * p,
             GROUP=h // k.shape[1], P=p, OWN=config.own, OTHER=config.other, WINDOWED=window is not None,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.registers,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.boundaries, ctx.scale, ctx.window = boundaries, scale, window
@@ -325,7 +329,7 @@ def _grad_queries(ctx, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tenso
         lse, delta, grad_q, blocks, t, ctx.scale, ctx.scale * LOG2_E, ctx.window,
         q.stride(1), k.stride(1), v.stride(1), grad.stride(1), h * p,
         GROUP=h // k.shape[1], P=p, OWN=config.own, OTHER=config.other, WINDOWED=ctx.window is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.registers,
     )  # fmt: skip
     return grad_q
 
@@ -343,7 +347,7 @@ def _grad_keys_values(
         lse, delta, grad_k, grad_v, blocks, t, ctx.scale, ctx.scale * LOG2_E, ctx.window,
         q.stride(1), k.stride(1), v.stride(1), grad.stride(1),
         GROUP=group, SPLITS=splits, P=p, OWN=config.own, OTHER=config.other, WINDOWED=ctx.window is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.registers,
     )  # fmt: skip
     if splits == 1:
         return grad_k[0], grad_v[0]

@@ -17,9 +17,9 @@ from prism_kernels.attention import DTYPES, HEAD_DIMS, LOG2_E, MULTIPROCESSORS
 from prism_kernels.backends import Uncovered
 from prism_kernels.caches import PagedCache
 
-# Keys in a step of the loop and steps in flight: 3 x 32 KB at head_dim 128, two programs a multiprocessor. What fits,
-# not measured.
-KEYS, NUM_WARPS, NUM_STAGES = 64, 4, 3
+# Keys in a step of the loop; five stages hold two tiles of keys and two of values (a block's number is loaded first).
+# 72 KB at head_dim 128: three programs a multiprocessor. What fits, not measured.
+KEYS, NUM_WARPS, NUM_STAGES = 64, 4, 5
 PROGRAMS = 4 * MULTIPROCESSORS  # two waves: unequal lengths even out
 SHORTEST_PART = 256  # tokens; below, putting parts together costs more than it gains
 MOST_PARTS = 64

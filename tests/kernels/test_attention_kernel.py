@@ -19,6 +19,11 @@ def qkv(tokens, heads, key_heads, p=32, dtype=torch.bfloat16):
     return [randn(tokens, n, p, dtype=dtype).to(DEVICE) for n in (heads, key_heads, key_heads)]
 
 
+def attend(inputs, boundaries, scale=0.3, window=None):
+    q, k, v = inputs
+    return attention(q, k, v, boundaries, scale, window)
+
+
 def plain_attention(boundaries, window=None, scale=0.3):
     """Scores of the whole batch in the inputs' dtype, masked to documents; softmax in fp32."""
 
@@ -81,9 +86,9 @@ def test_slices_of_the_projection_are_read_where_they_lie():
 def test_a_document_gets_exactly_what_it_gets_alone():
     torch.manual_seed(0)
     boundaries, inputs = documents(*LENGTHS), qkv(sum(LENGTHS), 2, 1)
-    together = attention(*inputs, boundaries=boundaries, scale=0.3)
+    together = attend(inputs, boundaries)
     for _, start, end in boundaries.documents:
-        alone = attention(*(x[start:end] for x in inputs), boundaries=documents(end - start), scale=0.3)
+        alone = attend([x[start:end] for x in inputs], documents(end - start))
         assert torch.equal(together[start:end], alone)
 
 
@@ -91,7 +96,7 @@ def test_what_is_not_covered_is_said():
     boundaries = documents(4)
 
     def run(heads=2, key_heads=1, p=32, dtype=torch.bfloat16, window=None):
-        attention(*qkv(4, heads, key_heads, p, dtype), boundaries=boundaries, scale=1.0, window=window)
+        attend(qkv(4, heads, key_heads, p, dtype), boundaries, window=window)
 
     with pytest.raises(Uncovered, match="head_dim 80: needs one of"):
         run(p=80)
@@ -129,10 +134,8 @@ def test_decoding_nothing_gives_zeros_and_other_rows_their_own():
     q = randn(2, 3, 16, dtype=torch.bfloat16).to(DEVICE)
     both = attention_decode(q, cache, block_table, lengths, 0.3)
     assert not both[0].any()
-    alone = attention(
-        torch.cat([q[1:].expand(300, -1, -1)]), *(x[32:].flatten(0, 1)[:300] for x in (cache.keys, cache.values)),
-        boundaries=documents(300), scale=0.3,
-    )[-1]  # fmt: skip
+    k, v = (x[32:].flatten(0, 1)[:300] for x in (cache.keys, cache.values))
+    alone = attend([q[1:].expand(300, -1, -1), k, v], documents(300))[-1]
     assert relative_error(both[1], alone) < 2**-7
 
 
