@@ -255,10 +255,10 @@ class HybridModel(MegatronModule):
     @contextmanager
     def whole_sequences(self) -> Iterator[None]:
         """Inside, activations are not cut over tensor-parallel ranks: a decoding step has too few tokens to cut."""
-        cut = [m for m in self.modules() if getattr(m, "sequence_parallel", False)] + [self.config]
         if not self.config.sequence_parallel:
             yield
             return
+        cut = [m for m in self.modules() if getattr(m, "sequence_parallel", False)] + [self.config]
         try:
             for place in cut:
                 place.sequence_parallel = False
