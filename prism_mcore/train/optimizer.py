@@ -100,11 +100,20 @@ def _adamw(backend: str, theirs: torch.optim.Optimizer) -> torch.optim.Optimizer
     if backend == "triton":
         from prism_kernels.adamw import FusedAdamW
 
-        return FusedAdamW(theirs.param_groups)
-    ours = theirs if package == "torch" else torch.optim.AdamW(theirs.param_groups)
+        return _over(theirs.param_groups, FusedAdamW)
+    ours = theirs if package == "torch" else _over(theirs.param_groups, torch.optim.AdamW)
     for group in ours.param_groups:
         group["fused"], group["foreach"] = backend == "torch", False  # one pass over memory; plain torch takes eight
     return ours
+
+
+def _over(param_groups: list[dict], kind: type[torch.optim.AdamW]) -> torch.optim.Optimizer:
+    """A new optimizer over groups whose tensors are shards of buffers: a constructor refuses such views."""
+    optimizer = kind([torch.empty(0)])
+    for group in param_groups:
+        group.update({name: value for name, value in optimizer.defaults.items() if name not in group})
+    optimizer.param_groups = param_groups
+    return optimizer
 
 
 def _groups(settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
