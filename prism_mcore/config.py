@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from prism_mcore.data.settings import DataSettings, normalised_shares
+from prism_mcore.generate.settings import GenerateSettings, Sampling
 from prism_mcore.model.settings import ModelSettings
 from prism_mcore.model.spec import LAYER_NAMES, ModelSpec, read_spec
 from prism_mcore.parallel import ParallelSettings, data_parallel_size
@@ -58,6 +59,8 @@ class Settings(Section):
     log: LogSettings = LogSettings()
     rl: RLSettings = RLSettings()
     rewards: RewardSettings = RewardSettings()
+    sampling: Sampling = Sampling()
+    generate: GenerateSettings = GenerateSettings()
 
     @property
     def run_dir(self) -> Path:
@@ -330,11 +333,23 @@ def validate(settings: Settings, spec: ModelSpec, world_size: int) -> list[str]:
     _check_sequence(settings, spec, problems, notes)
     _check_schedule(settings, notes)
     _check_sources(settings, problems, notes)
-    if settings.precision.fp8 != "off":
-        problems.append(f"precision.fp8={settings.precision.fp8} is not supported yet; use precision.fp8=off")
-    unused = [kind for kind in settings.train.recompute if kind not in {LAYER_NAMES[c] for c in spec.pattern}]
-    if unused:
-        notes.append(f"train.recompute names {', '.join(unused)}: the model has no such sub-layer")
+    _check_model(settings, spec, problems, notes)
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return notes
+
+
+def validate_rl(settings: Settings, spec: ModelSpec, world_size: int) -> list[str]:
+    """`validate` for an RL run, which reads `rl` and `sampling` where mid-training reads `data`."""
+    problems: list[str] = []
+    notes: list[str] = []
+    _check_ranks(settings, world_size, problems)
+    _check_tensor_parallel(settings, spec, problems, notes)
+    _check_no_pipeline(settings, problems)
+    _check_context(settings, spec, problems, notes)
+    _check_rollouts(settings, problems, notes)
+    _check_schedule(settings, notes)
+    _check_model(settings, spec, problems, notes)
     if problems:
         raise SettingsError("\n".join(problems))
     return notes
@@ -347,8 +362,17 @@ def num_micro_batches(settings: Settings, world_size: int) -> int:
     )
 
 
-def _check_world(settings: Settings, world_size: int, problems: list[str]) -> None:
-    parallel, train = settings.parallel, settings.train
+def _check_model(settings: Settings, spec: ModelSpec, problems: list[str], notes: list[str]) -> None:
+    if settings.precision.fp8 != "off":
+        problems.append(f"precision.fp8={settings.precision.fp8} is not supported yet; use precision.fp8=off")
+    unused = [kind for kind in settings.train.recompute if kind not in {LAYER_NAMES[c] for c in spec.pattern}]
+    if unused:
+        notes.append(f"train.recompute names {', '.join(unused)}: the model has no such sub-layer")
+
+
+def _check_ranks(settings: Settings, world_size: int, problems: list[str]) -> int | None:
+    """The data-parallel size, or None where the ranks do not fit."""
+    parallel = settings.parallel
     if parallel.cp > 1:
         problems.append(f"parallel.cp={parallel.cp}: context parallelism is not supported yet; use parallel.cp=1")
     ranks = parallel.tp * parallel.pp * parallel.cp
@@ -356,7 +380,7 @@ def _check_world(settings: Settings, world_size: int, problems: list[str]) -> No
         problems.append(
             f"{world_size} ranks are not a multiple of tp*pp*cp={ranks}; {_nearest_multiples(world_size, ranks)}"
         )
-        return
+        return None
     dp = world_size // ranks
     if dp % parallel.optimizer_instances:
         divisors = [n for n in range(1, dp + 1) if dp % n == 0]
@@ -364,6 +388,13 @@ def _check_world(settings: Settings, world_size: int, problems: list[str]) -> No
             f"parallel.optimizer_instances={parallel.optimizer_instances} does not divide the {dp} data-parallel ranks;"
             f" try {_or(_closest(divisors, parallel.optimizer_instances))}"
         )
+    return dp
+
+
+def _check_world(settings: Settings, world_size: int, problems: list[str]) -> None:
+    train, dp = settings.train, _check_ranks(settings, world_size, problems)
+    if dp is None:
+        return
     step = train.micro_batch * dp
     if train.global_batch % step:
         problems.append(
@@ -429,6 +460,58 @@ def _check_sequence(settings: Settings, spec: ModelSpec, problems: list[str], no
             problems.append(f"{excess}; use at most {spec.max_positions}, or a config.json with more positions")
         else:
             notes.append(f"{excess}; it has no position embedding, so nothing breaks, but it was not trained on it")
+
+
+def _check_no_pipeline(settings: Settings, problems: list[str]) -> None:
+    parallel = settings.parallel
+    if parallel.pp > 1 or parallel.vpp > 1:
+        problems.append(
+            f"parallel.pp={parallel.pp}, vpp={parallel.vpp}: rollouts are generated on one stage; use pp=1 and vpp=1,"
+            " and more tp where the model does not fit"
+        )
+
+
+def _check_context(settings: Settings, spec: ModelSpec, problems: list[str], notes: list[str]) -> None:
+    context, longest = settings.rl.context, settings.sampling.max_tokens
+    if settings.parallel.sequence_parallel and settings.parallel.tp == 1:
+        problems.append("parallel.sequence_parallel=true needs parallel.tp > 1; set it to false")
+    if longest >= context:
+        problems.append(
+            f"sampling.max_tokens={longest} leaves no room for a prompt in rl.context={context}; lower the one or raise"
+            " the other"
+        )
+    if context > spec.max_positions:
+        excess = f"rl.context={context} is longer than the model's {spec.max_positions} positions"
+        if spec.position == "rope":
+            problems.append(f"{excess}; use at most {spec.max_positions}, or a config.json with more positions")
+        else:
+            notes.append(f"{excess}; it has no position embedding, so nothing breaks, but it was not trained on it")
+
+
+def _check_rollouts(settings: Settings, problems: list[str], notes: list[str]) -> None:
+    rl, sampling = settings.rl, settings.sampling
+    if not rl.prompts:
+        problems.append("rl.prompts is empty; give at least one {path, weight, name}")
+    elif sum(source.weight for source in rl.prompts) <= 0:
+        problems.append(f"rl.prompts: all {len(rl.prompts)} weights are 0; at least one must be positive")
+    if sampling.samples < 2:
+        problems.append(f"sampling.samples={sampling.samples}: a group needs at least 2 to compare; the paper has 16")
+    if sampling.temperature == 0:
+        problems.append("sampling.temperature=0 gives a group of equal rollouts; use 1.0")
+    if rl.prompts_per_step % rl.updates:
+        problems.append(
+            f"rl.prompts_per_step={rl.prompts_per_step} cannot be dealt over rl.updates={rl.updates};"
+            f" {_nearest_multiples(rl.prompts_per_step, rl.updates)}"
+        )
+    if settings.guards.spike_threshold:
+        problems.append(
+            f"guards.spike_threshold={settings.guards.spike_threshold}: a policy loss lies around 0, there is nothing to"
+            " measure spikes by; set it to 0"
+        )
+    if sampling.top_k or sampling.top_p < 1:
+        notes.append("sampling.top_k and top_p: log-probs are those before them, so the policy gradient is biased")
+    if rl.reference_every and not rl.kl_coefficient:
+        notes.append("rl.reference_every changes nothing: without rl.kl_coefficient there is no reference")
 
 
 def _check_schedule(settings: Settings, notes: list[str]) -> None:

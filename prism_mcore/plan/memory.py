@@ -74,6 +74,21 @@ def plan_memory(settings: Settings, spec: ModelSpec, world_size: int) -> list[St
     return stages
 
 
+def cache_bytes(spec: ModelSpec, tp: int, element: int) -> tuple[int, int]:
+    """(fixed, per token) bytes that generation keeps of one sequence on one rank of a whole model.
+
+    Fixed: Mamba's scan state in fp32 and its convolution's last inputs. Per token: keys and values.
+    """
+    mamba, attention = spec.pattern.count(MAMBA), spec.pattern.count(ATTENTION)
+    per_token = attention * 2 * spec.num_kv_heads * spec.head_dim * element / tp
+    if not mamba:
+        return 0, math.ceil(per_token)
+    groups = spec.ssm_groups * spec.ssm_state_size * (tp if spec.ssm_groups == 1 else 1)  # one group is on every rank
+    channels = spec.mamba_inner_size + 2 * groups
+    state = 4 * spec.mamba_inner_size * spec.ssm_state_size + channels * (spec.conv_kernel - 1) * element
+    return math.ceil(mamba * state / tp), math.ceil(per_token)
+
+
 def _stage_parameters(spec: ModelSpec, tp: int, pp: int, stage: int, layers: list[int]) -> list[tuple[Parameter, int]]:
     """(row of the table, elements on one tensor-parallel rank) for each parameter of the stage."""
     mine = {str(index) for index in layers}

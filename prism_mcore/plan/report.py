@@ -6,7 +6,7 @@ from rich.table import Table
 from prism_mcore.config import Settings, dump, num_micro_batches
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import data_parallel_size
-from prism_mcore.plan.memory import num_parameters, plan_memory
+from prism_mcore.plan.memory import cache_bytes, num_parameters, plan_memory
 from prism_mcore.plan.throughput import PEAK_FLOPS, flops_per_token, gpu_hours
 
 MFU = 0.4  # of the bf16 peak: what the time below assumes
@@ -21,6 +21,59 @@ def print_plan(settings: Settings, spec: ModelSpec, world_size: int, notes: list
         console.print(f"note: {note}", markup=False, highlight=False)
     for table in (_layout(settings, spec, world_size), _memory(settings, spec, world_size), _work(settings, spec)):
         console.print(table)
+
+
+def print_rl_plan(settings: Settings, spec: ModelSpec, world_size: int, notes: list[str], console: Console) -> None:
+    """Print the plan of validated RL settings on `world_size` GPUs; starts nothing."""
+    console.print("[bold]Settings[/bold]")
+    console.print(dump(settings), markup=False, highlight=False)
+    for note in notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    packed = as_training(settings, world_size)
+    for table in (
+        _layout(packed, spec, world_size),
+        _memory(packed, spec, world_size),
+        _rollout_memory(settings, spec, world_size),
+        _rollout_work(settings, spec),
+    ):
+        console.print(table)
+
+
+def as_training(settings: Settings, world_size: int) -> Settings:
+    """Mid-training settings whose step is one micro-batch of an RL run's updates on each rank, for planning memory."""
+    dp = data_parallel_size(settings.parallel, world_size)
+    return settings.model_copy(
+        update={
+            "data": settings.data.model_copy(update={"seq_len": settings.rl.context}),
+            "train": settings.train.model_copy(update={"global_batch": settings.train.micro_batch * dp}),
+        }
+    )
+
+
+def _rollout_memory(settings: Settings, spec: ModelSpec, world_size: int) -> Table:
+    tp, element = settings.parallel.tp, 2 if settings.precision.dtype == "bf16" else 4
+    per_sequence, per_token = cache_bytes(spec, tp, element)
+    table = _table("Memory of rollouts per rank", "", "")
+    if settings.rl.kl_coefficient:
+        shards = data_parallel_size(settings.parallel, world_size) // settings.parallel.optimizer_instances
+        table.add_row("reference policy", f"{4 * num_parameters(spec) / tp / shards / GB:.3g} GB")
+    table.add_row("cache of a sequence", f"{per_sequence / 2**20:.3g} MiB + {per_token / 2**10:.3g} KiB a token")
+    whole = per_sequence + settings.rl.context * per_token
+    table.add_row(f"at rl.context={settings.rl.context:,} tokens", f"{whole / GB:.3g} GB")
+    return table
+
+
+def _rollout_work(settings: Settings, spec: ModelSpec) -> Table:
+    rl, sampling = settings.rl, settings.sampling
+    count = rl.prompts_per_step * sampling.samples
+    model = flops_per_token(spec, rl.context)
+    table = _table("Work", "", "")
+    table.add_row("rollouts per step", f"{rl.prompts_per_step} prompts x {sampling.samples} = {count:,}")
+    table.add_row("response tokens per step", f"at most {count * sampling.max_tokens:,}")
+    table.add_row("rollouts of the run", f"{count * settings.train.steps:,}")
+    scoring = 1 / 3 if rl.kl_coefficient else 0.0  # the reference's forward pass
+    table.add_row("model FLOPs per token", f"{model * (1 + 1 / 3 + scoring):.4g} generated, scored and trained on")
+    return table
 
 
 def _layout(settings: Settings, spec: ModelSpec, world_size: int) -> Table:

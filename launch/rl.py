@@ -1,0 +1,66 @@
+"""Improve a model by RL on verifiable rewards: `torchrun [...] launch/rl.py --recipe FILE [section.name=value ...]`.
+
+Rollouts are generated in the same process, on the weights that are trained. Exit codes as in launch/midtrain.py.
+"""
+
+import sys
+from typing import TYPE_CHECKING
+
+from prism_mcore.config import Settings, SettingsError, load, resolve_spec, validate_rl
+from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
+from prism_mcore.launching import complain, planned_ranks, rank, recipe_parser, record_exit_code
+
+if TYPE_CHECKING:
+    from prism_mcore.rl.loop import Prompts
+
+
+def main() -> int:
+    arguments = recipe_parser(
+        "launch/rl.py",
+        "Improve a model by RL on verifiable rewards. Resuming the run of the same name is the default.",
+    ).parse_intermixed_args()
+    try:
+        settings = load(arguments.recipe, arguments.overrides)
+        spec = resolve_spec(settings)
+        world_size = planned_ranks(settings, arguments.dry_run, arguments.gpus)
+        notes = validate_rl(settings, spec, world_size)
+    except SettingsError as error:
+        if rank() == 0:
+            print(f"{arguments.recipe}: the settings do not work:\n{error}", file=sys.stderr)
+        return BAD_SETTINGS
+    if arguments.dry_run:
+        from rich.console import Console
+
+        from prism_mcore.plan.report import print_rl_plan
+
+        print_rl_plan(settings, spec, world_size, notes, Console())
+        return DONE
+    if rank() == 0:
+        for note in notes:
+            print(f"note: {note}")
+    from prism_mcore.rl.loop import open_prompts
+    from prism_mcore.rl.prompts import PromptError
+
+    try:
+        prompts = open_prompts(settings, spec)  # before any process group, and before any GPU is touched
+    except PromptError as error:
+        return complain(error, BAD_SETTINGS)
+    code = _train(settings, prompts)
+    record_exit_code(code)
+    return code
+
+
+def _train(settings: Settings, prompts: "Prompts") -> int:
+    from prism_mcore.rl.loop import run
+    from prism_mcore.train.checkpoint import CheckpointError
+
+    try:
+        return run(settings, prompts)
+    except SettingsError as error:
+        return complain(error, BAD_SETTINGS)
+    except CheckpointError as error:
+        return complain(error, FAILED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

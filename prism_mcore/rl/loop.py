@@ -1,0 +1,364 @@
+"""The RL run: prompts, rollouts, advantages, reference, update, log, evaluate, save, in that order."""
+
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from prism_kernels.backends import IMPLEMENTATIONS
+from prism_mcore import platform
+from prism_mcore.batch import PackedBatch, PolicyBatch, RolloutGroup
+from prism_mcore.config import Settings, SettingsError, dump, resolve_spec
+from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
+from prism_mcore.generate.engine import Engine
+from prism_mcore.model.build import chunks_of
+from prism_mcore.model.spec import ModelSpec
+from prism_mcore.parallel import Groups, destroy_groups, init_groups
+from prism_mcore.rl.metrics import RLMetrics
+from prism_mcore.rl.packing import Sample, micro_batches, pack, samples_of
+from prism_mcore.rl.prompts import PromptError, PromptSet, load_prompts
+from prism_mcore.rl.reference import Reference
+from prism_mcore.rl.rewards.verifier import Verifier
+from prism_mcore.rl.rollout import Roller
+from prism_mcore.rl.settings import RLSettings
+from prism_mcore.rl.step import PolicyStats, policy_step, score
+from prism_mcore.train.checkpoint import Checkpoints, load, newest_undamaged, read_state
+from prism_mcore.train.guards import Guard, GuardStop, Stats
+from prism_mcore.train.loop import due, models, set_initial_weights, spec_record
+from prism_mcore.train.optimizer import build_optimizer, finish_parameter_gather, gathered_parameters, update, wrap
+from prism_mcore.train.schedule import learning_rate
+from prism_mcore.train.signals import Signals
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is asked, and the tokenizer that asks it."""
+
+    training: PromptSet
+    held_out: PromptSet | None
+    tokenizer: Any
+
+
+def open_prompts(settings: Settings, spec: ModelSpec) -> Prompts:
+    """Read and check every prompt, before any process group; PromptError says which line of which file is wrong."""
+    from transformers import AutoTokenizer
+
+    rl, folder = settings.rl, settings.rl.tokenizer or settings.model.init
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise PromptError(
+            f"{folder} has no tokenizer.json; give rl.tokenizer the folder of the model's tokenizer, or model.init a"
+            " Hugging Face directory that has one"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    longest = rl.context - settings.sampling.max_tokens
+    training, held_out = (
+        load_prompts(sources, tokenizer, vocab_size=spec.vocab_size, longest=longest, seed=settings.run.seed)
+        if sources
+        else None
+        for sources in (rl.prompts, rl.held_out)
+    )
+    assert training is not None, "validate_rl refuses a run without prompts"
+    return Prompts(training, held_out, tokenizer)
+
+
+def run(settings: Settings, prompts: Prompts) -> int:
+    """Improve a policy for `train.steps`, going on from the newest checkpoint; returns one of exit_codes.py."""
+    device = platform.start(deterministic=settings.run.deterministic)
+    groups = init_groups(settings.parallel, settings.run.seed)
+    logging.basicConfig(level=logging.INFO if groups.rank == 0 else logging.ERROR, format="%(message)s")
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    try:
+        with ExitStack() as opened:
+            return train(build(settings, prompts, groups, device, opened))
+    except GuardStop as stop:
+        log.error("%s", stop)
+        return STOPPED_BY_GUARD
+    finally:
+        destroy_groups()
+
+
+@dataclass
+class Run:
+    """Everything a run is made of, on this rank."""
+
+    settings: Settings
+    spec: ModelSpec
+    groups: Groups
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    prompts: Prompts
+    roller: Roller
+    reference: Reference | None  # None without a KL term
+    checkpoints: Checkpoints
+    guard: Guard
+    resume_from: Path | None  # the newest undamaged checkpoint of the run, to go on from
+    tokens: int = 0  # in the losses so far
+
+
+def train(run: Run) -> int:
+    """The loop."""
+    settings, steps = run.settings, run.settings.train.steps
+    start = resume(run)
+    with RLMetrics(run, start, run.roller.clock) as metrics, Signals() as signals:
+        if start == 0:
+            metrics.log_validation(0, held_out(run, 0))
+        for step in range(start + 1, steps + 1):
+            metrics.clock.start()
+            groups = rollouts(run, step)
+            lr = learning_rate(step, settings.optimizer, steps)
+            updates = learn(run, step, groups, lr)
+            metrics.log(step, groups, updates, lr, run.tokens)
+
+            if due(step, settings.train.validate_every, steps):
+                metrics.log_validation(step, held_out(run, step))
+            stop = signals.received()
+            if stop or due(step, settings.checkpoint.every, steps):
+                save(run, step)
+            run.checkpoints.poll()
+            if stop and step < steps:
+                log.info("stopped by a signal after step %d; the same command goes on from here", step)
+                break
+    run.checkpoints.wait()
+    return STOPPED_BY_SIGNAL if start < steps and step < steps else DONE
+
+
+def rollouts(run: Run, step: int) -> list[RolloutGroup]:
+    """The step's groups, on every rank: a pure function of (seed, step, weights)."""
+    prompts = run.prompts.training.batch(step, run.settings.rl.prompts_per_step)
+    with gathered_parameters(run.chunks):
+        return run.roller.roll(prompts, run.settings.sampling, step=step, version=version(run.settings, step))
+
+
+def held_out(run: Run, step: int) -> list[RolloutGroup]:
+    """Answers to the held-out prompts, with the same uniform numbers after every step; none without such prompts."""
+    if run.prompts.held_out is None:
+        return []
+    rl = run.settings.rl
+    sampling = run.settings.sampling.model_copy(update={"samples": rl.held_out_samples})
+    with gathered_parameters(run.chunks):
+        return run.roller.roll(
+            run.prompts.held_out.first(rl.held_out_prompts),
+            sampling,
+            step=0,  # training's steps count from 1
+            version=version(run.settings, step + 1),
+        )
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer update of a step."""
+
+    samples: list[Sample]  # in its loss, of all ranks
+    batches: list[PolicyBatch]  # this rank's share of them
+
+
+def learn(run: Run, step: int, groups: Sequence[RolloutGroup], lr: float) -> list[PolicyStats]:
+    """The step's updates; the stats of each that had anything to learn from."""
+    clock, seen = run.roller.clock, []
+    updates = with_reference(run, updates_of(run, step, groups))
+    clock.mark("reference")
+    for part in updates:
+        stats = policy_step(run.chunks, run.optimizer, part.batches, run.settings.rl, run.groups)
+        clock.mark("policy")
+        check_parity(run.settings.rl, step, stats, groups)
+        if run.guard.admits(step, stats, part.batches):
+            update(run.optimizer, stats.grad_norm, lr)
+        clock.mark("update")
+        run.tokens += stats.tokens
+        seen.append(stats)
+    every = run.settings.rl.reference_every
+    if run.reference is not None and every and step % every == 0:
+        run.reference.update(run.settings.rl.reference_alpha)
+    return seen
+
+
+def updates_of(run: Run, step: int, groups: Sequence[RolloutGroup]) -> list[Update]:
+    """The groups in `rl.updates` parts, packed for this rank; a part without a sample in its loss is no update."""
+    settings, ranks = run.settings, run.groups
+    per_update = len(groups) // settings.rl.updates
+    multiple = ranks.tp_size if settings.parallel.sequence_parallel else 1
+    updates = []
+    for number in range(settings.rl.updates):
+        first = number * per_update
+        samples = samples_of(groups[first : first + per_update], settings.rl, first * settings.sampling.samples)
+        dealt = micro_batches([s.length for s in samples], ranks.dp_size, budget(settings))[ranks.dp_rank]
+        batches = [
+            pack(
+                [samples[place] for place in places],
+                version=version(settings, step) + number,
+                temperature=settings.sampling.temperature or 1.0,  # greedy log-probs are those at 1
+                multiple=multiple,
+            )
+            for places in dealt or [[]]
+        ]
+        if samples:
+            updates.append(Update(samples, batches))
+    return updates
+
+
+def with_reference(run: Run, updates: list[Update]) -> list[Update]:
+    """The same with the reference policy's log-probs, where there is a reference."""
+    if run.reference is None or not updates:
+        return updates
+    with gathered_parameters(run.chunks), run.reference.in_place():
+        scored = [score(run.chunks, part.batches) for part in updates]
+    return [
+        replace(
+            part,
+            batches=[replace(b, reference_logprobs=of_b) for b, of_b in zip(part.batches, logprobs, strict=True)],
+        )
+        for part, logprobs in zip(updates, scored, strict=True)
+    ]
+
+
+def check_parity(settings: RLSettings, step: int, stats: PolicyStats, groups: Sequence[RolloutGroup]) -> None:
+    """Stop where sampler and training disagree by more than `rl.parity` allows; the same on every rank."""
+    gap = stats.gap
+    if settings.parity == "exact" and gap.size > 0:
+        rollout = [rollout for group in groups for rollout in group.rollouts][gap.rollout]
+        raise GuardStop(
+            f"step {step}: the log-prob of token {gap.position} of rollout {gap.rollout} (group {rollout.group}, sample"
+            f" {rollout.sample}) differs by {gap.size:.3g} between sampling and training, under rl.parity=exact"
+        )
+    if settings.parity == "tolerance" and not stats.gap_mean <= settings.parity_tolerance:
+        raise GuardStop(
+            f"step {step}: log-probs of sampling and training differ by {stats.gap_mean:.3g} nats on average, above"
+            f" rl.parity_tolerance={settings.parity_tolerance}; the largest, {gap.size:.3g}, is that of token"
+            f" {gap.position} of rollout {gap.rollout}"
+        )
+
+
+def with_parity(settings: Settings) -> Settings:
+    """The settings with the op set that `rl.parity` asks for; a backend that was asked for by name stays."""
+    if settings.rl.parity != "exact":
+        return settings
+    exact = {op: "exact" for op, backends in IMPLEMENTATIONS.items() if "exact" in backends}
+    return settings.model_copy(update={"kernels": exact | settings.kernels})
+
+
+def version(settings: Settings, step: int) -> int:
+    """Optimizer updates that the weights have seen before a step."""
+    return (step - 1) * settings.rl.updates
+
+
+def budget(settings: Settings) -> int:
+    """Tokens of a micro-batch."""
+    return settings.train.micro_batch * settings.rl.context
+
+
+def suspects(stats: Stats, batches: Sequence[PackedBatch]) -> list[str]:
+    """The rollouts of this rank's micro-batches whose loss is not finite; all where only a gradient is not."""
+    losses = [loss for (loss,) in stats.row_losses or []]
+    listed = [
+        batch.rollout_ids
+        for batch, loss in zip(batches, losses, strict=True)
+        if isinstance(batch, PolicyBatch) and (math.isfinite(stats.loss) or not math.isfinite(loss))
+    ]
+    return [f"rollout {place} of the step" for ids in listed for place in ids.tolist() if place >= 0]
+
+
+# --- start, save, go on -----------------------------------------------------------------------------------------------
+
+
+def save(run: Run, step: int) -> None:
+    """A checkpoint after `step` steps: weights, optimizer, reference, and what `resume` needs beside them."""
+    finish_parameter_gather(run.chunks)
+    state = {
+        "prompts": step * run.settings.rl.prompts_per_step,  # the data cursor
+        "tokens": run.tokens,
+        "guard": run.guard.state(),
+        "spec": spec_record(run.spec),
+        "settings": dump(run.settings),
+        "kept": kept(run.settings),
+    }
+    reference = run.reference.sharded_state() if run.reference is not None else {}
+    run.checkpoints.save(step, models(run.chunks), run.optimizer, state, reference)
+
+
+def kept(settings: Settings) -> dict[str, Any]:
+    """What must not change in the middle of a run: each would silently make it another one."""
+    rl = settings.rl
+    return {
+        "run.seed": settings.run.seed,
+        "rl.parity": rl.parity,
+        "rl.prompts_per_step": rl.prompts_per_step,
+        "rl.updates": rl.updates,
+        "sampling.samples": settings.sampling.samples,
+        "rl.kl_coefficient > 0": rl.kl_coefficient > 0,
+    }
+
+
+def resume(run: Run) -> int:
+    """Load the checkpoint to go on from, where there is one; returns the steps taken so far."""
+    newest = run.resume_from
+    if newest is None:
+        return 0
+    record = read_state(newest)["state"]
+    if record["spec"] != spec_record(run.spec):
+        raise SettingsError(f"{newest} is of another model; give run.name another value, or model.spec the one it had")
+    for name, now in kept(run.settings).items():
+        if (then := record["kept"][name]) != now:
+            raise SettingsError(
+                f"{newest} was trained with {name}={then}, not {now}; go on with {then}, or give run.name another value"
+            )
+    reference = run.reference.sharded_state() if run.reference is not None else {}
+    loaded = load(newest, models(run.chunks), run.optimizer, run.groups, reference)
+    if run.reference is not None:
+        run.reference.load(reference)
+    run.guard.restore(loaded.state["guard"])
+    run.tokens = loaded.state["tokens"]
+    log.info("going on from %s", loaded.path)
+    return loaded.step
+
+
+def build(settings: Settings, prompts: Prompts, groups: Groups, device: torch.device, opened: ExitStack) -> Run:
+    """This rank's model with its initial weights, its optimizer, engine and verifier; `opened` closes what must be."""
+    spec = resolve_spec(settings)
+    chunks = chunks_of(with_parity(settings), spec, groups, device)
+    checkpoints = Checkpoints(settings.run_dir / "checkpoints", settings.checkpoint, groups)
+    resume_from = newest_undamaged(checkpoints.folder) if settings.checkpoint.resume else None
+    if resume_from is None:
+        set_initial_weights(settings, chunks, groups)
+    wrapped = wrap(
+        chunks,
+        groups,
+        optimizer_instances=settings.parallel.optimizer_instances,
+        overlap=device.type == "cuda" and groups.dp_size > 1,
+    )
+    optimizer = build_optimizer(wrapped, settings.optimizer, groups)
+    reference = Reference(wrapped, optimizer, groups) if settings.rl.kl_coefficient else None
+    verifier = None
+    if groups.tp_rank == 0:
+        rewards = prompts.training.rewards | (prompts.held_out.rewards if prompts.held_out else frozenset())
+        verifier = opened.enter_context(Verifier(settings.rewards.workers, settings.rewards.timeout_s, rewards))
+    engine = Engine(chunks[0], prompts.tokenizer, settings=settings.generate)
+    return Run(
+        settings,
+        spec,
+        groups,
+        wrapped,
+        optimizer,
+        prompts,
+        Roller(
+            engine,
+            settings.sampling.stop,
+            verifier,
+            prompts.tokenizer,
+            settings.rewards,
+            settings.run.seed,
+            groups,
+        ),
+        reference,
+        checkpoints,
+        Guard(settings.guards, settings.run_dir, groups, suspects),
+        resume_from,
+    )

@@ -1,0 +1,319 @@
+"""The RL loop on real ranks: it learns, it goes on to the bit, in any layout; what cannot work is refused."""
+
+import json
+import os
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from models import CONFIGS
+from ranks import RankError, run_ranks
+
+from prism_mcore.config import Settings, SettingsError, resolve_spec, validate_rl
+from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
+
+VOCABULARY = ["<eos>", "<unk>", "User:", "Assistant:", *(f"({c})" for c in "ABCDEFGHIJ"), *(f"w{i}" for i in range(47))]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tokenizer of 61 words, some of them choices, and prompts about choices."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("prompts")
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    for name, count in (("prompts", 7), ("held-out", 4)):
+        lines = [
+            {"prompt": f"w{i} w{i + 9} w{3 * i}", "answer": "ABCDEFGHIJ"[i % 2], "reward": "choice"}
+            for i in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def settings(files, runs, spec="hybrid", **sections):
+    spec_file = Path(runs) / f"{spec.replace(' ', '-')}.json"
+    spec_file.parent.mkdir(exist_ok=True)
+    spec_file.write_text(json.dumps(CONFIGS[spec]))
+    defaults = {
+        "run": {"name": "run", "dir": str(runs), "seed": 3},
+        "model": {"spec": str(spec_file)},
+        "rl": {
+            "prompts": [{"path": str(files / "prompts.jsonl")}],
+            "held_out": [{"path": str(files / "held-out.jsonl")}],
+            "tokenizer": str(files),
+            "context": 24,
+            "prompts_per_step": 4,
+            "kl_coefficient": 0.02,
+            "reference_every": 2,
+            "show": 0,
+        },
+        "rewards": {"require_think": False, "workers": 1},
+        "sampling": {"samples": 4, "max_tokens": 10},
+        "train": {"steps": 4},
+        "optimizer": {"lr": 1e-2, "schedule": "linear", "weight_decay": 0.0},
+        "precision": {"dtype": "fp32"},
+        "log": {"tensorboard": False},
+    }
+    return Settings(**{name: defaults.get(name, {}) | sections.get(name, {}) for name in {*defaults, *sections}})
+
+
+def train(groups, settings, until=None):
+    """Run the loop, stopping by a signal after `until` steps; exit code, and weights and moments of this rank."""
+    from prism_mcore.rl import loop
+
+    prompts = loop.open_prompts(settings, resolve_spec(settings))
+    with ExitStack() as opened:
+        run = loop.build(settings, prompts, groups, torch.device("cpu"), opened)
+        if until is not None:
+            stop_after(run, until)
+        code = loop.train(run)
+    weights = {name: t.detach().clone() for chunk in run.chunks for name, t, _ in chunk.module.table()}
+    moments = run.optimizer.chained_optimizers[0].optimizer.state_dict()["state"]
+    return code, weights, moments
+
+
+def stop_after(run, steps):
+    """A real SIGTERM to rank 0 while it takes that step."""
+    admits = run.guard.admits
+
+    def signalled(step, *rest):
+        if step == steps and run.groups.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return admits(step, *rest)
+
+    run.guard.admits = signalled
+
+
+def records(runs, name="metrics.jsonl"):
+    return [json.loads(line) for line in (Path(runs) / "run" / name).read_text().splitlines()]
+
+
+def untimed(runs):
+    """Every step's metrics but for those of clocks and memory."""
+    return [
+        {key: value for key, value in record.items() if not key.startswith(("time/", "memory/", "generation/"))}
+        for record in records(runs)
+    ]
+
+
+def rollouts(runs, step):
+    return (Path(runs) / "run" / "rollouts" / f"step_{step:08d}.jsonl").read_text()
+
+
+def both(files, tmp_path, first, second, ranks=1, stops=((None,), (None,)), **layout):
+    """Two runs, each with its settings and stops; the results of the last call of each."""
+    results = []
+    for name, sections, of_run in (("first", first, stops[0]), ("second", second, stops[1])):
+        wanted = settings(files, tmp_path / name, **sections)
+        for stop in of_run:
+            last = run_ranks(ranks, train, wanted, stop, **layout)
+            assert {code for code, _, _ in last} == {DONE if stop is None else STOPPED_BY_SIGNAL}
+        results.append(last)
+    return results
+
+
+LAYOUTS = {"dp2": (2, {}), "tp2+sp": (2, {"tp": 2, "sequence_parallel": True})}
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "parity"),
+    [("dp2", "fp32", "tolerance"), ("dp2", "bf16", "exact"), ("tp2+sp", "bf16", "tolerance")],
+)
+def test_two_and_two_steps_equal_four_bit_for_bit(files, tmp_path, layout, dtype, parity):
+    ranks, degrees = LAYOUTS[layout]
+    sections = {
+        "parallel": degrees,
+        "precision": {"dtype": dtype},
+        "rl": {"parity": parity, "updates": 2, "parity_tolerance": 1.0},
+        "train": {"steps": 4, "validate_every": 2},
+    }
+    want, got = both(files, tmp_path, sections, sections, ranks, ((None,), (2, None)), **degrees)
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert untimed(first) == untimed(second) and [r["step"] for r in records(first)] == [1, 2, 3, 4]
+    assert records(first, "validation.jsonl") == records(second, "validation.jsonl")
+    assert [r["step"] for r in records(first, "validation.jsonl")] == [0, 2, 4]
+    assert all(rollouts(first, step) == rollouts(second, step) for step in (1, 2, 3, 4))
+    for (_, weights, moments), (_, weights_2, moments_2) in zip(want, got, strict=True):
+        assert all(torch.equal(weights[name], weights_2[name]) for name in weights)
+        for key, state in moments.items():
+            assert all(torch.equal(state[n], moments_2[key][n]) for n in ("exp_avg", "exp_avg_sq", "step"))
+    if parity == "exact":
+        assert all(r["rl/logprob_gap_max"] == 0 and r["importance/mean"] == 1 for r in records(first))
+
+
+def test_layouts_take_the_same_steps(files, tmp_path):
+    runs = {}
+    for name, (ranks, degrees) in {"alone": (1, {}), **LAYOUTS}.items():
+        wanted = settings(files, tmp_path / name, "granite hybrid", parallel=degrees, train={"steps": 2})
+        run_ranks(ranks, train, wanted, **degrees)
+        runs[name] = tmp_path / name
+    for name in LAYOUTS:
+        for step in (1, 2):
+            want, got = ([json.loads(line) for line in rollouts(runs[n], step).splitlines()] for n in ("alone", name))
+            assert [r["response"] for r in want] == [r["response"] for r in got]
+        for want, got in zip(untimed(runs["alone"]), untimed(runs[name]), strict=True):
+            for key in ("loss", "grad_norm", "kl", "entropy"):
+                assert got[key] == pytest.approx(want[key], rel=1e-4), key
+
+
+def test_a_run_goes_on_in_another_layout(files, tmp_path):
+    wanted = settings(files, tmp_path, train={"steps": 3})
+    run_ranks(2, train, wanted, 1)
+    run_ranks(1, train, wanted, 2)
+    run_ranks(2, train, settings(files, tmp_path, train={"steps": 3}, parallel={"tp": 2}), tp=2)
+    run_ranks(2, train, settings(files, tmp_path / "through", train={"steps": 3}))
+    for want, got in zip(untimed(tmp_path / "through"), untimed(tmp_path), strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-4)
+        assert got["reward/mean"] == want["reward/mean"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rl": {"parity": "off"}}, "trained with rl.parity=tolerance, not off; go on with tolerance"),
+        ({"rl": {"prompts_per_step": 2}}, "rl.prompts_per_step=4, not 2"),
+        ({"rl": {"kl_coefficient": 0.0}}, "rl.kl_coefficient > 0=True, not False"),
+        ({"spec": "dense"}, "is of another model"),
+    ],
+)
+def test_another_run_is_not_continued(files, tmp_path_factory, change, message):
+    runs = tmp_path_factory.getbasetemp() / "to_be_continued"
+    if not runs.exists():
+        run_ranks(1, train, settings(files, runs, train={"steps": 1}))
+    with pytest.raises(RankError, match=message):
+        run_ranks(1, train, settings(files, runs, **{"train": {"steps": 2}, **change}))
+
+
+def overlapped(groups, settings):
+    """The same run with gradients and parameters travelling while the model computes."""
+    from prism_mcore.rl import loop
+
+    plain = loop.wrap
+    loop.wrap = lambda chunks, groups, **options: plain(chunks, groups, **(options | {"overlap": True}))
+    try:
+        return train(groups, settings)
+    finally:
+        loop.wrap = plain
+
+
+def test_generation_waits_for_overlapped_parameters(files, tmp_path):
+    results = []
+    for name, function in (("plain", train), ("overlapped", overlapped)):
+        results.append(run_ranks(2, function, settings(files, tmp_path / name, train={"steps": 3})))
+    assert untimed(tmp_path / "plain") == untimed(tmp_path / "overlapped")
+    (_, want, _), (_, got, _) = results[0][0], results[1][0]
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def faulty_reward(groups, settings, folder):
+    """The choice reward hangs on one word and ends its process on another: the worker imports `folder`'s own."""
+    os.environ["PYTHONPATH"] = str(folder)
+    try:
+        return train(groups, settings)
+    finally:
+        del os.environ["PYTHONPATH"]
+
+
+def test_hanging_and_crashing_verifiers_cost_their_samples(files, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys, time\n"
+        "if 'prism_mcore.rl.rewards.worker' in ' '.join(sys.orig_argv):\n"
+        "    from prism_mcore.rl.rewards import registry\n"
+        "    good = registry.choice\n"
+        "    def choice(record, response):\n"
+        "        if 'w1' in response: time.sleep(60)\n"
+        "        if 'w2' in response: os._exit(9)\n"
+        "        return good(record, response)\n"
+        "    registry.REWARDS['choice'] = registry.Reward(choice, ('answer',))\n"
+    )
+    sections = {"rewards": {"require_think": False, "workers": 2, "timeout_s": 0.2}, "train": {"steps": 1}}
+    run_ranks(2, faulty_reward, settings(files, tmp_path, **sections), tmp_path)
+    (record,) = records(tmp_path)
+    lost = record["verifier/timeout"] + record["verifier/crash"]
+    assert record["verifier/timeout"] > 0 and record["verifier/crash"] > 0 and lost < 16
+    lines = [json.loads(line) for line in rollouts(tmp_path, 1).splitlines()]
+    masked = [line for line in lines if line["verifier"] != "ok"]
+    assert len(masked) == lost and all(line["advantage"] == 0 and not line["rewards"] for line in masked)
+    assert record["tokens"] == sum(line["tokens"] for line in lines if line["verifier"] == "ok")
+
+
+def test_a_step_without_anything_to_learn_changes_nothing(files, tmp_path):
+    sections = {
+        "rl": {"drop_zero_spread": True, "kl_coefficient": 0.0},
+        # no response has a <think>
+        "rewards": {"require_think": True, "stop_token_penalty": 0.0, "repetition_penalty": 0.0},
+        "train": {"steps": 2},
+    }
+    ((_, weights, _),) = run_ranks(1, train, settings(files, tmp_path, **sections))
+    assert [(r["loss"], r["grad_norm"], r["tokens"], r["groups/no_spread"]) for r in records(tmp_path)] == [
+        (None, None, 0, 1.0)
+    ] * 2
+    ((_, start, _),) = run_ranks(1, untouched, settings(files, tmp_path / "start", **sections))
+    assert all(torch.equal(weights[name], start[name]) for name in start)
+
+
+def untouched(groups, settings):
+    from prism_mcore.rl import loop
+
+    prompts = loop.open_prompts(settings, resolve_spec(settings))
+    with ExitStack() as opened:
+        run = loop.build(settings, prompts, groups, torch.device("cpu"), opened)
+    return 0, {name: t.detach().clone() for chunk in run.chunks for name, t, _ in chunk.module.table()}, None
+
+
+def poisoned(groups, settings):
+    """One weight becomes NaN for the update of step 2, after its rollouts, on one rank."""
+    from prism_mcore.rl import loop
+
+    plain = loop.learn
+
+    def with_poison(run, step, *rest):
+        weight = run.chunks[0].module.final_norm.weight
+        good = weight.data[0].clone()
+        if step == 2 and groups.rank == 1:
+            weight.data[0] = float("nan")
+        try:
+            return plain(run, step, *rest)
+        finally:
+            if step == 2 and groups.rank == 1:
+                weight.data[0] = good
+
+    loop.learn = with_poison
+    try:
+        return train(groups, settings)
+    finally:
+        loop.learn = plain
+
+
+@pytest.mark.parametrize(("parity", "message"), [("off", "step 2: the loss is nan.*rank 1: rollout"), ("exact", "inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_rollouts(files, tmp_path, parity, message):
+    wanted = settings(files, tmp_path, rl={"parity": parity, "kl_coefficient": 0.0})
+    with pytest.raises(RankError, match=message):
+        run_ranks(2, poisoned, wanted)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"parallel": {"pp": 2}}, "parallel.pp=2, vpp=1: rollouts are generated on one stage"),
+        ({"sampling": {"max_tokens": 24}}, "sampling.max_tokens=24 leaves no room for a prompt in rl.context=24"),
+        ({"rl": {"context": 100}, "spec": "dense"}, "rl.context=100 is longer than the model's 64 positions"),
+        ({"rl": {"updates": 3}}, "rl.prompts_per_step=4 cannot be dealt over rl.updates=3; try 3 or 6"),
+        ({"rl": {"prompts": []}}, "rl.prompts is empty"),
+        ({"sampling": {"samples": 1}}, "needs at least 2"),
+        ({"sampling": {"temperature": 0}}, "sampling.temperature=0 gives a group of equal rollouts"),
+        ({"guards": {"spike_threshold": 2.0}}, "guards.spike_threshold=2.0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_starts(files, tmp_path, sections, message):
+    wanted = settings(files, tmp_path, **sections)
+    with pytest.raises(SettingsError) as error:
+        validate_rl(wanted, resolve_spec(wanted), 2)
+    assert message in str(error.value)
