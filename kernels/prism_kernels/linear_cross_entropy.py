@@ -204,6 +204,7 @@ class _Chunk:
     def __init__(self, tokens: int, rows: int, hidden: Tensor, plan: _Plan):
         self.plan = plan
         self.logits = hidden.new_empty(tokens, _width(rows), dtype=plan.logits_dtype(hidden))
+        self.logits[:, rows:] = 0  # loaded, though not used
         same = self.logits.dtype == hidden.dtype
         self.grad = self.logits if same else hidden.new_empty(self.logits.shape)
 

@@ -79,6 +79,6 @@ def test_training_on_kernels_equals_training_on_the_reference(name, tp):
     for rank in range(tp):
         (losses, gradients, weights), theirs, true = ours[rank], plain[rank], exact[rank]
         for a, b, c in zip(losses, theirs[0], true[0], strict=True):
-            assert abs(a - c) <= 2 * abs(b - c) + 2e-3 * c, (losses, theirs[0], true[0])
-        assert distance(gradients, true[1]) <= 1.5 * distance(theirs[1], true[1])
-        assert distance(weights, true[2]) <= 1.5 * distance(theirs[2], true[2])
+            assert abs(a - c) <= 2 * abs(b - c) + 1e-3 * c, (losses, theirs[0], true[0])
+        assert distance(gradients, true[1]) <= 1.1 * distance(theirs[1], true[1])
+        assert distance(weights, true[2]) <= 1.1 * distance(theirs[2], true[2])
