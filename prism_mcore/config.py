@@ -355,6 +355,19 @@ def validate_rl(settings: Settings, spec: ModelSpec, world_size: int) -> list[st
     return notes
 
 
+def validate_generation(settings: Settings, spec: ModelSpec, world_size: int) -> list[str]:
+    """`validate` for a run that only generates."""
+    problems: list[str] = []
+    notes: list[str] = []
+    _check_ranks(settings, world_size, problems)
+    _check_tensor_parallel(settings, spec, problems, notes)
+    _check_no_pipeline(settings, problems)
+    _check_model(settings, spec, problems, notes)
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return notes
+
+
 def num_micro_batches(settings: Settings, world_size: int) -> int:
     """Forward passes of one data-parallel rank in a step; needs validated settings."""
     return settings.train.global_batch // (
