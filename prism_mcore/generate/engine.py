@@ -110,6 +110,9 @@ class Engine:
         if sampling.stop and self.tokenizer is None:
             raise ValueError("sampling.stop needs an engine with a tokenizer; use sampling.stop_ids")
         size = self.model.spec.vocab_size
+        unknown = [token for token in sampling.stop_ids if not 0 <= token < size]
+        if unknown:
+            raise ValueError(f"sampling.stop_ids holds {unknown[0]}; needed: ids from 0 to {size - 1}, the vocabulary")
         for index, request in enumerate(requests):
             problem = prompt_problem(request.tokens, size, self.context)
             if problem:

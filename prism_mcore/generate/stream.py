@@ -48,7 +48,8 @@ class Stream:
         self.keys = np.array([key for request in requests for key in request.keys], np.uint64)
         self.first_key = np.cumsum(samples) - samples
         self.is_stop = np.zeros(self.model.spec.vocab_size, bool)
-        self.is_stop[sorted(stop_tokens(sampling, engine.tokenizer, engine.eos))] = True
+        ends = stop_tokens(sampling, engine.tokenizer, engine.eos)
+        self.is_stop[[token for token in ends if token < len(self.is_stop)]] = True
         self.stop_texts = StopTexts(engine.tokenizer, sampling.stop) if sampling.stop else None
 
         longest = int(self.limits.max())

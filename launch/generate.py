@@ -1,0 +1,169 @@
+"""Text from a model: `torchrun [...] launch/generate.py --hf DIR --prompts FILE --out FILE [sampling.name=value ...]`.
+
+The prompts are JSONL: objects with `prompt` (text) or `tokens` (ids). The output has the same objects with `response`,
+`response_tokens`, `logprobs` and `finish_reason` ("stop", "length" or "context"), one line per sample, in the order of
+the prompts. The layout is set by parallel.tp=2 and the like; ranks that are left over share out the prompts. What is
+drawn depends on sampling.seed, the prompt's place in the file and the sample's number alone.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prism_mcore.config import Settings, SettingsError
+from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
+from prism_mcore.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from prism_mcore.generate.files import PromptLine
+    from prism_mcore.generate.requests import Completion
+
+SECTIONS = ("sampling", "generate", "parallel", "precision", "kernels")
+
+
+def main() -> int:
+    arguments = _parser().parse_intermixed_args()
+    try:
+        settings, spec, tokenizer, lines = _read(arguments)
+    except (SettingsError, ValueError, OSError) as error:
+        return _complain(error, BAD_SETTINGS)
+    if arguments.dry_run:
+        _print_plan(settings, spec, lines)
+        return DONE
+    from prism_mcore.convert.names import ExchangeError
+
+    try:
+        _generate(arguments, settings, tokenizer, lines)
+    except (ExchangeError, ValueError) as error:  # the same on every rank
+        return _complain(error, BAD_SETTINGS)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    return DONE
+
+
+def _read(arguments: argparse.Namespace) -> tuple[Settings, ModelSpec, Any, list["PromptLine"]]:
+    """Everything that can be checked before a process group: settings, model, tokenizer, prompts, where they go."""
+    for override in arguments.overrides:
+        if override.split(".")[0] not in SECTIONS:
+            raise SettingsError(f"{override} changes nothing here; what can be set is {', '.join(SECTIONS)}.<name>")
+    if not arguments.out.parent.is_dir():
+        raise ValueError(f"--out {arguments.out}: there is no folder {arguments.out.parent}; make it first")
+    from prism_mcore.generate.files import generation_settings, load_tokenizer, read_prompts  # torch takes seconds
+
+    world_size = None if arguments.dry_run else int(os.environ.get("WORLD_SIZE", "1"))
+    settings, spec = generation_settings(arguments.hf, arguments.overrides, world_size)
+    tokenizer = load_tokenizer(arguments.hf, spec)
+    if settings.sampling.stop and tokenizer is None:
+        raise SettingsError(f"sampling.stop needs a tokenizer.json in {arguments.hf}; use sampling.stop_ids")
+    return settings, spec, tokenizer, read_prompts(arguments.prompts, tokenizer, spec)
+
+
+def _generate(arguments: argparse.Namespace, settings: Settings, tokenizer: Any, lines: list["PromptLine"]) -> None:
+    from prism_mcore import platform
+    from prism_mcore.generate.engine import Engine
+    from prism_mcore.generate.files import read_eos, requests_of, response_lines
+    from prism_mcore.parallel import init_groups
+    from prism_mcore.train.scoring import model_from_hf
+
+    device = platform.start()
+    groups = init_groups(settings.parallel)
+    (model,) = model_from_hf(settings, groups, device)
+    engine = Engine(model, tokenizer, settings=settings.generate, eos=read_eos(arguments.hf))
+    mine = range(groups.dp_rank, len(lines), groups.dp_size)
+    requests = requests_of(lines, settings.sampling, mine)
+
+    started = time.monotonic()
+    completions: dict[tuple[int, int], Completion] = {}
+    with _progress(len(requests) * settings.sampling.samples, groups.rank == 0) as advance:
+        for completion in engine.stream(requests, settings.sampling):
+            completions[mine[completion.request], completion.sample] = completion
+            advance()
+    everyone = _gathered(completions, groups)
+    if groups.rank == 0:
+        part = Path(f"{arguments.out}.part")
+        with part.open("w") as file:
+            file.writelines(response_lines(lines, everyone, tokenizer, settings.sampling))
+        part.replace(arguments.out)
+        seconds, tokens = time.monotonic() - started, sum(len(c.tokens) for c in everyone.values())
+        print(
+            f"{arguments.out}: {len(everyone):,} responses of {tokens / len(everyone):,.1f} tokens on average"
+            f" in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)"
+        )
+    platform.shutdown()
+
+
+def _gathered(mine: dict[tuple[int, int], "Completion"], groups: Any) -> dict[tuple[int, int], "Completion"]:
+    """Every replica's completions, on the first rank."""
+    import torch.distributed as dist
+
+    ranks: list[Any] | None = [None] * groups.world_size if groups.rank == 0 else None
+    dist.gather_object(mine if groups.tp_rank == 0 else {}, ranks)
+    return {place: completion for part in ranks or [] for place, completion in part.items()}
+
+
+def _progress(total: int, shown: bool) -> Any:
+    """A progress bar; gives the function to call when a sample is done."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    @contextmanager
+    def bar():
+        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
+            task = progress.add_task("", total=total)
+            yield lambda: progress.advance(task)
+
+    return bar()
+
+
+def _print_plan(settings: Settings, spec: ModelSpec, lines: list["PromptLine"]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from prism_mcore.plan.memory import num_parameters
+
+    lengths = [len(line.tokens) for line in lines]
+    how = settings.sampling
+    table = Table(show_header=False, title="Generation", title_justify="left")
+    table.add_row("model", f"{spec.family}, {num_parameters(spec):,} parameters in {settings.precision.dtype}")
+    table.add_row("ranks of one replica", f"{settings.parallel.tp}")
+    table.add_row("prompts", f"{len(lines):,} of {min(lengths):,} to {max(lengths):,} tokens")
+    table.add_row("samples", f"{len(lines) * how.samples:,} of at most {how.max_tokens:,} tokens")
+    table.add_row("running at once", f"at most {settings.generate.slots:,} per replica")
+    Console().print(table)
+
+
+def _complain(error: Exception, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        usage="torchrun [...] launch/generate.py --hf DIR --prompts FILE --out FILE [section.name=value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face directory with the model")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="JSONL: `prompt` or `tokens`")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file to write")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and say what would be done")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.name=value",
+        help="as in a recipe: sampling.temperature=0 sampling.max_tokens=512 sampling.samples=4 sampling.top_p=0.95"
+        " sampling.top_k=50 sampling.seed=1 sampling.ignore_eos=true 'sampling.stop=[\"User:\"]' parallel.tp=2",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
