@@ -5,6 +5,8 @@
 import math
 
 import torch
+import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from prism_kernels.backends import Uncovered
@@ -45,17 +47,29 @@ def ssd_scan(
         raise Uncovered(f"x {x.dtype}, B {B.dtype}, C {C.dtype}: needs all bfloat16 or all float32")
     if max(x.shape[2], B.shape[2]) > WIDEST:
         raise Uncovered(f"head_dim {x.shape[2]}, state {B.shape[2]}: needs at most {WIDEST}")
+    head_dim, state = x.shape[2], B.shape[2]
+    more_p, more_n = (max(16, triton.next_power_of_2(size)) - size for size in (head_dim, state))
+    if more_p or more_n:
+        x, B, C = F.pad(x, (0, more_p)), F.pad(B, (0, more_n)), F.pad(C, (0, more_n))
+        initial_state = initial_state if initial_state is None else F.pad(initial_state, (0, more_n, 0, more_p))
     x, B, C = (_rows(y) for y in (x, B, C))
     dt = dt if dt.stride(1) == 1 else dt.contiguous()
     y, final = _Scan.apply(
         x, dt, A_log, B, C, D, dt_bias, initial_state, boundaries, chunk_len, dt_limit, return_final_states
     )
+    if more_p or more_n:
+        y, final = y[..., :head_dim], None if final is None else final[..., :head_dim, :state]
     return (y, final) if return_final_states else y
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [t, k, l] as it is where each token's k * l values lie together, as kernels need it; else a copy."""
-    return x if x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2]) else x.contiguous()
+    """x [t, k, l] as it is where the tensor engine can copy it, else a copy.
+
+    It wants each token's k * l values together, and tokens and the first of them at multiples of 16 bytes.
+    """
+    together = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+    aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    return x if together and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _tables(boundaries: Boundaries, chunk_len: int, heads: int, device: torch.device) -> ScanTables:
@@ -83,24 +97,28 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_final):
         x, dt, A_log, B, C, D, dt_bias, *saved = ctx.saved_tensors
-        decays, before, tables, shape = Decays(*saved[:4]), States(*saved[4:]), ctx.tables, ctx.shape
+        decays, before, tables, shape = Decays(*saved[:6]), States(*saved[6:]), ctx.tables, ctx.shape
         grad = torch.zeros_like(x) if grad is None else _rows(grad)
         grad_final = None if grad_final is None else grad_final.contiguous()
         after, grad_initial = launch_states(
             grad, C, decays, tables, shape, grad_final, ctx.initial_dtype is not None, ctx.num_documents, backward=True
         )
         slots = Slots.empty(tables, shape, x.device)
-        grad_x, grad_scores, falling = launch_inner_grads(x, grad, B, C, D, decays, after, tables, shape, slots)
+        grad_x, grad_scores, own_scores, falling = launch_inner_grads(
+            x, grad, B, C, D, decays, after, tables, shape, slots
+        )
         grad_B, grad_C = launch_group_grads(x, grad, B, C, decays, before, after, grad_scores, tables, shape, slots)
-        grad_dt, shares = launch_step_grads(dt, dt_bias, A_log, decays, falling, slots, tables, ctx.limit, shape)
-        grad_bias, grad_A_log = shares.sum(1)
+        grad_dt, shares = launch_step_grads(
+            dt, dt_bias, A_log, decays, own_scores, falling, slots, tables, ctx.limit, shape
+        )
+        grad_bias, grad_A_log, grad_D = shares.sum(1)
         return (
             grad_x,
             grad_dt,
             grad_A_log.to(A_log.dtype),
             grad_B,
             grad_C,
-            None if D is None else slots.grad_D.sum((0, 1)).to(D.dtype),
+            None if D is None else grad_D.to(D.dtype),
             grad_bias.to(dt_bias.dtype),
             None if grad_initial is None else grad_initial.to(ctx.initial_dtype),
             *(None,) * 4,

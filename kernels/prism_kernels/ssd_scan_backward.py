@@ -22,155 +22,135 @@ from prism_kernels.ssd_scan_forward import (
     Decays,
     Shape,
     States,
+    decays_to_end,
     heads_per_program,
-    load_rows,
     load_state,
     pair_decays,
     step_and_log_decay,
     store_rows,
+    tiles,
 )
 
 
 @triton.jit
-def decays_to_end(query, key, query_low, key_low, at, start, Q: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr):
-    """[R] dt_j * decay from j to the chunk's end, for R keys from `start` on."""
-    j = start + tl.arange(0, R)
-    gap = tl.load(query + at + Q - 1) - tl.load(key + at + j)
-    if EXACT:
-        gap += tl.load(query_low + at + Q - 1) - tl.load(key_low + at + j)
-    return tl.exp2(gap)
-
-
-@triton.jit
 def inner_grads_kernel(
-    x, grad, B, C, D, query, key, query_low, key_low, chunks, local, carries, logs,
-    grad_x, grad_scores, rising, falling, grad_D, num_heads, heads_per_group, num_chunks,
-    x_stride, grad_stride, B_stride, C_stride,
-    HEADS: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr,
-    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+    x, grad, own_grad, B, C, own_C, D, query, key, total, query_low, key_low, total_low, chunks, local, carries, logs,
+    grad_x, grad_scores, own_scores, rising, falling, num_heads, heads_per_group, num_chunks,
+    HEADS: tl.constexpr, SPLITS: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
     SKIP: tl.constexpr, CARRIES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Of R keys of one chunk and HEADS heads of one group: the gradients of x, and of C_i . B_j summed over the heads.
 
     local, carries, logs: gradients of the state after each chunk. falling [3, C, h, Q]: what pairs make of it, what
-    states make of it, and the gradient of dt from each token's pair with itself. With a slot for each R keys of a
-    chunk: rising [slots, C, h, Q], what pairs make of it, and grad_D [slots, C, h], sums of x . grad.
+    states make of it, and x . grad. rising [slots, C, h, Q]: what pairs make of it, a slot for each R keys of a chunk.
+    own_scores [C, g, Q]: C_j . B_j.
     """
     slot, first_head, chunk = tl.program_id(0), tl.program_id(1) * HEADS, tl.program_id(2)
     start = slot * R
     entry = chunks + chunk * CHUNK_COLUMNS
-    first, length, segment, carried = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 4)
+    first, length, segment = tl.load(entry), tl.load(entry + 1) - start, tl.load(entry + 2)
     queries_at, keys_at = tl.arange(0, Q), start + tl.arange(0, R)
     group = first_head // heads_per_group
-    queries = load_rows(C, first, length, C_stride, group * STATE, STATE, Q, N)
-    keys = load_rows(B, first + start, length - start, B_stride, group * STATE, STATE, R, N)
-    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-    own_score = tl.sum(tl.where(queries_at[:, None] == keys_at[None, :], scores, 0.0), 0)
+    keys = B.load([first + start, group * N])
+    scores = tl.dot(C.load([first, group * N]), tl.trans(keys), input_precision="ieee")
+    own_score = tl.sum(own_C.load([first + start, group * N]).to(tl.float32) * keys.to(tl.float32), 1)
     scores = tl.where(queries_at[:, None] > keys_at[None, :], scores, 0.0)
     total_scores = tl.zeros((Q, R), tl.float32)
     array = num_chunks * num_heads * Q
-    for i in range(HEADS):
+    for i in tl.range(0, HEADS, disable_licm=True):
         head = first_head + i
         row = chunk * num_heads + head
         slot_row = slot * num_chunks * num_heads + row
-        at = row.to(tl.int64) * Q
-        values = load_rows(x, first + start, length - start, x_stride, head * WIDTH, WIDTH, R, P)
-        grads = load_rows(grad, first, length, grad_stride, head * WIDTH, WIDTH, Q, P)
+        at = row * Q
+        values = x.load([first + start, head * P])
+        grads = grad.load([first, head * P])
         pairs = tl.dot(grads, tl.trans(values), input_precision="ieee")
         decays = pair_decays(query, key, query_low, key_low, at, start, Q, R, EXACT)
         mixing = (decays * scores).to(values.dtype)
         total_scores += decays * pairs
-        tl.store(rising + slot_row.to(tl.int64) * Q + queries_at, tl.sum(mixing.to(tl.float32) * pairs, 1))
+        tl.store(rising + slot_row * Q + queries_at, tl.sum(mixing.to(tl.float32) * pairs, 1))
         wide = values.to(tl.float32)
         out = tl.dot(tl.trans(mixing), grads, input_precision="ieee")
         tl.store(falling + at + keys_at, tl.sum(out * wide, 1))
-        state = load_state(
-            local, carries, logs, chunk, head, segment, carried, num_heads, 0, WIDTH, STATE, P, N, CARRIES
-        )
-        to_end = decays_to_end(query, key, query_low, key_low, at, start, Q, R, EXACT)
+        state = load_state(local, carries, logs, row, segment * num_heads + head, 0, P, N, CARRIES)
+        to_end = decays_to_end(key, total, key_low, total_low, row, at, start, R, EXACT)
         from_state = tl.dot(keys, tl.trans(state), input_precision="ieee") * to_end[:, None]
         tl.store(falling + array + at + keys_at, tl.sum(from_state * wide, 1))
-        own = load_rows(grad, first + start, length - start, grad_stride, head * WIDTH, WIDTH, R, P).to(tl.float32)
+        own = own_grad.load([first + start, head * P]).to(tl.float32)
         products = tl.sum(wide * own, 1)
-        tl.store(falling + 2 * array + at + keys_at, own_score * products)
+        tl.store(falling + 2 * array + at + keys_at, products)
         log_step = tl.load(query + at + keys_at) - tl.load(key + at + keys_at)
         if EXACT:
             log_step += tl.load(query_low + at + keys_at) - tl.load(key_low + at + keys_at)
         factor = own_score * tl.exp2(log_step)
         if SKIP:
             factor += tl.load(D + head).to(tl.float32)
-            tl.store(grad_D + slot_row, tl.sum(products))
         out += from_state + factor[:, None] * own
-        store_rows(grad_x, out, first + start, length - start, num_heads * WIDTH, head * WIDTH, WIDTH, R, P)
-    split = tl.program_id(1) % SPLITS + SPLITS * (chunk * (num_heads // heads_per_group) + group)
-    offsets = split.to(tl.int64) * (Q * Q) + queries_at[:, None] * Q + keys_at[None, :]
+        store_rows(grad_x, out, first + start, length, num_heads * P, head * P, R, P)
+    group_row = chunk * (num_heads // heads_per_group) + group
+    split = tl.program_id(1) % SPLITS
+    if split == 0:
+        tl.store(own_scores + group_row * Q + keys_at, own_score)
+    offsets = (split + SPLITS * group_row).to(tl.int64) * (Q * Q) + queries_at[:, None] * Q + keys_at[None, :]
     total_scores = tl.where(queries_at[:, None] >= keys_at[None, :], total_scores, 0.0)
     tl.store(grad_scores + offsets, total_scores.to(grad_scores.dtype.element_ty))
 
 
 @triton.jit
 def group_grads_kernel(
-    x, grad, B, C, query, key, query_low, key_low, chunks,
+    x, grad, B, C, query, key, total, query_low, key_low, total_low, chunks,
     before, before_carries, before_logs, after, after_carries, after_logs, grad_scores,
-    grad_B, grad_C, rising, overlap, num_heads, heads_per_group, num_chunks, x_stride, grad_stride, B_stride, C_stride,
-    SPLITS: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    grad_B, grad_C, rising, overlap, num_heads, heads_per_group, num_chunks,
+    SPLITS: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
     CARRIES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk, one group and N columns of its state: the gradients of B and C.
+    """Of one chunk, one group and COLUMNS of its state's: the gradients of B and C.
 
     rising [slots, C, h, Q]: what states before the chunk make of rising; overlap [slots, C, h]: state before times
-    gradient after; a slot for each N columns.
+    gradient after; a slot for each COLUMNS.
     """
     slot, group, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start = slot * N
+    start = slot * COLUMNS
     entry = chunks + chunk * CHUNK_COLUMNS
     first, length, segment = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    carried_before, carried_after = tl.load(entry + 3), tl.load(entry + 4)
     rows = tl.arange(0, Q)
     num_groups = num_heads // heads_per_group
-    queries = load_rows(C, first, length, C_stride, group * STATE + start, STATE - start, Q, N)
-    keys = load_rows(B, first, length, B_stride, group * STATE + start, STATE - start, Q, N)
-    sum_B = tl.zeros((Q, N), tl.float32)
-    sum_C = tl.zeros((Q, N), tl.float32)
-    for split in range(SPLITS):
-        offsets = (split + SPLITS * (chunk * num_groups + group)).to(tl.int64) * (Q * Q)
-        scores = tl.load(grad_scores + offsets + rows[:, None] * Q + rows[None, :])
+    queries = C.load([first, group * N + start])
+    keys = B.load([first, group * N + start])
+    sum_B = tl.zeros((Q, COLUMNS), tl.float32)
+    sum_C = tl.zeros((Q, COLUMNS), tl.float32)
+    for split in tl.static_range(SPLITS):
+        places = (split + SPLITS * (chunk * num_groups + group)).to(tl.int64) * (Q * Q)
+        scores = tl.load(grad_scores + places + rows[:, None] * Q + rows[None, :])
         sum_C = tl.dot(scores, keys, sum_C, input_precision="ieee")
         sum_B = tl.dot(tl.trans(scores), queries, sum_B, input_precision="ieee")
     for i in range(heads_per_group):
         head = group * heads_per_group + i
         row = chunk * num_heads + head
-        at = row.to(tl.int64) * Q
-        state = load_state(
-            before, before_carries, before_logs, chunk, head, segment, carried_before, num_heads, start,
-            WIDTH, STATE, P, N, CARRIES,
-        )  # fmt: skip
-        grad_state = load_state(
-            after, after_carries, after_logs, chunk, head, segment, carried_after, num_heads, start,
-            WIDTH, STATE, P, N, CARRIES,
-        )  # fmt: skip
-        values = load_rows(x, first, length, x_stride, head * WIDTH, WIDTH, Q, P)
-        grads = load_rows(grad, first, length, grad_stride, head * WIDTH, WIDTH, Q, P)
-        to_end = decays_to_end(query, key, query_low, key_low, at, 0, Q, Q, EXACT)
-        wide = grads.to(tl.float32) * tl.exp2(tl.load(query + at + rows))[:, None]
-        carried_out = tl.dot(queries, tl.trans(state), input_precision="ieee")
+        carry_row = segment * num_heads + head
+        at = row * Q
         out = slot * num_chunks * num_heads + row
-        tl.store(rising + out.to(tl.int64) * Q + rows, tl.sum(carried_out * wide, 1))
+        state = load_state(before, before_carries, before_logs, row, carry_row, start, P, N, CARRIES)
+        grad_state = load_state(after, after_carries, after_logs, row, carry_row, start, P, N, CARRIES)
         tl.store(overlap + out, tl.sum(state.to(tl.float32) * grad_state.to(tl.float32)))
-        sum_C = tl.dot(wide.to(grads.dtype), state, sum_C, input_precision="ieee")
-        weighted = (values.to(tl.float32) * to_end[:, None]).to(values.dtype)
-        sum_B = tl.dot(weighted, grad_state, sum_B, input_precision="ieee")
-    store_rows(grad_B, sum_B, first, length, num_groups * STATE, group * STATE + start, STATE - start, Q, N)
-    store_rows(grad_C, sum_C, first, length, num_groups * STATE, group * STATE + start, STATE - start, Q, N)
+        wide = grad.load([first, head * P]).to(tl.float32) * tl.exp2(tl.load(query + at + rows))[:, None]
+        from_state = tl.dot(queries, tl.trans(state), input_precision="ieee")
+        tl.store(rising + out * Q + rows, tl.sum(from_state * wide, 1))
+        sum_C = tl.dot(wide.to(state.dtype), state, sum_C, input_precision="ieee")
+        to_end = decays_to_end(key, total, key_low, total_low, row, at, 0, Q, EXACT)
+        weighted = x.load([first, head * P]).to(tl.float32) * to_end[:, None]
+        sum_B = tl.dot(weighted.to(state.dtype), grad_state, sum_B, input_precision="ieee")
+    store_rows(grad_B, sum_B, first, length, num_groups * N, group * N + start, Q, COLUMNS)
+    store_rows(grad_C, sum_C, first, length, num_groups * N, group * N + start, Q, COLUMNS)
 
 
 @triton.jit
 def step_grads_kernel(
-    dt, dt_bias, A_log, query, chunks, rising, falling, overlap,
-    grad_dt, grad_bias, grad_A_log, low, high, num_heads, num_chunks, dt_stride,
+    dt, dt_bias, A_log, total, chunks, own_scores, rising, falling, overlap,
+    grad_dt, grad_bias, grad_A_log, grad_D, low, high, num_heads, heads_per_group, num_chunks, dt_stride,
     PAIRS: tl.constexpr, STATES: tl.constexpr, Q: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk and H heads: the gradient of dt, and the chunk's share of those of dt_bias and A_log, [C, h].
+    """Of one chunk and H heads: the gradient of dt, and the chunk's share of those of dt_bias, A_log and D, [C, h].
 
     rising [PAIRS + STATES, C, h, Q]: parts of what pairs, then parts of what states make of it.
     """
@@ -189,6 +169,9 @@ def step_grads_kernel(
     pairs_down = tl.load(falling + at, mask=inside, other=0.0)
     states_down = tl.load(falling + skip.to(tl.int64) * Q + at, mask=inside, other=0.0)
     own = tl.load(falling + skip.to(tl.int64) * (2 * Q) + at, mask=inside, other=0.0)
+    tl.store(grad_D + row, tl.sum(own, 0), mask=present)
+    group_row = chunk * (num_heads // heads_per_group) + heads // heads_per_group
+    own *= tl.load(own_scores + group_row[None, :] * Q + rows[:, None], mask=inside, other=0.0)
     pairs_up, states_up = tl.zeros((Q, H), tl.float32), tl.zeros((Q, H), tl.float32)
     product = tl.zeros((H,), tl.float32)
     for slot in tl.static_range(PAIRS):
@@ -198,7 +181,7 @@ def step_grads_kernel(
             rising + ((PAIRS + slot) * skip + row)[None, :] * Q + rows[:, None], mask=inside, other=0.0
         )
         product += tl.load(overlap + slot * skip + row, mask=present, other=0.0)
-    product *= tl.exp2(tl.load(query + row * Q + Q - 1, mask=present, other=0.0))
+    product *= tl.exp2(tl.load(total + row, mask=present, other=0.0))
     # A token's decay acts on what is queried from it on, what keys before it hand on and what goes through the chunk.
     # Sums from a token on are the whole minus those before it, exact enough in fp64.
     earlier = states_down.to(tl.float64)
@@ -218,21 +201,17 @@ def step_grads_kernel(
 
 
 class Slots(NamedTuple):
-    """Sums in parts: for each of s runs of a chunk's keys, for each of r runs of a state's columns. fp32."""
+    """Sums in parts, fp32: for each of s runs of a chunk's keys, for each of r runs of a state's columns."""
 
     rising: Tensor  # [s + r, C, h, Q]
-    grad_D: Tensor  # [s, C, h]
     overlap: Tensor  # [r, C, h] state before the chunk times gradient of the state after it
 
     @staticmethod
     def empty(tables: ScanTables, shape: Shape, device: torch.device) -> "Slots":
-        s, r = triton.cdiv(shape.Q, keys_per_program(shape)), triton.cdiv(shape.state, columns_per_program(shape))
+        s, r = shape.Q // keys_per_program(shape), shape.state // columns_per_program(shape)
         rows = (tables.num_chunks, shape.num_heads)
-
-        def slots(*sizes: int) -> Tensor:
-            return torch.empty(sizes, dtype=torch.float32, device=device)
-
-        return Slots(slots(s + r, *rows, shape.Q), slots(s, *rows), slots(r, *rows))
+        rising = torch.empty(s + r, *rows, shape.Q, dtype=torch.float32, device=device)
+        return Slots(rising, torch.empty(r, *rows, dtype=torch.float32, device=device))
 
 
 def keys_per_program(shape: Shape) -> int:
@@ -241,7 +220,7 @@ def keys_per_program(shape: Shape) -> int:
 
 
 def columns_per_program(shape: Shape) -> int:
-    return min(shape.N, 64)
+    return min(shape.state, 64)
 
 
 def launch_inner_grads(
@@ -255,25 +234,25 @@ def launch_inner_grads(
     tables: ScanTables,
     shape: Shape,
     slots: Slots,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """grad_x, grad_scores [C, g, splits, Q, Q] in x.dtype, falling [3, C, h, Q]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """grad_x, grad_scores [C, g, splits, Q, Q] in x.dtype, own_scores [C, g, Q], falling [3, C, h, Q]."""
     keys = keys_per_program(shape)
     heads = heads_per_program(shape, tables.num_chunks, 256)
     splits = shape.heads_per_group // heads
     groups = shape.num_heads // shape.heads_per_group
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_scores = torch.empty(tables.num_chunks, groups, splits, shape.Q, shape.Q, dtype=x.dtype, device=x.device)
+    own_scores = torch.empty(tables.num_chunks, groups, shape.Q, dtype=torch.float32, device=x.device)
     falling = torch.empty(3, *decays.query.shape, dtype=torch.float32, device=x.device)
     inner_grads_kernel[shape.Q // keys, shape.num_heads // heads, tables.num_chunks](
-        x, grad, B, C, x if D is None else D, *decays, tables.chunks, *states,
-        grad_x, grad_scores, slots.rising, falling, slots.grad_D,
-        shape.num_heads, shape.heads_per_group, tables.num_chunks,
-        x.stride(0), grad.stride(0), B.stride(0), C.stride(0),
-        HEADS=heads, SPLITS=splits, WIDTH=shape.head_dim, STATE=shape.state, Q=shape.Q, P=shape.P, N=shape.N, R=keys,
-        SKIP=D is not None, CARRIES=tables.carries, EXACT=shape.exact,
-        num_warps=8 if shape.Q == 128 else 4, num_stages=1 if shape.exact else 2,
+        tiles(x, keys, shape.head_dim), tiles(grad, shape.Q, shape.head_dim), tiles(grad, keys, shape.head_dim),
+        tiles(B, keys, shape.state), tiles(C, shape.Q, shape.state), tiles(C, keys, shape.state),
+        decays.total if D is None else D, *decays, tables.chunks, *states.tiles(shape.state),
+        grad_x, grad_scores, own_scores, slots.rising, falling,
+        shape.num_heads, shape.heads_per_group, tables.num_chunks, HEADS=heads, SPLITS=splits, **shape.blocks, R=keys,
+        SKIP=D is not None, CARRIES=tables.carries, EXACT=shape.exact, **shape.options,
     )  # fmt: skip
-    return grad_x, grad_scores, falling
+    return grad_x, grad_scores, own_scores, falling
 
 
 def launch_group_grads(
@@ -290,16 +269,15 @@ def launch_group_grads(
     slots: Slots,
 ) -> tuple[Tensor, Tensor]:
     """grad_B, grad_C."""
-    count, block = len(slots.overlap), columns_per_program(shape)
+    count, columns = len(slots.overlap), columns_per_program(shape)
     grad_B, grad_C = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (B, C))
     group_grads_kernel[count, shape.num_heads // shape.heads_per_group, tables.num_chunks](
-        x, grad, B, C, *decays, tables.chunks, *before, *after, grad_scores,
-        grad_B, grad_C, slots.rising[-count:], slots.overlap,
+        *(tiles(y, shape.Q, shape.head_dim) for y in (x, grad)), *(tiles(y, shape.Q, columns) for y in (B, C)),
+        *decays, tables.chunks, *before.tiles(columns), *after.tiles(columns),
+        grad_scores, grad_B, grad_C, slots.rising[-count:], slots.overlap,
         shape.num_heads, shape.heads_per_group, tables.num_chunks,
-        x.stride(0), grad.stride(0), B.stride(0), C.stride(0),
-        SPLITS=grad_scores.shape[2], WIDTH=shape.head_dim, STATE=shape.state, Q=shape.Q, P=shape.P, N=block,
-        CARRIES=tables.carries, EXACT=shape.exact,
-        num_warps=8 if shape.Q == 128 else 4, num_stages=1 if shape.exact else 2,
+        SPLITS=grad_scores.shape[2], **shape.blocks, COLUMNS=columns,
+        CARRIES=tables.carries, EXACT=shape.exact, **shape.options,
     )  # fmt: skip
     return grad_B, grad_C
 
@@ -309,19 +287,20 @@ def launch_step_grads(
     dt_bias: Tensor,
     A_log: Tensor,
     decays: Decays,
+    own_scores: Tensor,
     falling: Tensor,
     slots: Slots,
     tables: ScanTables,
     limit: tuple[float, float],
     shape: Shape,
 ) -> tuple[Tensor, Tensor]:
-    """grad_dt, and the chunks' shares [2, C, h] of the gradients of dt_bias and A_log."""
+    """grad_dt, and the chunks' shares [3, C, h] of the gradients of dt_bias, A_log and D."""
     grad_dt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
-    shares = torch.empty(2, tables.num_chunks, shape.num_heads, dtype=torch.float32, device=dt.device)
-    block = min(16, triton.next_power_of_2(shape.num_heads))
+    shares = torch.empty(3, tables.num_chunks, shape.num_heads, dtype=torch.float32, device=dt.device)
+    block = min(8, triton.next_power_of_2(shape.num_heads))
     step_grads_kernel[tables.num_chunks, triton.cdiv(shape.num_heads, block)](
-        dt, dt_bias, A_log, decays.query, tables.chunks, slots.rising, falling, slots.overlap,
-        grad_dt, shares[0], shares[1], *limit, shape.num_heads, tables.num_chunks, dt.stride(0),
-        PAIRS=len(slots.grad_D), STATES=len(slots.overlap), Q=shape.Q, H=block, num_warps=4,
+        dt, dt_bias, A_log, decays.total, tables.chunks, own_scores, slots.rising, falling, slots.overlap,
+        grad_dt, *shares, *limit, shape.num_heads, shape.heads_per_group, tables.num_chunks, dt.stride(0),
+        PAIRS=len(slots.rising) - len(slots.overlap), STATES=len(slots.overlap), Q=shape.Q, H=block, num_warps=4,
     )  # fmt: skip
     return grad_dt, shares

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from prism_kernels.boundaries import ScanTables
 
@@ -38,10 +39,14 @@ def step_and_log_decay(dt, dt_bias, A_log, low, high):
 
 @triton.jit
 def decays_kernel(
-    dt, dt_bias, A_log, chunks, query, key, query_low, key_low, low, high, num_heads, dt_stride,
+    dt, dt_bias, A_log, chunks, query, key, total, query_low, key_low, total_low, low, high, num_heads, dt_stride,
     Q: tl.constexpr, H: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """query and key [C, h, Q] fp32 of one chunk and H heads; EXACT also writes what fp32 rounds off them."""
+    """query, key [C, h, Q] and total [C, h] of one chunk and H heads; EXACT also writes what fp32 rounds off them.
+
+    Rows beyond the chunk's end have query -inf and key inf: what is loaded for them, rows of the next document, gets
+    weight 0 in every product.
+    """
     chunk, heads, rows = tl.program_id(0), tl.program_id(1) * H + tl.arange(0, H), tl.arange(0, Q)
     first, length = tl.load(chunks + chunk * CHUNK_COLUMNS), tl.load(chunks + chunk * CHUNK_COLUMNS + 1)
     inside = (rows[:, None] < length) & (heads[None, :] < num_heads)
@@ -51,138 +56,122 @@ def decays_kernel(
     rate = tl.load(A_log + heads, mask=heads < num_heads, other=0.0)
     _, _, step, log_decay = step_and_log_decay(value, bias[None, :], rate[None, :], low, high)
     step = tl.where(inside, step, 0.0)
-    exact_query = tl.cumsum(tl.where(inside, log_decay, 0.0), 0)
+    log_decay = tl.where(inside, log_decay, 0.0)
+    exact_query = tl.cumsum(log_decay, 0)
     exact_key = exact_query - tl.log2(tl.maximum(step, 1e-300))
-    out = (chunk * num_heads + heads[None, :]).to(tl.int64) * Q + rows[:, None]
+    exact_total = tl.sum(log_decay, 0)
+    row = (chunk * num_heads + heads).to(tl.int64)
+    out = row[None, :] * Q + rows[:, None]
     mask = (heads < num_heads)[None, :] & (rows >= 0)[:, None]
-    high_query = exact_query.to(tl.float32)
-    high_key = tl.where(step > 0, exact_key, float("inf")).to(tl.float32)
-    tl.store(query + out, high_query, mask=mask)
-    tl.store(key + out, high_key, mask=mask)
+    tl.store(query + out, tl.where(inside, exact_query, float("-inf")).to(tl.float32), mask=mask)
+    tl.store(key + out, tl.where(step > 0, exact_key, float("inf")).to(tl.float32), mask=mask)
+    tl.store(total + row, exact_total.to(tl.float32), mask=heads < num_heads)
     if EXACT:
-        tl.store(query_low + out, (exact_query - high_query.to(tl.float64)).to(tl.float32), mask=mask)
-        rest = tl.where(step > 0, exact_key - exact_key.to(tl.float32).to(tl.float64), 0.0)
-        tl.store(key_low + out, rest.to(tl.float32), mask=mask)
+        query_rest = exact_query - exact_query.to(tl.float32).to(tl.float64)
+        key_rest = exact_key - exact_key.to(tl.float32).to(tl.float64)
+        total_rest = exact_total - exact_total.to(tl.float32).to(tl.float64)
+        tl.store(query_low + out, query_rest.to(tl.float32), mask=mask)
+        tl.store(key_low + out, tl.where(step > 0, key_rest, 0.0).to(tl.float32), mask=mask)
+        tl.store(total_low + row, total_rest.to(tl.float32), mask=heads < num_heads)
 
 
 @triton.jit
 def pair_decays(query, key, query_low, key_low, at, start, Q: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr):
-    """[Q, R] dt_j * decay from j to i, for R keys from `start` on; right where j <= i, elsewhere finite.
+    """[Q, R] dt_j * decay from j to i, for R keys from `start` on; right where j <= i, elsewhere at most 2^64.
 
-    at: first element of the chunk and head in [C, h, Q]. No exponent above that of the diagonal is ever formed.
+    at: the chunk and head's first place in [C, h, Q]. Where j <= i it is at most dt_j, far below 2^64; where j > i the
+    bound keeps it finite, for the caller to multiply by 0 or to mask.
     """
     i, j = tl.arange(0, Q), start + tl.arange(0, R)
-    key_j = tl.load(key + at + j)
-    gap = tl.load(query + at + i)[:, None] - key_j[None, :]
-    most = tl.load(query + at + j) - key_j
+    gap = tl.load(query + at + i)[:, None] - tl.load(key + at + j)[None, :]
     if EXACT:
-        key_low_j = tl.load(key_low + at + j)
-        gap += tl.load(query_low + at + i)[:, None] - key_low_j[None, :]
-        most += tl.load(query_low + at + j) - key_low_j
-    return tl.exp2(tl.minimum(gap, most[None, :]))
+        gap += tl.load(query_low + at + i)[:, None] - tl.load(key_low + at + j)[None, :]
+    return tl.exp2(tl.minimum(gap, 64.0))
 
 
 @triton.jit
-def load_rows(x, first, length, stride, start, width, Q: tl.constexpr, BLOCK: tl.constexpr):
-    """[Q, BLOCK] of x [t, .] from row `first` and column `start`; zeros from row `length` and column `width` on."""
+def decays_to_end(key, total, key_low, total_low, row, at, start, R: tl.constexpr, EXACT: tl.constexpr):
+    """[R] dt_j * decay from j to the chunk's end, for R keys from `start` on."""
+    j = start + tl.arange(0, R)
+    gap = tl.load(total + row) - tl.load(key + at + j)
+    if EXACT:
+        gap += tl.load(total_low + row) - tl.load(key_low + at + j)
+    return tl.exp2(gap)
+
+
+@triton.jit
+def store_rows(x, values, first, length, stride, start, Q: tl.constexpr, BLOCK: tl.constexpr):
+    """[Q, BLOCK] values to x [t, .] from row `first` and column `start` on, none beyond `length` rows."""
     rows, columns = tl.arange(0, Q), tl.arange(0, BLOCK)
     base = x + first.to(tl.int64) * stride + start
-    offsets = rows[:, None] * stride + columns[None, :]
-    return tl.load(base + offsets, mask=(rows < length)[:, None] & (columns < width)[None, :], other=0.0)
+    mask = (rows < length)[:, None] & (columns >= 0)[None, :]
+    tl.store(base + rows[:, None] * stride + columns[None, :], values.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def store_rows(x, values, first, length, stride, start, width, Q: tl.constexpr, BLOCK: tl.constexpr):
-    """What `load_rows` loads, stored in x's dtype."""
-    rows, columns = tl.arange(0, Q), tl.arange(0, BLOCK)
-    base = x + first.to(tl.int64) * stride + start
-    offsets = rows[:, None] * stride + columns[None, :]
-    mask = (rows < length)[:, None] & (columns < width)[None, :]
-    tl.store(base + offsets, values.to(x.dtype.element_ty), mask=mask)
+def state_places(row, start, P: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """[P, COLUMNS] places of state `row` in a [., P, N] tensor, from column `start` on."""
+    p, n = tl.arange(0, P), tl.arange(0, COLUMNS)
+    return row.to(tl.int64) * (P * N) + start + p[:, None] * N + n[None, :]
 
 
 @triton.jit
-def load_block(states, row, start, WIDTH: tl.constexpr, STATE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, keep):
-    """[P, N] of state `row` of a [., p, n] tensor, from column `start`; zeros where it ends, and where `keep` is 0."""
-    p, n = tl.arange(0, P), tl.arange(0, N)
-    base = states + row.to(tl.int64) * (WIDTH * STATE) + start
-    mask = (p < WIDTH)[:, None] & (n < STATE - start)[None, :] & (keep != 0)
-    return tl.load(base + p[:, None] * STATE + n[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_block(states, values, row, start, WIDTH: tl.constexpr, STATE: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
-    """What `load_block` loads, stored in the states' dtype."""
-    p, n = tl.arange(0, P), tl.arange(0, N)
-    base = states + row.to(tl.int64) * (WIDTH * STATE) + start
-    mask = (p < WIDTH)[:, None] & (n < STATE - start)[None, :]
-    tl.store(base + p[:, None] * STATE + n[None, :], values.to(states.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_state(
-    local, carries, logs, chunk, head, segment, carried, num_heads, start,
-    WIDTH: tl.constexpr, STATE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, CARRIES: tl.constexpr,
-):  # fmt: skip
-    """[P, N] state of one chunk and head: what its own segment gives and, where there is one, the carry's share."""
-    state = load_block(local, chunk * num_heads + head, start, WIDTH, STATE, P, N, 1)
+def load_state(local, carries, logs, row, carry_row, start, P: tl.constexpr, N: tl.constexpr, CARRIES: tl.constexpr):
+    """[P, .] state of one chunk and head: what its own segment gives and, where there is one, the carry's share."""
+    state = local.load([row * P, start])
     if CARRIES:
-        carry = load_block(carries, segment * num_heads + head, start, WIDTH, STATE, P, N, carried)
-        share = tl.exp2(tl.load(logs + chunk * num_heads + head))
-        state = (state.to(tl.float32) + share * carry.to(tl.float32)).to(local.dtype.element_ty)
+        carry = carries.load([carry_row * P, start]).to(tl.float32)
+        state = (state.to(tl.float32) + tl.exp2(tl.load(logs + row)) * carry).to(state.dtype)
     return state
 
 
 @triton.jit
 def states_kernel(
-    x, B, query, key, query_low, key_low, segments, start_states, local, logs, ends, end_logs,
-    num_heads, heads_per_group, x_stride, B_stride,
-    CHUNK: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    x, B, query, key, total, query_low, key_low, total_low, segments, start_states, local, logs, ends, end_logs,
+    num_heads, heads_per_group,
+    CHUNK: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
     BACKWARD: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, BY_DOCUMENT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One segment, one head, N of the state's columns: the states before each chunk from the segment's start on.
+    """One segment, one head, COLUMNS of the state's: the states before each chunk from the segment's start on.
 
     Forward: S <- decay S + (x to_end)^T B, `local` is S before each chunk. BACKWARD walks from the last chunk to the
     first: x is the gradient of y and B is C, S <- decay S + (x from_start)^T B is the gradient of the state before the
     chunk, `local` that after it. start_states [documents, h, p, n] begins a document (STARTS). Written with ENDS: the
     segment's last state, [segments, h, p, n], or [documents, h, p, n] where each document is one segment.
     """
-    head, start, segment = tl.program_id(0), tl.program_id(1) * N, tl.program_id(2)
+    head, start, segment = tl.program_id(0), tl.program_id(1) * COLUMNS, tl.program_id(2)
     entry = segments + segment * SEGMENT_COLUMNS
     first_chunk, num_chunks = tl.load(entry), tl.load(entry + 1)
-    first_token, end_token, document = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
-    state = tl.zeros((P, N), tl.float32)
+    first_token, document = tl.load(entry + 2), tl.load(entry + 4)
+    state = tl.zeros((P, COLUMNS), tl.float32)
     if STARTS:
         begins = tl.load(entry + 6) if BACKWARD else tl.load(entry + 5)
-        row = document * num_heads + head
-        state = load_block(start_states, row, start, WIDTH, STATE, P, N, begins).to(tl.float32)
+        places = state_places(document * num_heads + head, start, P, N, COLUMNS)
+        state = tl.load(start_states + places, mask=(places >= 0) & (begins != 0), other=0.0).to(tl.float32)
     log = 0.0
     rows = tl.arange(0, Q)
-    group = head // heads_per_group
+    column = head // heads_per_group * N + start
     for step in range(num_chunks):
         i = num_chunks - 1 - step if BACKWARD else step
-        chunk = (first_chunk + i) * num_heads + head
-        store_block(local, state, chunk, start, WIDTH, STATE, P, N)
-        tl.store(logs + chunk, log)
+        row = (first_chunk + i) * num_heads + head
+        at = row * Q
         first = first_token + i * CHUNK
-        length = tl.minimum(end_token - first, CHUNK)
-        values = load_rows(x, first, length, x_stride, head * WIDTH, WIDTH, Q, P)
-        inputs = load_rows(B, first, length, B_stride, group * STATE + start, STATE - start, Q, N)
-        at = chunk.to(tl.int64) * Q
-        total = tl.load(query + at + Q - 1)
+        local.store([row * P, start], state.to(local.dtype))
+        tl.store(logs + row, log)
+        values = x.load([first, head * P])
+        inputs = B.load([first, column])
         if BACKWARD:
-            gap = tl.load(query + at + rows)
+            weight = tl.exp2(tl.load(query + at + rows))
         else:
-            gap = total - tl.load(key + at + rows)
-            if EXACT:
-                gap += tl.load(query_low + at + Q - 1) - tl.load(key_low + at + rows)
-        weighted = (values.to(tl.float32) * tl.exp2(gap)[:, None]).to(values.dtype)
-        state = tl.dot(tl.trans(weighted), inputs, state * tl.exp2(total), input_precision="ieee")
-        log += total
+            weight = decays_to_end(key, total, key_low, total_low, row, at, 0, Q, EXACT)
+        decay = tl.load(total + row)
+        weighted = (values.to(tl.float32) * weight[:, None]).to(values.dtype)
+        state = tl.dot(tl.trans(weighted), inputs, state * tl.exp2(decay), input_precision="ieee")
+        log += decay
     tl.store(end_logs + segment * num_heads + head, log)
     if ENDS:
-        row = document if BY_DOCUMENT else segment
-        store_block(ends, state, row * num_heads + head, start, WIDTH, STATE, P, N)
+        end_row = document if BY_DOCUMENT else segment
+        tl.store(ends + state_places(end_row * num_heads + head, start, P, N, COLUMNS), state)
 
 
 @triton.jit
@@ -197,59 +186,58 @@ def carries_kernel(
     head, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     document = tl.load(documents + tl.program_id(2) * 3)
     first, end = tl.load(documents + tl.program_id(2) * 3 + 1), tl.load(documents + tl.program_id(2) * 3 + 2)
-    mask = columns < size
     state = tl.zeros((BLOCK,), tl.float32)
     for step in range(end - first):
         segment = end - 1 - step if BACKWARD else first + step
         row = segment * num_heads + head
         offsets = row.to(tl.int64) * size + columns
-        tl.store(carries + offsets, state.to(carries.dtype.element_ty), mask=mask)
-        state = state * tl.exp2(tl.load(end_logs + row)) + tl.load(ends + offsets, mask=mask, other=0.0)
+        tl.store(carries + offsets, state.to(carries.dtype.element_ty))
+        state = state * tl.exp2(tl.load(end_logs + row)) + tl.load(ends + offsets)
     if FINALS:
         offsets = (document * num_heads + head).to(tl.int64) * size + columns
-        tl.store(finals + offsets, state, mask=mask)
+        tl.store(finals + offsets, state)
 
 
 @triton.jit
 def outputs_kernel(
-    x, B, C, D, query, key, query_low, key_low, chunks, local, carries, logs, y,
-    num_heads, heads_per_group, x_stride, B_stride, C_stride,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    x, B, C, D, query, key, total, query_low, key_low, total_low, chunks, local, carries, logs, y,
+    num_heads, heads_per_group,
+    HEADS: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     SKIP: tl.constexpr, CARRIES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """y of one chunk and HEADS heads of one group, which share C_i . B_j, computed once and kept in registers."""
     first_head, chunk = tl.program_id(0) * HEADS, tl.program_id(1)
     entry = chunks + chunk * CHUNK_COLUMNS
-    first, length, segment, carried = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+    first, length, segment = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     rows = tl.arange(0, Q)
-    group = first_head // heads_per_group
-    queries = load_rows(C, first, length, C_stride, group * STATE, STATE, Q, N)
-    keys = load_rows(B, first, length, B_stride, group * STATE, STATE, Q, N)
-    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+    column = first_head // heads_per_group * N
+    queries = C.load([first, column])
+    scores = tl.dot(queries, tl.trans(B.load([first, column])), input_precision="ieee")
     scores = tl.where(rows[:, None] >= rows[None, :], scores, 0.0)
     for i in range(HEADS):
         head = first_head + i
-        at = (chunk * num_heads + head).to(tl.int64) * Q
-        state = load_state(
-            local, carries, logs, chunk, head, segment, carried, num_heads, 0, WIDTH, STATE, P, N, CARRIES
-        )
-        values = load_rows(x, first, length, x_stride, head * WIDTH, WIDTH, Q, P)
+        row = chunk * num_heads + head
+        at = row * Q
+        state = load_state(local, carries, logs, row, segment * num_heads + head, 0, P, N, CARRIES)
+        values = x.load([first, head * P])
         from_start = tl.exp2(tl.load(query + at + rows))
         out = tl.dot(queries, tl.trans(state), input_precision="ieee") * from_start[:, None]
         mixing = scores * pair_decays(query, key, query_low, key_low, at, 0, Q, Q, EXACT)
         out = tl.dot(mixing.to(values.dtype), values, out, input_precision="ieee")
         if SKIP:
             out += tl.load(D + head).to(tl.float32) * values.to(tl.float32)
-        store_rows(y, out, first, length, num_heads * WIDTH, head * WIDTH, WIDTH, Q, P)
+        store_rows(y, out, first, length, num_heads * P, head * P, Q, P)
 
 
 class Decays(NamedTuple):
-    """Cumulated log2 decays on the chunk grid, each [C, h, Q] fp32; the low ones what fp32 rounds off (fp32 x only)."""
+    """Cumulated log2 decays on the chunk grid, fp32; the low ones are what fp32 rounds off them (fp32 x only)."""
 
-    query: Tensor
-    key: Tensor
+    query: Tensor  # [C, h, Q]
+    key: Tensor  # [C, h, Q]
+    total: Tensor  # [C, h] over the chunk
     query_low: Tensor
     key_low: Tensor
+    total_low: Tensor
 
 
 class States(NamedTuple):
@@ -259,29 +247,49 @@ class States(NamedTuple):
     carries: Tensor  # [segments, h, p, n] in x.dtype; `local` where no document has more than one segment
     logs: Tensor  # [C, h] fp32, log2 of the carry's decay
 
+    def tiles(self, columns: int) -> tuple[TensorDescriptor, TensorDescriptor, Tensor]:
+        return state_tiles(self.local, columns), state_tiles(self.carries, columns), self.logs
+
 
 class Shape(NamedTuple):
-    """The sizes every kernel of one scan agrees on."""
+    """The sizes every kernel of one scan agrees on. p and n are powers of two, at least 16."""
 
     num_heads: int
     heads_per_group: int
     head_dim: int
     state: int
     chunk_len: int
-    Q: int  # power of two >= chunk_len; likewise P and N
-    P: int
-    N: int
+    Q: int  # power of two >= chunk_len, at least 16
     dtype: torch.dtype
 
     @staticmethod
     def of(x: Tensor, B: Tensor, chunk_len: int) -> "Shape":
-        heads, width, state = x.shape[1], x.shape[2], B.shape[2]
-        q, p, n = (max(16, triton.next_power_of_2(size)) for size in (chunk_len, width, state))
-        return Shape(heads, heads // B.shape[1], width, state, chunk_len, q, p, n, x.dtype)
+        heads, q = x.shape[1], max(16, triton.next_power_of_2(chunk_len))
+        return Shape(heads, heads // B.shape[1], x.shape[2], B.shape[2], chunk_len, q, x.dtype)
 
     @property
     def exact(self) -> bool:
         return self.dtype == torch.float32
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"Q": self.Q, "P": self.head_dim, "N": self.state}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Warps and stages of kernels that work on one chunk."""
+        return {"num_warps": 8 if self.Q == 128 else 4, "num_stages": 1 if self.exact else 2}
+
+
+def tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """x [t, k, l], each token's k * l values together, to be copied [rows, columns] at a time by the tensor engine."""
+    return TensorDescriptor(x, [x.shape[0], x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, columns])
+
+
+def state_tiles(states: Tensor, columns: int) -> TensorDescriptor:
+    """states [., h, p, n], contiguous, to be copied [p, columns] at a time."""
+    p, n = states.shape[2:]
+    return TensorDescriptor(states, [states.shape[0] * states.shape[1] * p, n], [n, 1], [p, columns])
 
 
 def heads_per_program(shape: Shape, num_chunks: int, programs: int) -> int:
@@ -293,16 +301,16 @@ def heads_per_program(shape: Shape, num_chunks: int, programs: int) -> int:
 def launch_decays(
     dt: Tensor, dt_bias: Tensor, A_log: Tensor, tables: ScanTables, limit: tuple[float, float], shape: Shape
 ) -> Decays:
-    arrays = torch.empty(
-        4 if shape.exact else 2, tables.num_chunks, shape.num_heads, shape.Q, dtype=torch.float32, device=dt.device
-    )
-    query, key, query_low, key_low = (*arrays, *arrays) if not shape.exact else arrays
+    copies, rows = 2 if shape.exact else 1, (tables.num_chunks, shape.num_heads)
+    arrays = torch.empty(2 * copies, *rows, shape.Q, dtype=torch.float32, device=dt.device)
+    totals = torch.empty(copies, *rows, dtype=torch.float32, device=dt.device)
+    decays = Decays(arrays[0], arrays[1], totals[0], arrays[-2], arrays[-1], totals[-1])
     block = min(16, triton.next_power_of_2(shape.num_heads))
     decays_kernel[tables.num_chunks, triton.cdiv(shape.num_heads, block)](
-        dt, dt_bias, A_log, tables.chunks, query, key, query_low, key_low, *limit, shape.num_heads, dt.stride(0),
+        dt, dt_bias, A_log, tables.chunks, *decays, *limit, shape.num_heads, dt.stride(0),
         Q=shape.Q, H=block, EXACT=shape.exact, num_warps=4,
     )  # fmt: skip
-    return Decays(query, key, query_low, key_low)
+    return decays
 
 
 def launch_states(
@@ -332,12 +340,11 @@ def launch_states(
     ends = finals
     if tables.carries:
         ends = torch.empty(tables.num_segments, *sizes, dtype=torch.float32, device=device)
-    block = min(shape.N, 64)
-    states_kernel[shape.num_heads, triton.cdiv(shape.state, block), tables.num_segments](
-        x, B, decays.query, decays.key, decays.query_low, decays.key_low, tables.segments,
-        x if start is None else start, local, logs, logs if ends is None else ends, end_logs,
-        shape.num_heads, shape.heads_per_group, x.stride(0), B.stride(0),
-        CHUNK=shape.chunk_len, WIDTH=shape.head_dim, STATE=shape.state, Q=shape.Q, P=shape.P, N=block,
+    columns = min(shape.state, 64)
+    states_kernel[shape.num_heads, shape.state // columns, tables.num_segments](
+        tiles(x, shape.Q, shape.head_dim), tiles(B, shape.Q, columns), *decays, tables.segments,
+        logs if start is None else start, state_tiles(local, columns), logs, logs if ends is None else ends, end_logs,
+        shape.num_heads, shape.heads_per_group, CHUNK=shape.chunk_len, **shape.blocks, COLUMNS=columns,
         BACKWARD=backward, STARTS=start is not None, ENDS=ends is not None, BY_DOCUMENT=not tables.carries,
         EXACT=shape.exact, num_warps=4, num_stages=1 if shape.exact else 3,
     )  # fmt: skip
@@ -346,8 +353,8 @@ def launch_states(
         assert ends is not None
         carries = torch.empty(tables.num_segments, *sizes, dtype=x.dtype, device=device)
         size = shape.head_dim * shape.state
-        block = min(2048, triton.next_power_of_2(size))
-        carries_kernel[shape.num_heads, triton.cdiv(size, block), len(tables.documents)](
+        block = min(2048, size)
+        carries_kernel[shape.num_heads, size // block, len(tables.documents)](
             tables.documents, ends, end_logs, carries, ends if finals is None else finals, shape.num_heads, size,
             BLOCK=block, BACKWARD=backward, FINALS=finals is not None, num_warps=4,
         )  # fmt: skip
@@ -360,10 +367,9 @@ def launch_outputs(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     heads = heads_per_program(shape, tables.num_chunks, 512)
     outputs_kernel[shape.num_heads // heads, tables.num_chunks](
-        x, B, C, x if D is None else D, *decays, tables.chunks, *states, y,
-        shape.num_heads, shape.heads_per_group, x.stride(0), B.stride(0), C.stride(0),
-        HEADS=heads, WIDTH=shape.head_dim, STATE=shape.state, Q=shape.Q, P=shape.P, N=shape.N,
-        SKIP=D is not None, CARRIES=tables.carries, EXACT=shape.exact,
-        num_warps=8 if shape.Q == 128 else 4, num_stages=1 if shape.exact else 2,
+        tiles(x, shape.Q, shape.head_dim), *(tiles(z, shape.Q, shape.state) for z in (B, C)),
+        decays.total if D is None else D, *decays, tables.chunks, *states.tiles(shape.state), y,
+        shape.num_heads, shape.heads_per_group, HEADS=heads, **shape.blocks,
+        SKIP=D is not None, CARRIES=tables.carries, EXACT=shape.exact, **shape.options,
     )  # fmt: skip
     return y
