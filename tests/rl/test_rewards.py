@@ -73,7 +73,8 @@ def test_a_choice_is_the_letter_settled_on(answer, letter):
 def test_reasoning_gym_scores_with_its_own_scorers():
     record = {"question": "4 + 3 = ?", "answer": "7", "metadata": {"source_dataset": "chain_sum"}}
     assert REWARDS["gym"].function(record, "<think>4 + 3 = 7</think> 7") == {"correct": 1.0}
-    assert REWARDS["gym"].function(record, "<think>4 + 3 = 7</think> 8")["correct"] < 0.1
+    for wrong in ("<think>4 + 3 = 7</think> 8", "17", "7 and a half"):
+        assert REWARDS["gym"].function(record, wrong) == {"correct": 0.0}
 
 
 def test_repetition_is_the_share_of_ngrams_seen_before():

@@ -8,12 +8,15 @@ from prism_mcore.rl.rewards.format import boxed, final_answer
 
 
 def gym(record: Mapping[str, Any], response: str) -> dict[str, float]:
-    """correct = the score, in [0, 1], that record["metadata"]["source_dataset"]'s scorer gives the final answer."""
+    """correct = 1 where record["metadata"]["source_dataset"]'s scorer gives the final answer full marks, else 0.
+
+    Its partial marks do not count: "17" gets half of them where the answer is 7.
+    """
     answer = final_answer(response)
     inside = boxed(answer)
     entry = {"question": "", **record}
     score = _scorer(str(record["metadata"]["source_dataset"]))(answer if inside is None else inside.strip(), entry)
-    return {"correct": float(score)}
+    return {"correct": float(score >= 1.0)}
 
 
 @functools.cache
