@@ -11,7 +11,7 @@ from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
 from prism_mcore.launching import complain, planned_ranks, rank, recipe_parser, record_exit_code
 
 if TYPE_CHECKING:
-    from prism_mcore.rl.loop import Prompts
+    from prism_mcore.rl.prompts import Prompts
 
 
 def main() -> int:
@@ -38,8 +38,7 @@ def main() -> int:
     if rank() == 0:
         for note in notes:
             print(f"note: {note}")
-    from prism_mcore.rl.loop import open_prompts
-    from prism_mcore.rl.prompts import PromptError
+    from prism_mcore.rl.prompts import PromptError, open_prompts
 
     try:
         prompts = open_prompts(settings, spec)  # before any process group, and before any GPU is touched

@@ -12,7 +12,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from prism_kernels.backends import IMPLEMENTATIONS
 from prism_mcore import platform
 from prism_mcore.batch import PackedBatch, PolicyBatch, RolloutGroup
 from prism_mcore.config import Settings, SettingsError, dump, resolve_spec
@@ -21,13 +20,13 @@ from prism_mcore.generate.engine import Engine
 from prism_mcore.model.build import chunks_of
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups, destroy_groups, init_groups
+from prism_mcore.rl import parity
 from prism_mcore.rl.metrics import RLMetrics
 from prism_mcore.rl.packing import Sample, micro_batches, pack, samples_of
-from prism_mcore.rl.prompts import PromptError, PromptSet, load_prompts
+from prism_mcore.rl.prompts import Prompts
 from prism_mcore.rl.reference import Reference
 from prism_mcore.rl.rewards.verifier import Verifier
 from prism_mcore.rl.rollout import Roller
-from prism_mcore.rl.settings import RLSettings
 from prism_mcore.rl.step import PolicyStats, policy_step, score
 from prism_mcore.train.checkpoint import Checkpoints, load, newest_undamaged, read_state
 from prism_mcore.train.guards import Guard, GuardStop, Stats
@@ -39,39 +38,9 @@ from prism_mcore.train.signals import Signals
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """What is asked, and the tokenizer that asks it."""
-
-    training: PromptSet
-    held_out: PromptSet | None
-    tokenizer: Any
-
-
-def open_prompts(settings: Settings, spec: ModelSpec) -> Prompts:
-    """Read and check every prompt, before any process group; PromptError says which line of which file is wrong."""
-    from transformers import AutoTokenizer
-
-    rl, folder = settings.rl, settings.rl.tokenizer or settings.model.init
-    if not (Path(folder) / "tokenizer.json").is_file():
-        raise PromptError(
-            f"{folder} has no tokenizer.json; give rl.tokenizer the folder of the model's tokenizer, or model.init a"
-            " Hugging Face directory that has one"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    longest = rl.context - settings.sampling.max_tokens
-    training, held_out = (
-        load_prompts(sources, tokenizer, vocab_size=spec.vocab_size, longest=longest, seed=settings.run.seed)
-        if sources
-        else None
-        for sources in (rl.prompts, rl.held_out)
-    )
-    assert training is not None, "validate_rl refuses a run without prompts"
-    return Prompts(training, held_out, tokenizer)
-
-
 def run(settings: Settings, prompts: Prompts) -> int:
     """Improve a policy for `train.steps`, going on from the newest checkpoint; returns one of exit_codes.py."""
+    with_parity(settings)  # refuses what cannot be exact, before anything starts
     device = platform.start(deterministic=settings.run.deterministic)
     groups = init_groups(settings.parallel, settings.run.seed)
     logging.basicConfig(level=logging.INFO if groups.rank == 0 else logging.ERROR, format="%(message)s")
@@ -113,7 +82,7 @@ def train(run: Run) -> int:
             metrics.log_validation(0, held_out(run, 0))
         for step in range(start + 1, steps + 1):
             metrics.clock.start()
-            groups = rollouts(run, step)
+            groups = rolled(run, step)
             lr = learning_rate(step, settings.optimizer, steps)
             updates = learn(run, step, groups, lr)
             metrics.log(step, groups, updates, lr, run.tokens)
@@ -131,7 +100,7 @@ def train(run: Run) -> int:
     return STOPPED_BY_SIGNAL if start < steps and step < steps else DONE
 
 
-def rollouts(run: Run, step: int) -> list[RolloutGroup]:
+def rolled(run: Run, step: int) -> list[RolloutGroup]:
     """The step's groups, on every rank: a pure function of (seed, step, weights)."""
     prompts = run.prompts.training.batch(step, run.settings.rl.prompts_per_step)
     with gathered_parameters(run.chunks):
@@ -164,12 +133,13 @@ class Update:
 def learn(run: Run, step: int, groups: Sequence[RolloutGroup], lr: float) -> list[PolicyStats]:
     """The step's updates; the stats of each that had anything to learn from."""
     clock, seen = run.roller.clock, []
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
     updates = with_reference(run, updates_of(run, step, groups))
     clock.mark("reference")
     for part in updates:
         stats = policy_step(run.chunks, run.optimizer, part.batches, run.settings.rl, run.groups)
         clock.mark("policy")
-        check_parity(run.settings.rl, step, stats, groups)
+        parity.check(stats, rollouts, models(run.chunks)[0], run.settings.rl, step)
         if run.guard.admits(step, stats, part.batches):
             update(run.optimizer, stats.grad_norm, lr)
         clock.mark("update")
@@ -220,29 +190,14 @@ def with_reference(run: Run, updates: list[Update]) -> list[Update]:
     ]
 
 
-def check_parity(settings: RLSettings, step: int, stats: PolicyStats, groups: Sequence[RolloutGroup]) -> None:
-    """Stop where sampler and training disagree by more than `rl.parity` allows; the same on every rank."""
-    gap = stats.gap
-    if settings.parity == "exact" and gap.size > 0:
-        rollout = [rollout for group in groups for rollout in group.rollouts][gap.rollout]
-        raise GuardStop(
-            f"step {step}: the log-prob of token {gap.position} of rollout {gap.rollout} (group {rollout.group}, sample"
-            f" {rollout.sample}) differs by {gap.size:.3g} between sampling and training, under rl.parity=exact"
-        )
-    if settings.parity == "tolerance" and not stats.gap_mean <= settings.parity_tolerance:
-        raise GuardStop(
-            f"step {step}: log-probs of sampling and training differ by {stats.gap_mean:.3g} nats on average, above"
-            f" rl.parity_tolerance={settings.parity_tolerance}; the largest, {gap.size:.3g}, is that of token"
-            f" {gap.position} of rollout {gap.rollout}"
-        )
-
-
 def with_parity(settings: Settings) -> Settings:
-    """The settings with the op set that `rl.parity` asks for; a backend that was asked for by name stays."""
-    if settings.rl.parity != "exact":
-        return settings
-    exact = {op: "exact" for op, backends in IMPLEMENTATIONS.items() if "exact" in backends}
-    return settings.model_copy(update={"kernels": exact | settings.kernels})
+    """The settings with the op set that `rl.parity` needs; a SettingsError where it cannot be had."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kernels = parity.op_set(settings.rl.parity, settings.kernels, device)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    return settings.model_copy(update={"kernels": kernels})
 
 
 def version(settings: Settings, step: int) -> int:

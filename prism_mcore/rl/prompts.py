@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -14,6 +14,10 @@ from prism_mcore.data.corpus import render_chat
 from prism_mcore.data.mixture import Mixture
 from prism_mcore.data.order import key_of, permute
 from prism_mcore.rl.rewards import REWARDS
+
+if TYPE_CHECKING:
+    from prism_mcore.config import Settings
+    from prism_mcore.model.spec import ModelSpec
 
 _ENCODE_AT_ONCE = 1 << 12  # texts
 
@@ -93,6 +97,34 @@ class PromptSet:
 
     def _prompt(self, source: int, number: int) -> Prompt:
         return self.files[source].prompt(number, int(self._starts[source]) + number)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a run asks, and the tokenizer that asks it."""
+
+    training: PromptSet
+    held_out: PromptSet | None
+    tokenizer: Any
+
+
+def open_prompts(settings: "Settings", spec: "ModelSpec") -> Prompts:
+    """Every prompt of validated settings, read and checked; PromptError names the line of the file that is wrong."""
+    rl, folder = settings.rl, settings.rl.tokenizer or settings.model.init
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise PromptError(
+            f"{folder} has no tokenizer.json; give rl.tokenizer the folder of the model's tokenizer, or model.init a"
+            " Hugging Face directory that has one"
+        )
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    def load(sources: Sequence[PromptSource]) -> PromptSet:
+        longest = rl.context - settings.sampling.max_tokens
+        return load_prompts(sources, tokenizer, vocab_size=spec.vocab_size, longest=longest, seed=settings.run.seed)
+
+    return Prompts(load(rl.prompts), load(rl.held_out) if rl.held_out else None, tokenizer)
 
 
 def load_prompts(

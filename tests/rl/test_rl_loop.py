@@ -9,32 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from models import CONFIGS
+from prompt_files import write_prompts
 from ranks import RankError, run_ranks
 
 from prism_mcore.config import Settings, SettingsError, resolve_spec, validate_rl
 from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
-
-VOCABULARY = ["<eos>", "<unk>", "User:", "Assistant:", *(f"({c})" for c in "ABCDEFGHIJ"), *(f"w{i}" for i in range(47))]
+from prism_mcore.rl.prompts import open_prompts
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A tokenizer of 61 words, some of them choices, and prompts about choices."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("prompts")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
-    for name, count in (("prompts", 7), ("held-out", 4)):
-        lines = [
-            {"prompt": f"w{i} w{i + 9} w{3 * i}", "answer": "ABCDEFGHIJ"[i % 2], "reward": "choice"}
-            for i in range(count)
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+    return write_prompts(tmp_path_factory.mktemp("prompts"))
 
 
 def settings(files, runs, spec="hybrid", **sections):
@@ -68,7 +53,7 @@ def train(groups, settings, until=None):
     """Run the loop, stopping by a signal after `until` steps; exit code, and weights and moments of this rank."""
     from prism_mcore.rl import loop
 
-    prompts = loop.open_prompts(settings, resolve_spec(settings))
+    prompts = open_prompts(settings, resolve_spec(settings))
     with ExitStack() as opened:
         run = loop.build(settings, prompts, groups, torch.device("cpu"), opened)
         if until is not None:
@@ -262,7 +247,7 @@ def test_a_step_without_anything_to_learn_changes_nothing(files, tmp_path):
 def untouched(groups, settings):
     from prism_mcore.rl import loop
 
-    prompts = loop.open_prompts(settings, resolve_spec(settings))
+    prompts = open_prompts(settings, resolve_spec(settings))
     with ExitStack() as opened:
         run = loop.build(settings, prompts, groups, torch.device("cpu"), opened)
     return 0, {name: t.detach().clone() for chunk in run.chunks for name, t, _ in chunk.module.table()}, None

@@ -1,0 +1,95 @@
+"""launch/rl.py as a user runs it: a plan, mistakes with one message each, and a run whose curves are drawn."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from models import HYBRID
+from prompt_files import write_prompts
+
+from prism_mcore.config import load
+from prism_mcore.exit_codes import BAD_SETTINGS, DONE
+from prism_mcore.model.spec import spec_from_config
+from prism_mcore.rl.prompts import PromptError, open_prompts
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = write_prompts(tmp_path_factory.mktemp("rl"))
+    (folder / "model.json").write_text(json.dumps(HYBRID))
+    settings = {
+        "run": {"name": "run", "dir": str(folder)},
+        "model": {"spec": str(folder / "model.json")},
+        "rl": {
+            "prompts": [{"path": str(folder / "prompts.jsonl")}],
+            "held_out": [{"path": str(folder / "held-out.jsonl")}],
+            "tokenizer": str(folder),
+            "context": 24,
+            "prompts_per_step": 2,
+        },
+        "rewards": {"require_think": False, "workers": 1},
+        "sampling": {"samples": 3, "max_tokens": 10},
+        "train": {"steps": 2},
+        "precision": {"dtype": "fp32"},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def run(*arguments):
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "140"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_dry_run_plans_without_reading_prompts():
+    done = run("launch/rl.py", "--recipe", "launch/recipes/rl-nemotron-h-8b.yaml", "--dry-run", "--gpus", 8)
+    assert done.returncode == DONE, done.stderr
+    for part in ("64 prompts x 16 = 1,024", "reference policy", "tp 2 x pp 1 x cp 1 x dp 4", "8,100,852,736"):
+        assert part in done.stdout
+
+
+def test_a_mistake_in_a_prompt_file_is_one_message_with_its_place(recipe):
+    broken = recipe.parent / "broken.jsonl"
+    broken.write_text((recipe.parent / "prompts.jsonl").read_text() + '{"prompt": "w1"\n')
+    done = run("launch/rl.py", "--recipe", recipe, f"rl.prompts=[{{path: {broken}}}]")
+    assert done.returncode == BAD_SETTINGS
+    assert "broken.jsonl, line 8: not JSON" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_mistake_in_the_settings_is_one_message(recipe):
+    done = run("launch/rl.py", "--recipe", recipe, "parallel.pp=2", "rl.updates=3")
+    assert done.returncode == BAD_SETTINGS
+    assert "parallel.pp=2" in done.stderr and "rl.updates=3" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rl": {"tokenizer": "/nowhere"}}, "/nowhere has no tokenizer.json"),
+        ({"sampling": {"max_tokens": 20}}, "prompts.jsonl, line 1: the prompt has 5 tokens; at most 4 fit"),
+    ],
+)
+def test_prompts_and_tokenizer_are_checked_against_the_settings(recipe, change, message):
+    settings = yaml.safe_load(recipe.read_text())
+    settings = load(None).model_validate({**settings, **{k: {**settings[k], **v} for k, v in change.items()}})
+    with pytest.raises(PromptError, match=message):
+        open_prompts(settings, spec_from_config(HYBRID))
+
+
+def test_a_run_shows_its_rollouts_and_its_curves(recipe):
+    done = run("launch/rl.py", "--recipe", recipe)
+    assert done.returncode == DONE, done.stderr
+    assert "held out: correct" in done.stderr and "Assistant:" in done.stderr and "step 2/2 | reward" in done.stderr
+    folder = recipe.parent / "run"
+    assert len((folder / "rollouts" / "step_00000002.jsonl").read_text().splitlines()) == 6
+    drawn = run("tools/plot_run.py", folder)
+    assert drawn.returncode == 0 and (folder / "curves.png").stat().st_size > 20_000
