@@ -42,7 +42,6 @@ class Launch:
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
     grid: tuple[int, ...] = ()
-    times: int = 1
 
     @property
     def name(self) -> str:

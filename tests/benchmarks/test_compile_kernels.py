@@ -21,7 +21,6 @@ OPS = [
     "add_rms_norm",
     "gated_rms_norm",
     "swiglu",
-    "rope",
     "causal_conv1d",
     "ssd_scan",
     "attention",
@@ -95,11 +94,12 @@ def test_spills_slow_products_and_narrow_accesses_are_seen(tmp_path: Path):
 
 
 def test_no_kernel_spills_misses_wgmma_or_moves_more_than_it_must(tmp_path: Path):
-    """One small layout of every op; `python benchmarks/compile_kernels.py` does all models and layouts."""
+    """One small layout; `python benchmarks/compile_kernels.py` does all models and layouts."""
     report = tmp_path / "report"
-    where = ["--models", "granite-4.0-h-micro", "granite-4.0-micro", "--tp", "8", "--phases", "train"]
+    where = ["--models", "granite-4.0-h-micro", "--tp", "8", "--phases", "train"]
     how = ["--traffic", "memory-bound", "--peers", "--out", str(report)]
     done = run(str(BENCHMARKS / "compile_kernels.py"), *where, "--ops", *OPS, *how)
+    assert report.with_suffix(".json").exists(), done.stderr
     result = json.loads(report.with_suffix(".json").read_text())
     assert result["faults"] == []
     assert done.returncode == 0, done.stderr
