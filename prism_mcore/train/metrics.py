@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -67,26 +67,27 @@ class Records:
 
 
 class StepClock:
-    """Times a step and its parts; the same part may come several times."""
+    """Times a step and its parts, in seconds of `timer`; the same part may come several times."""
 
-    def __init__(self) -> None:
+    def __init__(self, timer: Callable[[], float] = perf_counter) -> None:
+        self.timer = timer
         self.start()
 
     def start(self) -> None:
         """A step begins."""
-        self._begun = self._last = perf_counter()
+        self._begun = self._last = self.timer()
         self.parts: dict[str, float] = {}  # time/<part>_s
 
     def mark(self, part: str) -> None:
         """The named part of the step ends here."""
-        now = perf_counter()
+        now = self.timer()
         name = f"time/{part}_s"
         self.parts[name] = self.parts.get(name, 0.0) + now - self._last
         self._last = now
 
     @property
     def step_s(self) -> float:
-        return perf_counter() - self._begun
+        return self.timer() - self._begun
 
 
 class Metrics:
