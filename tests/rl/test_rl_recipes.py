@@ -1,0 +1,39 @@
+"""Every RL recipe that is shipped loads, fits its model and an H100, and is the paper's run."""
+
+from pathlib import Path
+
+import pytest
+
+from prism_mcore.config import load, resolve_spec, validate_rl
+from prism_mcore.plan.memory import cache_bytes, num_parameters, plan_memory
+from prism_mcore.plan.report import as_training
+
+RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("rl-*.yaml"))
+
+
+def test_the_seven_models_have_one_each():
+    assert len({load(recipe).model.spec for recipe in RECIPES}) == 7
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_fits_eight_gpus_with_room_for_caches(recipe):
+    settings, gpus = load(recipe), 8
+    spec = resolve_spec(settings)
+    validate_rl(settings, spec, gpus)
+    (stage,) = plan_memory(as_training(settings, gpus), spec, gpus)
+    tp = settings.parallel.tp
+    reference = 4 * num_parameters(spec) / gpus  # an fp32 shard on each
+    fixed, per_token = cache_bytes(spec, tp, 2)
+    sequences = 8 * (fixed + settings.rl.context * per_token)  # of the longest, at once
+    assert stage.total + reference + sequences < 80e9 - 8e9  # 8 GB for what is not planned
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_the_papers(recipe):
+    settings = load(recipe)
+    rl, optimizer = settings.rl, settings.optimizer
+    assert (rl.prompts_per_step, settings.sampling.samples, settings.train.steps) == (64, 16, 1000)
+    assert (rl.context, settings.sampling.temperature, settings.sampling.top_p) == (16384, 1.0, 1.0)
+    assert (optimizer.lr, optimizer.schedule, optimizer.min_lr_ratio) == (5e-7, "linear", 0.0)
+    assert (rl.kl_coefficient, rl.tis_cap, rl.advantage, rl.aggregation) == (0.05, 2.0, "grpo", "group_total")
+    assert (rl.updates, rl.reference_every > 0, settings.rewards.require_think) == (1, True, True)
