@@ -61,7 +61,7 @@ def replay(engine: Engine, prompt: Sequence[int], response: Sequence[int], tempe
     model, device = engine.model, engine.device
     schedule, caches = _alone(engine, prompt, len(response))
     sampler = engine.sampler(Sampling(temperature=temperature))
-    logprobs = []
+    logprobs: list[Tensor] = []
 
     def advance(tokens: Sequence[int], positions: Tensor, boundaries: Boundaries, step: Prefill | Decode) -> None:
         seq = Tokens(boundaries, len(tokens), model.rope(positions))
