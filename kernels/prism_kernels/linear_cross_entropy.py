@@ -35,8 +35,8 @@ TILE_TOKENS = 128  # chunks are multiples of it: the height of cuBLAS's tiles
 MOST_ROUNDED_SUMS = 8
 
 # A compile-time choice, not yet a measurement. 16 warps with eight 16-byte loads a thread: 64 KB in flight (Hopper
-# needs some 20 of an SM for 3.35 TB/s) and 90 to 112 registers, so that one row per SM is at work and the rows at work
-# (132 x 256 KB) stay in the L2 cache between their two readings. fp32 logits: four loads take 88 registers, eight 127.
+# needs some 20 of an SM for 3.35 TB/s) and 88 to 106 registers, so that one row per SM is at work and the rows at work
+# (132 x 256 KB) stay in the L2 cache between their two readings. fp32 logits: four loads take 99 registers, eight 127.
 NUM_WARPS = 16
 ROW_LOADS = {2: 8, 4: 4}  # by bytes of a logit
 
