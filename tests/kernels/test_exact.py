@@ -75,7 +75,7 @@ def rope(x):
 
 
 def log_softmax(x):
-    logits = exact.logits(x, torch.eye(x.shape[-1], dtype=x.dtype)[:-3], 1.7)
+    logits = exact.logits(x, torch.eye(x.shape[-1], dtype=x.dtype)[: min(61, x.shape[-1] - 3)], 1.7)
     return token_logprobs(logits, torch.full((len(x),), 2))
 
 
@@ -178,8 +178,9 @@ def scan_inputs(t, heads, head_dim, groups, state, dtype):
     return *(y.to(dtype) for y in (x, dt)), A_log.float(), *(y.to(dtype) for y in (B, C)), D.float(), dt_bias.float()
 
 
+# With steps of at most 0.01 a state outlives its chunk.
 @pytest.mark.parametrize(
-    "heads, head_dim, groups, state, limit", [(4, 16, 2, 16, (0.0, math.inf)), (6, 24, 1, 32, (0.01, 0.5))]
+    "heads, head_dim, groups, state, limit", [(4, 16, 2, 16, (0.0, math.inf)), (6, 24, 1, 32, (0.001, 0.01))]
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scan_step_by_step(dtype, heads, head_dim, groups, state, limit):
