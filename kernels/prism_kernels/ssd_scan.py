@@ -107,9 +107,11 @@ class _Scan(torch.autograd.Function):
         grad_x, grad_scores, own_scores, falling = launch_inner_grads(
             x, grad, B, C, D, decays, after, tables, shape, slots
         )
-        grad_B, grad_C = launch_group_grads(x, grad, B, C, decays, before, after, grad_scores, tables, shape, slots)
+        grad_B, grad_C, products = launch_group_grads(
+            x, grad, B, C, decays, before, after, grad_scores, tables, shape, slots
+        )
         grad_dt, shares = launch_step_grads(
-            dt, dt_bias, A_log, decays, own_scores, falling, slots, tables, ctx.limit, shape
+            dt, dt_bias, A_log, decays, own_scores, falling, products, slots, tables, ctx.limit, shape
         )
         grad_bias, grad_A_log, grad_D = shares.sum(1)
         return (

@@ -26,6 +26,7 @@ from prism_kernels.ssd_scan_forward import (
     heads_per_program,
     load_state,
     pair_decays,
+    state_product,
     step_and_log_decay,
     store_rows,
     tiles,
@@ -41,9 +42,9 @@ def inner_grads_kernel(
 ):  # fmt: skip
     """Of R keys of one chunk and HEADS heads of one group: the gradients of x, and of C_i . B_j summed over the heads.
 
-    local, carries, logs: gradients of the state after each chunk. falling [3, C, h, Q]: what pairs make of it, what
-    states make of it, and x . grad. rising [slots, C, h, Q]: what pairs make of it, a slot for each R keys of a chunk.
-    own_scores [C, g, Q]: C_j . B_j.
+    local, carries, logs: gradients of the state after each chunk. falling [2, C, h, Q]: what pairs and what states make
+    of it. rising [slots, C, h, Q]: what pairs make of it, a slot for each R keys of a chunk. own_scores [C, g, Q]:
+    C_j . B_j.
     """
     slot, first_head, chunk = tl.program_id(0), tl.program_id(1) * HEADS, tl.program_id(2)
     start = slot * R
@@ -72,13 +73,11 @@ def inner_grads_kernel(
         wide = values.to(tl.float32)
         out = tl.dot(tl.trans(mixing), grads, input_precision="ieee")
         tl.store(falling + at + keys_at, tl.sum(out * wide, 1))
-        state = load_state(local, carries, logs, row, segment * num_heads + head, 0, P, N, CARRIES)
         to_end = decays_to_end(key, total, key_low, total_low, row, at, start, R, EXACT)
-        from_state = tl.dot(keys, tl.trans(state), input_precision="ieee") * to_end[:, None]
+        carry_row = segment * num_heads + head
+        from_state = state_product(keys, local, carries, logs, row, carry_row, P, N, CARRIES) * to_end[:, None]
         tl.store(falling + array + at + keys_at, tl.sum(from_state * wide, 1))
         own = own_grad.load([first + start, head * P]).to(tl.float32)
-        products = tl.sum(wide * own, 1)
-        tl.store(falling + 2 * array + at + keys_at, products)
         log_step = tl.load(query + at + keys_at) - tl.load(key + at + keys_at)
         if EXACT:
             log_step += tl.load(query_low + at + keys_at) - tl.load(key_low + at + keys_at)
@@ -100,14 +99,14 @@ def inner_grads_kernel(
 def group_grads_kernel(
     x, grad, B, C, query, key, total, query_low, key_low, total_low, chunks,
     before, before_carries, before_logs, after, after_carries, after_logs, grad_scores,
-    grad_B, grad_C, rising, overlap, num_heads, heads_per_group, num_chunks,
+    grad_B, grad_C, rising, overlap, products, num_heads, heads_per_group, num_chunks,
     SPLITS: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
     CARRIES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk, one group and COLUMNS of its state's: the gradients of B and C.
 
     rising [slots, C, h, Q]: what states before the chunk make of rising; overlap [slots, C, h]: state before times
-    gradient after; a slot for each COLUMNS.
+    gradient after; a slot for each COLUMNS. products [C, h, Q]: x . grad, the same from every slot.
     """
     slot, group, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = slot * COLUMNS
@@ -133,12 +132,15 @@ def group_grads_kernel(
         state = load_state(before, before_carries, before_logs, row, carry_row, start, P, N, CARRIES)
         grad_state = load_state(after, after_carries, after_logs, row, carry_row, start, P, N, CARRIES)
         tl.store(overlap + out, tl.sum(state.to(tl.float32) * grad_state.to(tl.float32)))
-        wide = grad.load([first, head * P]).to(tl.float32) * tl.exp2(tl.load(query + at + rows))[:, None]
+        wide = grad.load([first, head * P]).to(tl.float32)
+        values = x.load([first, head * P]).to(tl.float32)
+        tl.store(products + at + rows, tl.sum(values * wide, 1))
+        wide *= tl.exp2(tl.load(query + at + rows))[:, None]
         from_state = tl.dot(queries, tl.trans(state), input_precision="ieee")
         tl.store(rising + out * Q + rows, tl.sum(from_state * wide, 1))
         sum_C = tl.dot(wide.to(state.dtype), state, sum_C, input_precision="ieee")
         to_end = decays_to_end(key, total, key_low, total_low, row, at, 0, Q, EXACT)
-        weighted = x.load([first, head * P]).to(tl.float32) * to_end[:, None]
+        weighted = values * to_end[:, None]
         sum_B = tl.dot(weighted.to(state.dtype), grad_state, sum_B, input_precision="ieee")
     store_rows(grad_B, sum_B, first, length, num_groups * N, group * N + start, Q, COLUMNS)
     store_rows(grad_C, sum_C, first, length, num_groups * N, group * N + start, Q, COLUMNS)
@@ -146,7 +148,7 @@ def group_grads_kernel(
 
 @triton.jit
 def step_grads_kernel(
-    dt, dt_bias, A_log, total, chunks, own_scores, rising, falling, overlap,
+    dt, dt_bias, A_log, total, chunks, own_scores, rising, falling, overlap, products,
     grad_dt, grad_bias, grad_A_log, grad_D, low, high, num_heads, heads_per_group, num_chunks, dt_stride,
     PAIRS: tl.constexpr, STATES: tl.constexpr, Q: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +170,7 @@ def step_grads_kernel(
     skip = num_chunks * num_heads
     pairs_down = tl.load(falling + at, mask=inside, other=0.0)
     states_down = tl.load(falling + skip.to(tl.int64) * Q + at, mask=inside, other=0.0)
-    own = tl.load(falling + skip.to(tl.int64) * (2 * Q) + at, mask=inside, other=0.0)
+    own = tl.load(products + at, mask=inside, other=0.0)
     tl.store(grad_D + row, tl.sum(own, 0), mask=present)
     group_row = chunk * (num_heads // heads_per_group) + heads // heads_per_group
     own *= tl.load(own_scores + group_row[None, :] * Q + rows[:, None], mask=inside, other=0.0)
@@ -235,7 +237,7 @@ def launch_inner_grads(
     shape: Shape,
     slots: Slots,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad_x, grad_scores [C, g, splits, Q, Q] in x.dtype, own_scores [C, g, Q], falling [3, C, h, Q]."""
+    """grad_x, grad_scores [C, g, splits, Q, Q] in x.dtype, own_scores [C, g, Q], falling [2, C, h, Q]."""
     keys = keys_per_program(shape)
     heads = heads_per_program(shape, tables.num_chunks, 256)
     splits = shape.heads_per_group // heads
@@ -243,7 +245,7 @@ def launch_inner_grads(
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_scores = torch.empty(tables.num_chunks, groups, splits, shape.Q, shape.Q, dtype=x.dtype, device=x.device)
     own_scores = torch.empty(tables.num_chunks, groups, shape.Q, dtype=torch.float32, device=x.device)
-    falling = torch.empty(3, *decays.query.shape, dtype=torch.float32, device=x.device)
+    falling = torch.empty(2, *decays.query.shape, dtype=torch.float32, device=x.device)
     inner_grads_kernel[shape.Q // keys, shape.num_heads // heads, tables.num_chunks](
         tiles(x, keys, shape.head_dim), tiles(grad, shape.Q, shape.head_dim), tiles(grad, keys, shape.head_dim),
         tiles(B, keys, shape.state), tiles(C, shape.Q, shape.state), tiles(C, keys, shape.state),
@@ -267,19 +269,20 @@ def launch_group_grads(
     tables: ScanTables,
     shape: Shape,
     slots: Slots,
-) -> tuple[Tensor, Tensor]:
-    """grad_B, grad_C."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_B, grad_C, products [C, h, Q]: x . grad of each token."""
     count, columns = len(slots.overlap), columns_per_program(shape)
     grad_B, grad_C = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (B, C))
+    products = torch.empty_like(decays.query)
     group_grads_kernel[count, shape.num_heads // shape.heads_per_group, tables.num_chunks](
         *(tiles(y, shape.Q, shape.head_dim) for y in (x, grad)), *(tiles(y, shape.Q, columns) for y in (B, C)),
         *decays, tables.chunks, *before.tiles(columns), *after.tiles(columns),
-        grad_scores, grad_B, grad_C, slots.rising[-count:], slots.overlap,
+        grad_scores, grad_B, grad_C, slots.rising[-count:], slots.overlap, products,
         shape.num_heads, shape.heads_per_group, tables.num_chunks,
         SPLITS=grad_scores.shape[2], **shape.blocks, COLUMNS=columns,
         CARRIES=tables.carries, EXACT=shape.exact, **shape.options,
     )  # fmt: skip
-    return grad_B, grad_C
+    return grad_B, grad_C, products
 
 
 def launch_step_grads(
@@ -289,6 +292,7 @@ def launch_step_grads(
     decays: Decays,
     own_scores: Tensor,
     falling: Tensor,
+    products: Tensor,
     slots: Slots,
     tables: ScanTables,
     limit: tuple[float, float],
@@ -299,7 +303,7 @@ def launch_step_grads(
     shares = torch.empty(3, tables.num_chunks, shape.num_heads, dtype=torch.float32, device=dt.device)
     block = min(8, triton.next_power_of_2(shape.num_heads))
     step_grads_kernel[tables.num_chunks, triton.cdiv(shape.num_heads, block)](
-        dt, dt_bias, A_log, decays.total, tables.chunks, own_scores, slots.rising, falling, slots.overlap,
+        dt, dt_bias, A_log, decays.total, tables.chunks, own_scores, slots.rising, falling, slots.overlap, products,
         grad_dt, *shares, *limit, shape.num_heads, shape.heads_per_group, tables.num_chunks, dt.stride(0),
         PAIRS=len(slots.rising) - len(slots.overlap), STATES=len(slots.overlap), Q=shape.Q, H=block, num_warps=4,
     )  # fmt: skip

@@ -126,6 +126,17 @@ def load_state(local, carries, logs, row, carry_row, start, P: tl.constexpr, N: 
 
 
 @triton.jit
+def state_product(rows, local, carries, logs, row, carry_row, P: tl.constexpr, N: tl.constexpr, CARRIES: tl.constexpr):
+    """rows [., N] @ `load_state`^T, without taking states through registers."""
+    if CARRIES:
+        share = tl.exp2(tl.load(logs + row))
+        product = tl.dot(rows, tl.trans(carries.load([carry_row * P, 0])), input_precision="ieee") * share
+        return tl.dot(rows, tl.trans(local.load([row * P, 0])), product, input_precision="ieee")
+    else:
+        return tl.dot(rows, tl.trans(local.load([row * P, 0])), input_precision="ieee")
+
+
+@triton.jit
 def states_kernel(
     x, B, query, key, total, query_low, key_low, total_low, segments, start_states, local, logs, ends, end_logs,
     num_heads, heads_per_group,
@@ -218,10 +229,10 @@ def outputs_kernel(
         head = first_head + i
         row = chunk * num_heads + head
         at = row * Q
-        state = load_state(local, carries, logs, row, segment * num_heads + head, 0, P, N, CARRIES)
         values = x.load([first, head * P])
         from_start = tl.exp2(tl.load(query + at + rows))
-        out = tl.dot(queries, tl.trans(state), input_precision="ieee") * from_start[:, None]
+        carry_row = segment * num_heads + head
+        out = state_product(queries, local, carries, logs, row, carry_row, P, N, CARRIES) * from_start[:, None]
         mixing = scores * pair_decays(query, key, query_low, key_low, at, 0, Q, Q, EXACT)
         out = tl.dot(mixing.to(values.dtype), values, out, input_precision="ieee")
         if SKIP:

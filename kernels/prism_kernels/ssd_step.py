@@ -13,7 +13,7 @@ from prism_kernels.backends import Uncovered
 from prism_kernels.caches import ScanCache
 
 # Elements of a state in one program: 16 KB in and out for 4 warps, 32 fp32 values per thread in 16-byte accesses.
-# Chosen by what compiles to at most 64 registers, so that eight programs fit a multiprocessor; to be measured.
+# Chosen by what it compiles to, 72 registers, so that seven programs fit a multiprocessor; not yet a measurement.
 STATE_ELEMENTS = 4096
 
 
