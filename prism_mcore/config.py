@@ -518,9 +518,11 @@ def _check_rollouts(settings: Settings, problems: list[str], notes: list[str]) -
         )
     if settings.guards.spike_threshold:
         problems.append(
-            f"guards.spike_threshold={settings.guards.spike_threshold}: a policy loss lies around 0, there is nothing to"
-            " measure spikes by; set it to 0"
+            f"guards.spike_threshold={settings.guards.spike_threshold}: a policy loss lies around 0, so that no"
+            " multiple of it is a spike; set it to 0"
         )
+    if sampling.seed:
+        notes.append(f"sampling.seed={sampling.seed} changes nothing: rollouts are drawn by run.seed")
     if sampling.top_k or sampling.top_p < 1:
         notes.append("sampling.top_k and top_p: log-probs are those before them, so the policy gradient is biased")
     if rl.reference_every and not rl.kl_coefficient:

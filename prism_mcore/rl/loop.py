@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,15 @@ from prism_mcore.train.signals import Signals
 
 log = logging.getLogger(__name__)
 
+# Replicas meet when all rollouts are done: the fastest waits for the one with the longest responses.
+LONGEST_WAIT = timedelta(hours=1)
+
 
 def run(settings: Settings, prompts: Prompts) -> int:
     """Improve a policy for `train.steps`, going on from the newest checkpoint; returns one of exit_codes.py."""
     with_parity(settings)  # refuses what cannot be exact, before anything starts
-    device = platform.start(deterministic=settings.run.deterministic)
-    groups = init_groups(settings.parallel, settings.run.seed)
+    device = platform.start(timeout=LONGEST_WAIT, deterministic=settings.run.deterministic)
+    groups = init_groups(settings.parallel, settings.run.seed, LONGEST_WAIT)
     logging.basicConfig(level=logging.INFO if groups.rank == 0 else logging.ERROR, format="%(message)s")
     logging.getLogger("megatron").setLevel(logging.WARNING)
     try:
@@ -83,6 +87,7 @@ def train(run: Run) -> int:
         for step in range(start + 1, steps + 1):
             metrics.clock.start()
             groups = rolled(run, step)
+            metrics.write_rollouts(step, groups)  # before anything can stop the step
             lr = learning_rate(step, settings.optimizer, steps)
             updates = learn(run, step, groups, lr)
             metrics.log(step, groups, updates, lr, run.tokens)
@@ -139,8 +144,8 @@ def learn(run: Run, step: int, groups: Sequence[RolloutGroup], lr: float) -> lis
     for part in updates:
         stats = policy_step(run.chunks, run.optimizer, part.batches, run.settings.rl, run.groups)
         clock.mark("policy")
-        parity.check(stats, rollouts, models(run.chunks)[0], run.settings.rl, step)
         if run.guard.admits(step, stats, part.batches):
+            parity.check(stats, rollouts, models(run.chunks)[0], run.settings.rl, step)
             update(run.optimizer, stats.grad_norm, lr)
         clock.mark("update")
         run.tokens += stats.tokens

@@ -86,7 +86,6 @@ class RLMetrics:
             "memory/peak_gb": peak_memory_gb(),
         }
         self.records.write(STEPS_FILE, record)
-        self._write_rollouts(step, groups)
         if step % self.every == 0 or step == self.steps:
             print(self._line(record), file=sys.stderr, flush=True)
             if self.show:
@@ -107,8 +106,10 @@ class RLMetrics:
             flush=True,
         )
 
-    def _write_rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
-        """runs/<name>/rollouts/step_00000012.jsonl, one readable line per rollout."""
+    def write_rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        """runs/<name>/rollouts/step_00000012.jsonl, one readable line per rollout; marks the clock: records."""
+        if not self.records:
+            return
         folder = self.run_dir / "rollouts"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step_{step:08d}.jsonl"
@@ -120,6 +121,7 @@ class RLMetrics:
                     record = readable(group, rollout, advantage, self.decode)
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
         part.replace(path)
+        self.clock.mark("records")
 
     def _line(self, record: dict[str, Any]) -> str:
         step = record["step"]

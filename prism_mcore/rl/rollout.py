@@ -48,18 +48,21 @@ class Roller:
         ]
         before = self.engine.statistics
         requests = [Request(prompt.tokens, of_prompt) for (_, prompt), of_prompt in zip(mine, keys, strict=True)]
-        finished: list[tuple[int, Completion]] = []
+        finished: list[tuple[int, str, Completion]] = []
         for completion in self.engine.stream(requests, sampling):
-            finished.append((self._verify(mine[completion.request][1], completion), completion))
+            if self.verifier is not None:
+                text = self.text(completion.tokens, completion.stop_token)
+                finished.append((self.tickets, text, completion))
+                self.verifier.submit(self.tickets, mine[completion.request][1].record, text)
+                self.tickets += 1
         after = self.engine.statistics
         slots, running = after.slot_steps - before.slot_steps, after.running_steps - before.running_steps
         self.idle_share = 1 - running / slots if slots else 0.0
         self.clock.mark("generation")
         verdicts = {verdict.ticket: verdict for verdict in self.verifier.results(block=True)} if self.verifier else {}
         rollouts = [
-            self._rollout(*mine[completion.request], completion, verdicts[ticket], sampling, step, version)
-            for ticket, completion in finished
-            if self.verifier is not None
+            self._rollout(*mine[completion.request], completion, verdicts[ticket], text, sampling, step, version)
+            for ticket, text, completion in finished
         ]
         self.clock.mark("rewards")
         everyone: list[list[Rollout]] = [[] for _ in range(self.groups.tp_dp_cp.size())]
@@ -75,19 +78,13 @@ class Roller:
         ends = [text.index(mark) for mark in self.stop if mark in text]
         return text[: min(ends)] if ends else text
 
-    def _verify(self, prompt: Prompt, completion: Completion) -> int:
-        ticket = self.tickets
-        if self.verifier is not None:
-            self.tickets += 1
-            self.verifier.submit(ticket, prompt.record, self.text(completion.tokens, completion.stop_token))
-        return ticket
-
     def _rollout(
         self,
         group: int,
         prompt: Prompt,
         completion: Completion,
         verdict: Verdict,
+        text: str,
         sampling: Sampling,
         step: int,
         version: int,
@@ -95,7 +92,7 @@ class Roller:
         tokens, stop_token = completion.tokens, completion.stop_token
         parts = {}
         if verdict.status == "ok":
-            parts = reward_parts(verdict, self.text(tokens, stop_token), tokens, stop_token, self.rewards)
+            parts = reward_parts(verdict, text, tokens, stop_token, self.rewards)
         return Rollout(
             prompt=prompt.index,
             group=group,
