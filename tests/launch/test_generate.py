@@ -1,0 +1,149 @@
+"""launch/generate.py with a real torchrun: transformers' greedy text, the same samples in any layout, one message for
+bad input."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engines import engine_on
+from hf_models import save_hf
+from ranks import run_ranks
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer
+
+ROOT = Path(__file__).parents[2]
+WORDS = [
+    "<eos>",
+    *"abcdefghijklmnopqrstuvwxyz",
+    *"ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+    *"01234567",
+]  # 61, the models' vocabulary
+
+
+def save_tokenizer(folder, words=WORDS):
+    """One character, one token; decoding puts a space between two."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def generate(ranks, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "launch/generate.py"]
+    return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
+    model = save_hf("granite-4.0-h-micro", folder / "hf")
+    save_tokenizer(folder / "hf")
+    prompts = [{"prompt": "abc", "answer": 5}, {"tokens": [9, 4, 7, 7]}, {"prompt": "HELLO"}]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)) + "\n\n")
+    return folder, model, prompts
+
+
+def their_greedy(model, tokens, count):
+    tokens = list(tokens)
+    for _ in range(count):
+        with torch.no_grad():
+            tokens.append(int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[-count:]
+
+
+def launched(ranks, folder, name, *more):
+    out, files = folder / name, ["--hf", folder / "hf", "--prompts", folder / "prompts.jsonl"]
+    how = ["precision.dtype=fp32", "sampling.max_tokens=9", "sampling.ignore_eos=true", "sampling.samples=2"]
+    done = generate(ranks, *files, "--out", out, *how, *more)
+    assert done.returncode == 0, done.stderr
+    assert not list(folder.glob("*.part"))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line.get("answer") for line in lines] == [5, 5, None, None, None, None]  # the prompts' own keys and order
+    assert all(len(line["logprobs"]) == 9 and line["finish_reason"] == "length" for line in lines)
+    return lines
+
+
+def test_two_replicas_answer_as_transformers_does(case):
+    folder, model, prompts = case
+    lines = launched(2, folder, "greedy.jsonl", "sampling.temperature=0", "generate.slots=1")
+    for number, line in enumerate(lines):
+        prompt = prompts[number // 2]
+        tokens = prompt.get("tokens") or [WORDS.index(c) for c in prompt["prompt"]]
+        assert line["response_tokens"] == their_greedy(model, tokens, 9)
+        assert line["response"] == " ".join(WORDS[token] for token in line["response_tokens"] if token)
+
+
+def test_tensor_parallel_ranks_draw_what_the_library_draws_on_one(case):
+    folder, _, prompts = case
+    lines = launched(2, folder, "drawn.jsonl", "parallel.tp=2", "sampling.seed=3")
+    sampling = {"seed": 3, "samples": 2, "max_tokens": 9, "ignore_eos": True}
+    answers = run_ranks(1, responses, folder, [p.get("prompt") or p["tokens"] for p in prompts], sampling)[0]
+    assert [line["response_tokens"] for line in lines] == [list(tokens) for _, tokens, _ in answers]
+    assert lines[0]["response_tokens"] != lines[1]["response_tokens"]
+
+
+def responses(groups, folder, prompts, sampling):
+    """(text, tokens, end) of every response, through the library's front door."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    answers = engine_on(groups, folder / "hf", tokenizer=tokenizer).generate(prompts, **sampling)
+    return [(r.text, r.completion.tokens, r.completion.finish) for group in answers for r in group]
+
+
+def test_a_stop_text_ends_a_response_and_is_not_part_of_it(case):
+    how = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    ((text, tokens, finish),) = run_ranks(1, responses, case[0], ["abc"], how)[0]
+    assert finish == "length" and len(tokens) == 12
+    mark = text[4:9]  # three tokens and the spaces between them
+    ((cut, fewer, finish),) = run_ranks(1, responses, case[0], ["abc"], how | {"stop": ["nowhere", mark]})[0]
+    assert cut == text[: text.index(mark)] and finish == "stop"
+    assert fewer == tokens[: len(fewer)] and len(fewer) < 12
+
+
+WRONG = {
+    "a broken line": ('{"prompt": "a"}\n{"prompt": ', [], "prompts.jsonl, line 2: not JSON"),
+    "no object": ("[1, 2]\n", [], "line 1: no object; needed: an object with either `prompt`"),
+    "neither": ('{"text": "a"}\n', [], "line 1: an object with text; needed"),
+    "empty": ('\n{"prompt": ""}\n', [], "line 2: the prompt is empty"),
+    "no tokens": ('{"tokens": []}\n', [], "line 1: the prompt is empty"),
+    "another vocabulary": ('{"tokens": [3, 61]}\n', [], "line 1: the prompt holds token 61; needed: ids from 0 to 60"),
+    "longer than the context": (json.dumps({"prompt": "a" * 64}), [], "64 tokens; needed: fewer than the model's 64"),
+    "nothing": ("\n", [], "prompts.jsonl has no prompts"),
+    "a pipeline": ('{"prompt": "a"}\n', ["parallel.vpp=2"], "generated on one stage; use pp=1"),
+    "a setting of another kind": ('{"prompt": "a"}\n', ["train.steps=3"], "train.steps=3 changes nothing here"),
+    "a misspelt setting": ('{"prompt": "a"}\n', ["sampling.temprature=1"], "nearest: sampling.temperature"),
+    "a stop token of another vocabulary": ('{"prompt": "a"}\n', ["sampling.stop_ids=[99]"], "stop_ids holds 99"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_gives_one_message_and_no_file(case, tmp_path, capsys, monkeypatch, name):
+    text, arguments, message = WRONG[name]
+    (tmp_path / "prompts.jsonl").write_text(text)
+    assert run_here(monkeypatch, case[0] / "hf", tmp_path, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, capsys, monkeypatch):
+    save_hf("llama-3.1", tmp_path / "hf")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    assert run_here(monkeypatch, tmp_path / "hf", tmp_path) == 2
+    assert "line 1: the prompt is text, and the model's directory has no tokenizer.json" in capsys.readouterr().err
+    save_tokenizer(tmp_path / "hf", [*WORDS, "8"])
+    assert run_here(monkeypatch, tmp_path / "hf", tmp_path) == 2
+    assert "the tokenizer has 62 tokens, the model's vocabulary 61" in capsys.readouterr().err
+
+
+def run_here(monkeypatch, hf, folder, *arguments):
+    files = ["--hf", hf, "--prompts", folder / "prompts.jsonl", "--out", folder / "out.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, files), *arguments])
+    spec = importlib.util.spec_from_file_location("generate_launcher", ROOT / "launch" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main()
