@@ -1,7 +1,7 @@
 """What generation remembers between tokens: pages of keys and values, convolution inputs, scan states.
 
-Shapes say what an index means, not what lies next to what: `allocate` puts a head's block, or a slot's input, in one
-piece of memory, so that a kernel reads it in order. Ops take the strides from the tensor.
+Shapes say what an index means, not what lies next to what. GPU kernels want contiguous tensors; on a CPU `allocate`
+puts a head's block, and a slot's input of all channels, in one piece of memory, which plain torch reads in order.
 """
 
 # b rows of a decode step, c channels, k taps, h heads, hk key heads, p head_dim, n state
@@ -39,7 +39,9 @@ class ConvCache(SlotCache):
 
     @staticmethod
     def allocate(slots: int, channels: int, taps: int, dtype: torch.dtype, device: torch.device) -> "ConvCache":
-        """Channels lie next to each other: [slots, k - 1, c] in memory."""
+        """On a CPU channels lie next to each other: [slots, k - 1, c] in memory."""
+        if torch.device(device).type != "cpu":
+            return ConvCache(torch.zeros(slots, channels, taps - 1, dtype=dtype, device=device))
         return ConvCache(torch.zeros(slots, taps - 1, channels, dtype=dtype, device=device).transpose(1, 2))
 
 
@@ -59,7 +61,10 @@ class PagedCache:
     def allocate(
         blocks: int, block_len: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> "PagedCache":
-        """A head's block lies in one piece: [blocks, hk, block_len, p] in memory."""
+        """On a CPU a head's block lies in one piece: [blocks, hk, block_len, p] in memory."""
+        if torch.device(device).type != "cpu":
+            both = torch.zeros(2, blocks, block_len, heads, head_dim, dtype=dtype, device=device)
+            return PagedCache(both[0], both[1])
         shape = (blocks, heads, block_len, head_dim)
         keys, values = (torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(2))
         return PagedCache(keys, values)

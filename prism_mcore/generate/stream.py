@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prism_kernels.boundaries import Boundaries
 from prism_mcore.generate.cache import cache_memory, capacity
+from prism_mcore.generate.graphs import DecodeGraphs, Forward, capturable
 from prism_mcore.generate.requests import Completion, Request
 from prism_mcore.generate.sampler import uniforms
 from prism_mcore.generate.schedule import Admission, Schedule, blocks_needed
@@ -44,6 +45,14 @@ class Stream:
         self.caches = engine.caches(room)
         self.schedule = Schedule(requests, self.limits, room, engine.settings.prefill_tokens)
         self.held_logits: Tensor | None = None
+        self.forward: Forward = self._forward
+        if capturable(self.model.build.ops, engine.device):
+            width, slot, block = (
+                self.schedule.block_table.shape[1],
+                self.schedule.scratch_slot,
+                self.schedule.scratch_block,
+            )
+            self.forward = DecodeGraphs(self._forward, width, slot, block, engine.device)
 
         self.keys = np.array([key for request in requests for key in request.keys], np.uint64)
         self.first_key = np.cumsum(samples) - samples
@@ -95,16 +104,18 @@ class Stream:
         step = self.schedule.decode()
         slots, b = step.slots, len(step.slots)
         newest = self.tokens[slots, self.count[slots] - 1]
-        tokens, places, positions, rows = self._tensor(np.stack([newest, slots, step.positions, step.rows]))
-        seq = Tokens(Boundaries(torch.arange(b + 1, dtype=torch.int32)), 1, self.model.rope(positions))
-        table = self._tensor(step.block_table)
-        lengths = (positions + 1).to(torch.int32)
+        rows = self._tensor(np.stack([newest, slots, step.positions, step.rows]))
         self.engine.count(steps=1, running_steps=b, slot_steps=len(self.schedule.active))
+        return self._sample(slots, self.forward(rows, self._tensor(step.block_table)))
+
+    def _forward(self, rows: Tensor, table: Tensor) -> Tensor:
+        """One more token for b samples: (token, slot, position, row of the cache) [4, b], blocks [b, L] -> [b, v]."""
+        tokens, slots, positions, places = rows
+        each = Boundaries(torch.arange(len(tokens) + 1, dtype=torch.int32))
+        step = Decode(slots, positions, places, table, (positions + 1).to(torch.int32))
         with self.model.whole_sequences():
-            decode = Decode(places, positions, rows, table, lengths)
-            hidden = self.model.advance(tokens, seq, decode, self.caches.layers)
-            logits = self.model.next_logits(hidden, self.temperature)
-        return self._sample(slots, logits)
+            hidden = self.model.advance(tokens, Tokens(each, 1, self.model.rope(positions)), step, self.caches.layers)
+            return self.model.next_logits(hidden, self.temperature)
 
     def _sample(self, slots: np.ndarray, logits: Tensor) -> Iterator[Completion]:
         """One more token for each of these slots; those that are done leave."""
