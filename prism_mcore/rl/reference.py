@@ -30,6 +30,12 @@ class _Shard:
     def has_master(self) -> bool:
         return self.master.data_ptr() != self.place.data_ptr()
 
+    def swap(self) -> None:
+        """The reference to the model's place, and what is there to the reference's: both are fp32."""
+        held = self.place.clone()
+        self.place.copy_(self.reference)
+        self.reference.copy_(held)
+
 
 class Reference:
     """A copy of the policy as it is now, 4 bytes per parameter over the ranks that share the optimizer's state.
@@ -45,19 +51,19 @@ class Reference:
     def in_place(self) -> Iterator[None]:
         """The model computes with the reference's weights; afterwards it has its own again, to the bit.
 
-        Its own come back from the optimizer's masters, which the model's weights are always a cast of; where a
-        parameter is fp32 it has no other master, and its shard is kept meanwhile. Every rank enters and leaves.
+        Its own come back from the optimizer's masters, which the model's weights are always a cast of; an fp32
+        parameter has no other master, and its shard changes places with the reference's meanwhile. Every rank enters
+        and leaves.
         """
         before = self._fingerprint()
-        kept = {id(shard): shard.place.clone() for shard in self._shards if not shard.has_master}
         for shard in self._shards:
-            shard.place.copy_(shard.reference)
+            shard.place.copy_(shard.reference) if shard.has_master else shard.swap()
         gather_parameters(self.chunks)
         try:
             yield
         finally:
             for shard in self._shards:
-                shard.place.copy_(kept.get(id(shard), shard.master))
+                shard.place.copy_(shard.master) if shard.has_master else shard.swap()
             gather_parameters(self.chunks)
             if self._fingerprint() != before:
                 raise RuntimeError("the policy's weights are not what they were before the reference was scored")
