@@ -115,6 +115,8 @@ class Engine:
             raise ValueError(f"sampling.stop_ids holds {unknown[0]}; needed: ids from 0 to {size - 1}, the vocabulary")
         for index, request in enumerate(requests):
             problem = prompt_problem(request.tokens, size, self.context)
+            if not request.keys:
+                problem = "has no keys; needed: one for each of its samples, at least one"
             if problem:
                 raise ValueError(f"prompt {index} {problem}")
 

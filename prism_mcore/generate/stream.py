@@ -72,7 +72,8 @@ class Stream:
         while self.schedule.unfinished:
             while (admission := self.schedule.admit()) is not None:
                 yield from self._start(admission)
-            if self.schedule.active.any():
+            if self.schedule.unfinished:
+                assert self.schedule.active.any(), "the caches have room for any sample that runs alone"
                 yield from self._decode()
 
     def _start(self, admission: Admission) -> Iterator[Completion]:

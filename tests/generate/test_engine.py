@@ -242,6 +242,8 @@ def wrong_prompts(groups):
         with pytest.raises(ValueError) as error:
             list(engine.stream([Request((1,), ((0, 0, 0, 0),)), Request(tokens, ((0, 0, 1, 0),))], HOW))
         messages.append(str(error.value))
+    with pytest.raises(ValueError, match="prompt 0 has no keys"):
+        list(engine.stream([Request((1,), ())], HOW))
     with pytest.raises(ValueError, match="prompt is text"):
         engine.generate(["hello"])
     assert engine.statistics.prefilled_tokens == 0
