@@ -23,7 +23,7 @@ from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups, destroy_groups, init_groups
 from prism_mcore.rl import parity
 from prism_mcore.rl.metrics import RLMetrics
-from prism_mcore.rl.packing import Sample, micro_batches, pack, samples_of
+from prism_mcore.rl.packing import micro_batches, pack, samples_of
 from prism_mcore.rl.prompts import Prompts
 from prism_mcore.rl.reference import Reference
 from prism_mcore.rl.rewards.verifier import Verifier
@@ -127,24 +127,16 @@ def held_out(run: Run, step: int) -> list[RolloutGroup]:
         )
 
 
-@dataclass(frozen=True)
-class Update:
-    """One optimizer update of a step."""
-
-    samples: list[Sample]  # in its loss, of all ranks
-    batches: list[PolicyBatch]  # this rank's share of them
-
-
 def learn(run: Run, step: int, groups: Sequence[RolloutGroup], lr: float) -> list[PolicyStats]:
     """The step's updates; the stats of each that had anything to learn from."""
     clock, seen = run.roller.clock, []
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     updates = with_reference(run, updates_of(run, step, groups))
     clock.mark("reference")
-    for part in updates:
-        stats = policy_step(run.chunks, run.optimizer, part.batches, run.settings.rl, run.groups)
+    for batches in updates:
+        stats = policy_step(run.chunks, run.optimizer, batches, run.settings.rl, run.groups)
         clock.mark("policy")
-        if run.guard.admits(step, stats, part.batches):
+        if run.guard.admits(step, stats, batches):
             parity.check(stats, rollouts, models(run.chunks)[0], run.settings.rl, step)
             update(run.optimizer, stats.grad_norm, lr)
         clock.mark("update")
@@ -156,8 +148,8 @@ def learn(run: Run, step: int, groups: Sequence[RolloutGroup], lr: float) -> lis
     return seen
 
 
-def updates_of(run: Run, step: int, groups: Sequence[RolloutGroup]) -> list[Update]:
-    """The groups in `rl.updates` parts, packed for this rank; a part without a sample in its loss is no update."""
+def updates_of(run: Run, step: int, groups: Sequence[RolloutGroup]) -> list[list[PolicyBatch]]:
+    """This rank's micro-batches of each of `rl.updates` parts of the groups; a part without any sample is left out."""
     settings, ranks = run.settings, run.groups
     per_update = len(groups) // settings.rl.updates
     multiple = ranks.tp_size if settings.parallel.sequence_parallel else 1
@@ -176,22 +168,19 @@ def updates_of(run: Run, step: int, groups: Sequence[RolloutGroup]) -> list[Upda
             for places in dealt or [[]]
         ]
         if samples:
-            updates.append(Update(samples, batches))
+            updates.append(batches)
     return updates
 
 
-def with_reference(run: Run, updates: list[Update]) -> list[Update]:
+def with_reference(run: Run, updates: list[list[PolicyBatch]]) -> list[list[PolicyBatch]]:
     """The same with the reference policy's log-probs, where there is a reference."""
     if run.reference is None or not updates:
         return updates
     with gathered_parameters(run.chunks), run.reference.in_place():
-        scored = [score(run.chunks, part.batches) for part in updates]
+        scored = [score(run.chunks, batches) for batches in updates]
     return [
-        replace(
-            part,
-            batches=[replace(b, reference_logprobs=of_b) for b, of_b in zip(part.batches, logprobs, strict=True)],
-        )
-        for part, logprobs in zip(updates, scored, strict=True)
+        [replace(batch, reference_logprobs=of_batch) for batch, of_batch in zip(batches, logprobs, strict=True)]
+        for batches, logprobs in zip(updates, scored, strict=True)
     ]
 
 
