@@ -12,7 +12,7 @@ from torch import Tensor
 from prism_kernels.backends import Uncovered
 from prism_kernels.boundaries import Boundaries, ScanTables
 from prism_kernels.ssd_scan_backward import Slots, launch_group_grads, launch_inner_grads, launch_step_grads
-from prism_kernels.ssd_scan_forward import Decays, Shape, States, launch_decays, launch_outputs, launch_states
+from prism_kernels.ssd_scan_forward import Decays, Shape, launch_decays, launch_outputs, launch_states
 
 LONGEST_CHUNK = {torch.bfloat16: 128, torch.float32: 32}  # fp32: no tensor cores, and tiles are twice as large
 WIDEST = 128  # head_dim and state
@@ -83,11 +83,13 @@ class _Scan(torch.autograd.Function):
     def forward(ctx, x, dt, A_log, B, C, D, dt_bias, initial, boundaries, chunk_len, limit, want_final):
         chunk_len = min(chunk_len, LONGEST_CHUNK[x.dtype], max(end - start for _, start, end in boundaries.documents))
         shape, tables = Shape.of(x, B, chunk_len), _tables(boundaries, chunk_len, x.shape[1], x.device)
+        if 4 * tables.num_chunks * shape.num_heads * shape.Q >= 2**31:  # kernels' offsets into four [C, h, Q] are int32
+            raise Uncovered(f"{tables.num_chunks} chunks of {shape.num_heads} heads: needs fewer than 2^29 rows in all")
         initial = initial if initial is None else initial.contiguous()
         decays = launch_decays(dt, dt_bias, A_log, tables, limit, shape)
         states, final = launch_states(x, B, decays, tables, shape, initial, want_final, boundaries.num_documents)
         y = launch_outputs(x, B, C, D, decays, states, tables, shape)
-        ctx.save_for_backward(x, dt, A_log, B, C, D, dt_bias, *decays, *states)
+        ctx.save_for_backward(x, dt, A_log, B, C, D, dt_bias, *decays, states)
         ctx.tables, ctx.shape, ctx.limit = tables, shape, limit
         ctx.initial_dtype = None if initial is None else initial.dtype
         ctx.num_documents = boundaries.num_documents
@@ -97,7 +99,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_final):
         x, dt, A_log, B, C, D, dt_bias, *saved = ctx.saved_tensors
-        decays, before, tables, shape = Decays(*saved[:6]), States(*saved[6:]), ctx.tables, ctx.shape
+        decays, before, tables, shape = Decays(*saved[:-1]), saved[-1], ctx.tables, ctx.shape
         grad = torch.zeros_like(x) if grad is None else _rows(grad)
         grad_final = None if grad_final is None else grad_final.contiguous()
         after, grad_initial = launch_states(

@@ -21,12 +21,11 @@ from prism_kernels.ssd_scan_forward import (
     CHUNK_COLUMNS,
     Decays,
     Shape,
-    States,
     decays_to_end,
     heads_per_program,
-    load_state,
+    load_rows,
     pair_decays,
-    state_product,
+    state_tiles,
     step_and_log_decay,
     store_rows,
     tiles,
@@ -35,21 +34,21 @@ from prism_kernels.ssd_scan_forward import (
 
 @triton.jit
 def inner_grads_kernel(
-    x, grad, own_grad, B, C, own_C, D, query, key, total, query_low, key_low, total_low, chunks, local, carries, logs,
-    grad_x, grad_scores, own_scores, rising, falling, num_heads, heads_per_group, num_chunks,
+    x, grad, own_grad, B, C, own_C, D, query, key, total, step, query_low, key_low, total_low, chunks, states,
+    grad_x, grad_scores, own_scores, rising, falling, num_heads, heads_per_group, num_chunks, grad_stride,
     HEADS: tl.constexpr, SPLITS: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
-    SKIP: tl.constexpr, CARRIES: tl.constexpr, EXACT: tl.constexpr,
+    SKIP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Of R keys of one chunk and HEADS heads of one group: the gradients of x, and of C_i . B_j summed over the heads.
 
-    local, carries, logs: gradients of the state after each chunk. falling [2, C, h, Q]: what pairs and what states make
+    states: gradients of the state after each chunk. falling [2, C, h, Q]: what pairs and what states make
     of it. rising [slots, C, h, Q]: what pairs make of it, a slot for each R keys of a chunk. own_scores [C, g, Q]:
     C_j . B_j.
     """
     slot, first_head, chunk = tl.program_id(0), tl.program_id(1) * HEADS, tl.program_id(2)
     start = slot * R
     entry = chunks + chunk * CHUNK_COLUMNS
-    first, length, segment = tl.load(entry), tl.load(entry + 1) - start, tl.load(entry + 2)
+    first, length = tl.load(entry), tl.load(entry + 1) - start
     queries_at, keys_at = tl.arange(0, Q), start + tl.arange(0, R)
     group = first_head // heads_per_group
     keys = B.load([first + start, group * N])
@@ -63,6 +62,7 @@ def inner_grads_kernel(
         row = chunk * num_heads + head
         slot_row = slot * num_chunks * num_heads + row
         at = row * Q
+        own = load_rows(own_grad, first + start, length, grad_stride, head * P, R, P)
         values = x.load([first + start, head * P])
         grads = grad.load([first, head * P])
         pairs = tl.dot(grads, tl.trans(values), input_precision="ieee")
@@ -74,17 +74,13 @@ def inner_grads_kernel(
         out = tl.dot(tl.trans(mixing), grads, input_precision="ieee")
         tl.store(falling + at + keys_at, tl.sum(out * wide, 1))
         to_end = decays_to_end(key, total, key_low, total_low, row, at, start, R, EXACT)
-        carry_row = segment * num_heads + head
-        from_state = state_product(keys, local, carries, logs, row, carry_row, P, N, CARRIES) * to_end[:, None]
+        state = states.load([row * P, 0])
+        from_state = tl.dot(keys, tl.trans(state), input_precision="ieee") * to_end[:, None]
         tl.store(falling + array + at + keys_at, tl.sum(from_state * wide, 1))
-        own = own_grad.load([first + start, head * P]).to(tl.float32)
-        log_step = tl.load(query + at + keys_at) - tl.load(key + at + keys_at)
-        if EXACT:
-            log_step += tl.load(query_low + at + keys_at) - tl.load(key_low + at + keys_at)
-        factor = own_score * tl.exp2(log_step)
+        factor = own_score * tl.load(step + at + keys_at)
         if SKIP:
             factor += tl.load(D + head).to(tl.float32)
-        out += from_state + factor[:, None] * own
+        out += from_state + factor[:, None] * own.to(tl.float32)
         store_rows(grad_x, out, first + start, length, num_heads * P, head * P, R, P)
     group_row = chunk * (num_heads // heads_per_group) + group
     split = tl.program_id(1) % SPLITS
@@ -97,11 +93,11 @@ def inner_grads_kernel(
 
 @triton.jit
 def group_grads_kernel(
-    x, grad, B, C, query, key, total, query_low, key_low, total_low, chunks,
-    before, before_carries, before_logs, after, after_carries, after_logs, grad_scores,
+    x, grad, B, C, query, key, total, step, query_low, key_low, total_low, chunks,
+    before, after, grad_scores,
     grad_B, grad_C, rising, overlap, products, num_heads, heads_per_group, num_chunks,
     SPLITS: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
-    CARRIES: tl.constexpr, EXACT: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk, one group and COLUMNS of its state's: the gradients of B and C.
 
@@ -111,7 +107,7 @@ def group_grads_kernel(
     slot, group, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = slot * COLUMNS
     entry = chunks + chunk * CHUNK_COLUMNS
-    first, length, segment = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    first, length = tl.load(entry), tl.load(entry + 1)
     rows = tl.arange(0, Q)
     num_groups = num_heads // heads_per_group
     queries = C.load([first, group * N + start])
@@ -126,11 +122,9 @@ def group_grads_kernel(
     for i in range(heads_per_group):
         head = group * heads_per_group + i
         row = chunk * num_heads + head
-        carry_row = segment * num_heads + head
         at = row * Q
         out = slot * num_chunks * num_heads + row
-        state = load_state(before, before_carries, before_logs, row, carry_row, start, P, N, CARRIES)
-        grad_state = load_state(after, after_carries, after_logs, row, carry_row, start, P, N, CARRIES)
+        state, grad_state = before.load([row * P, start]), after.load([row * P, start])
         tl.store(overlap + out, tl.sum(state.to(tl.float32) * grad_state.to(tl.float32)))
         wide = grad.load([first, head * P]).to(tl.float32)
         values = x.load([first, head * P]).to(tl.float32)
@@ -232,7 +226,7 @@ def launch_inner_grads(
     C: Tensor,
     D: Tensor | None,
     decays: Decays,
-    states: States,
+    states: Tensor,
     tables: ScanTables,
     shape: Shape,
     slots: Slots,
@@ -247,12 +241,12 @@ def launch_inner_grads(
     own_scores = torch.empty(tables.num_chunks, groups, shape.Q, dtype=torch.float32, device=x.device)
     falling = torch.empty(2, *decays.query.shape, dtype=torch.float32, device=x.device)
     inner_grads_kernel[shape.Q // keys, shape.num_heads // heads, tables.num_chunks](
-        tiles(x, keys, shape.head_dim), tiles(grad, shape.Q, shape.head_dim), tiles(grad, keys, shape.head_dim),
+        tiles(x, keys, shape.head_dim), tiles(grad, shape.Q, shape.head_dim), grad,
         tiles(B, keys, shape.state), tiles(C, shape.Q, shape.state), tiles(C, keys, shape.state),
-        decays.total if D is None else D, *decays, tables.chunks, *states.tiles(shape.state),
+        decays.total if D is None else D, *decays, tables.chunks, state_tiles(states, shape.state),
         grad_x, grad_scores, own_scores, slots.rising, falling,
-        shape.num_heads, shape.heads_per_group, tables.num_chunks, HEADS=heads, SPLITS=splits, **shape.blocks, R=keys,
-        SKIP=D is not None, CARRIES=tables.carries, EXACT=shape.exact, **shape.options,
+        shape.num_heads, shape.heads_per_group, tables.num_chunks, grad.stride(0),
+        HEADS=heads, SPLITS=splits, **shape.blocks, R=keys, SKIP=D is not None, EXACT=shape.exact, **shape.options,
     )  # fmt: skip
     return grad_x, grad_scores, own_scores, falling
 
@@ -263,8 +257,8 @@ def launch_group_grads(
     B: Tensor,
     C: Tensor,
     decays: Decays,
-    before: States,
-    after: States,
+    before: Tensor,
+    after: Tensor,
     grad_scores: Tensor,
     tables: ScanTables,
     shape: Shape,
@@ -276,11 +270,11 @@ def launch_group_grads(
     products = torch.empty_like(decays.query)
     group_grads_kernel[count, shape.num_heads // shape.heads_per_group, tables.num_chunks](
         *(tiles(y, shape.Q, shape.head_dim) for y in (x, grad)), *(tiles(y, shape.Q, columns) for y in (B, C)),
-        *decays, tables.chunks, *before.tiles(columns), *after.tiles(columns),
+        *decays, tables.chunks, state_tiles(before, columns), state_tiles(after, columns),
         grad_scores, grad_B, grad_C, slots.rising[-count:], slots.overlap, products,
         shape.num_heads, shape.heads_per_group, tables.num_chunks,
         SPLITS=grad_scores.shape[2], **shape.blocks, COLUMNS=columns,
-        CARRIES=tables.carries, EXACT=shape.exact, **shape.options,
+        EXACT=shape.exact, **shape.options,
     )  # fmt: skip
     return grad_B, grad_C, products
 

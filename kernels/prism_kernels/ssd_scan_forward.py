@@ -4,9 +4,9 @@ Formulas and letters are reference_scan's: query_i is log2 of the decay from the
 key_j = query_j - log2 dt_j, so exp2(query_i - key_j) = dt_j * decay from j to i.
 
 The states before each chunk are made by walking over chunks with the state in registers, one program per head, half of
-n and segment (a run of chunks); segments make programs where heads are few, and what a segment's predecessors
-contribute, its carry, is added where the states are used. So x is read twice and no state is read before its use:
-five passes of [t, h, p]-sized memory where separate kernels for chunk states and their passing take seven or more.
+n and segment (a run of chunks). Where heads are few, documents have several segments, and what a segment's
+predecessors carry to it is added to its states afterwards. So at 128 heads x is read twice, a state written and read
+once: five passes of [t, h, p]-sized memory, where separate kernels for chunk states and their passing take seven.
 """
 
 # t packed tokens, h heads, p head_dim, g groups, n state, C chunks, Q tokens in a chunk
@@ -39,10 +39,10 @@ def step_and_log_decay(dt, dt_bias, A_log, low, high):
 
 @triton.jit
 def decays_kernel(
-    dt, dt_bias, A_log, chunks, query, key, total, query_low, key_low, total_low, low, high, num_heads, dt_stride,
+    dt, dt_bias, A_log, chunks, query, key, total, step, query_low, key_low, total_low, low, high, num_heads, dt_stride,
     Q: tl.constexpr, H: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """query, key [C, h, Q] and total [C, h] of one chunk and H heads; EXACT also writes what fp32 rounds off them.
+    """query, key, step [C, h, Q] and total [C, h] of one chunk and H heads; EXACT: also what fp32 rounds off them.
 
     Rows beyond the chunk's end have query -inf and key inf: what is loaded for them, rows of the next document, gets
     weight 0 in every product.
@@ -54,24 +54,25 @@ def decays_kernel(
     value = tl.load(dt + offsets, mask=inside, other=0.0)
     bias = tl.load(dt_bias + heads, mask=heads < num_heads, other=0.0)
     rate = tl.load(A_log + heads, mask=heads < num_heads, other=0.0)
-    _, _, step, log_decay = step_and_log_decay(value, bias[None, :], rate[None, :], low, high)
-    step = tl.where(inside, step, 0.0)
+    _, _, length_of_step, log_decay = step_and_log_decay(value, bias[None, :], rate[None, :], low, high)
+    length_of_step = tl.where(inside, length_of_step, 0.0)
     log_decay = tl.where(inside, log_decay, 0.0)
     exact_query = tl.cumsum(log_decay, 0)
-    exact_key = exact_query - tl.log2(tl.maximum(step, 1e-300))
+    exact_key = exact_query - tl.log2(tl.maximum(length_of_step, 1e-300))
     exact_total = tl.sum(log_decay, 0)
     row = (chunk * num_heads + heads).to(tl.int64)
     out = row[None, :] * Q + rows[:, None]
     mask = (heads < num_heads)[None, :] & (rows >= 0)[:, None]
     tl.store(query + out, tl.where(inside, exact_query, float("-inf")).to(tl.float32), mask=mask)
-    tl.store(key + out, tl.where(step > 0, exact_key, float("inf")).to(tl.float32), mask=mask)
+    tl.store(key + out, tl.where(length_of_step > 0, exact_key, float("inf")).to(tl.float32), mask=mask)
+    tl.store(step + out, length_of_step.to(tl.float32), mask=mask)
     tl.store(total + row, exact_total.to(tl.float32), mask=heads < num_heads)
     if EXACT:
         query_rest = exact_query - exact_query.to(tl.float32).to(tl.float64)
         key_rest = exact_key - exact_key.to(tl.float32).to(tl.float64)
         total_rest = exact_total - exact_total.to(tl.float32).to(tl.float64)
         tl.store(query_low + out, query_rest.to(tl.float32), mask=mask)
-        tl.store(key_low + out, tl.where(step > 0, key_rest, 0.0).to(tl.float32), mask=mask)
+        tl.store(key_low + out, tl.where(length_of_step > 0, key_rest, 0.0).to(tl.float32), mask=mask)
         tl.store(total_low + row, total_rest.to(tl.float32), mask=heads < num_heads)
 
 
@@ -100,6 +101,15 @@ def decays_to_end(key, total, key_low, total_low, row, at, start, R: tl.constexp
 
 
 @triton.jit
+def load_rows(x, first, length, stride, start, Q: tl.constexpr, BLOCK: tl.constexpr):
+    """[Q, BLOCK] of x [t, .] from row `first` and column `start` on; zeros beyond `length` rows."""
+    rows, columns = tl.arange(0, Q), tl.arange(0, BLOCK)
+    base = x + first.to(tl.int64) * stride + start
+    mask = (rows < length)[:, None] & (columns >= 0)[None, :]
+    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def store_rows(x, values, first, length, stride, start, Q: tl.constexpr, BLOCK: tl.constexpr):
     """[Q, BLOCK] values to x [t, .] from row `first` and column `start` on, none beyond `length` rows."""
     rows, columns = tl.arange(0, Q), tl.arange(0, BLOCK)
@@ -116,38 +126,17 @@ def state_places(row, start, P: tl.constexpr, N: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
-def load_state(local, carries, logs, row, carry_row, start, P: tl.constexpr, N: tl.constexpr, CARRIES: tl.constexpr):
-    """[P, .] state of one chunk and head: what its own segment gives and, where there is one, the carry's share."""
-    state = local.load([row * P, start])
-    if CARRIES:
-        carry = carries.load([carry_row * P, start]).to(tl.float32)
-        state = (state.to(tl.float32) + tl.exp2(tl.load(logs + row)) * carry).to(state.dtype)
-    return state
-
-
-@triton.jit
-def state_product(rows, local, carries, logs, row, carry_row, P: tl.constexpr, N: tl.constexpr, CARRIES: tl.constexpr):
-    """rows [., N] @ `load_state`^T, without taking states through registers."""
-    if CARRIES:
-        share = tl.exp2(tl.load(logs + row))
-        product = tl.dot(rows, tl.trans(carries.load([carry_row * P, 0])), input_precision="ieee") * share
-        return tl.dot(rows, tl.trans(local.load([row * P, 0])), product, input_precision="ieee")
-    else:
-        return tl.dot(rows, tl.trans(local.load([row * P, 0])), input_precision="ieee")
-
-
-@triton.jit
 def states_kernel(
-    x, B, query, key, total, query_low, key_low, total_low, segments, start_states, local, logs, ends, end_logs,
+    x, B, query, key, total, step, query_low, key_low, total_low, segments, start_states, states, logs, ends, end_logs,
     num_heads, heads_per_group,
     CHUNK: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
     BACKWARD: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, BY_DOCUMENT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One segment, one head, COLUMNS of the state's: the states before each chunk from the segment's start on.
 
-    Forward: S <- decay S + (x to_end)^T B, `local` is S before each chunk. BACKWARD walks from the last chunk to the
+    Forward: S <- decay S + (x to_end)^T B, `states` is S before each chunk. BACKWARD walks from the last chunk to the
     first: x is the gradient of y and B is C, S <- decay S + (x from_start)^T B is the gradient of the state before the
-    chunk, `local` that after it. start_states [documents, h, p, n] begins a document (STARTS). Written with ENDS: the
+    chunk, `states` that after it. start_states [documents, h, p, n] begins a document (STARTS). Written with ENDS: the
     segment's last state, [segments, h, p, n], or [documents, h, p, n] where each document is one segment.
     """
     head, start, segment = tl.program_id(0), tl.program_id(1) * COLUMNS, tl.program_id(2)
@@ -162,12 +151,12 @@ def states_kernel(
     log = 0.0
     rows = tl.arange(0, Q)
     column = head // heads_per_group * N + start
-    for step in range(num_chunks):
-        i = num_chunks - 1 - step if BACKWARD else step
+    for walked in range(num_chunks):
+        i = num_chunks - 1 - walked if BACKWARD else walked
         row = (first_chunk + i) * num_heads + head
         at = row * Q
         first = first_token + i * CHUNK
-        local.store([row * P, start], state.to(local.dtype))
+        states.store([row * P, start], state.to(states.dtype))
         tl.store(logs + row, log)
         values = x.load([first, head * P])
         inputs = B.load([first, column])
@@ -210,16 +199,34 @@ def carries_kernel(
 
 
 @triton.jit
+def add_carries_kernel(
+    states, carries, logs, chunks, num_heads, size,
+    BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """One chunk, one head, BLOCK of the p * n elements: adds what the chunk's segment was carried to its state."""
+    head, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    chunk = tl.program_id(2)
+    entry = chunks + chunk * CHUNK_COLUMNS
+    carried = tl.load(entry + 4) if BACKWARD else tl.load(entry + 3)
+    if carried != 0:
+        row = chunk * num_heads + head
+        places = states + row.to(tl.int64) * size + columns
+        carry_row = (tl.load(entry + 2) * num_heads + head).to(tl.int64)
+        carry = tl.load(carries + carry_row * size + columns)
+        state = tl.load(places).to(tl.float32) + tl.exp2(tl.load(logs + row)) * carry
+        tl.store(places, state.to(states.dtype.element_ty))
+
+
+@triton.jit
 def outputs_kernel(
-    x, B, C, D, query, key, total, query_low, key_low, total_low, chunks, local, carries, logs, y,
+    x, B, C, D, query, key, total, step, query_low, key_low, total_low, chunks, states, y,
     num_heads, heads_per_group,
-    HEADS: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    SKIP: tl.constexpr, CARRIES: tl.constexpr, EXACT: tl.constexpr,
+    HEADS: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SKIP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """y of one chunk and HEADS heads of one group, which share C_i . B_j, computed once and kept in registers."""
     first_head, chunk = tl.program_id(0) * HEADS, tl.program_id(1)
     entry = chunks + chunk * CHUNK_COLUMNS
-    first, length, segment = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    first, length = tl.load(entry), tl.load(entry + 1)
     rows = tl.arange(0, Q)
     column = first_head // heads_per_group * N
     queries = C.load([first, column])
@@ -231,8 +238,8 @@ def outputs_kernel(
         at = row * Q
         values = x.load([first, head * P])
         from_start = tl.exp2(tl.load(query + at + rows))
-        carry_row = segment * num_heads + head
-        out = state_product(queries, local, carries, logs, row, carry_row, P, N, CARRIES) * from_start[:, None]
+        state = states.load([row * P, 0])
+        out = tl.dot(queries, tl.trans(state), input_precision="ieee") * from_start[:, None]
         mixing = scores * pair_decays(query, key, query_low, key_low, at, 0, Q, Q, EXACT)
         out = tl.dot(mixing.to(values.dtype), values, out, input_precision="ieee")
         if SKIP:
@@ -241,25 +248,15 @@ def outputs_kernel(
 
 
 class Decays(NamedTuple):
-    """Cumulated log2 decays on the chunk grid, fp32; the low ones are what fp32 rounds off them (fp32 x only)."""
+    """Steps and cumulated log2 decays on the chunk grid, fp32; for fp32 x the low ones are what fp32 rounds off."""
 
     query: Tensor  # [C, h, Q]
     key: Tensor  # [C, h, Q]
     total: Tensor  # [C, h] over the chunk
+    step: Tensor  # [C, h, Q] dt after bias, softplus and limit; 0 beyond the chunk's end
     query_low: Tensor
     key_low: Tensor
     total_low: Tensor
-
-
-class States(NamedTuple):
-    """States before each chunk, or their gradients after each chunk, as `load_state` puts them together."""
-
-    local: Tensor  # [C, h, p, n] in x.dtype, from the chunk's own segment
-    carries: Tensor  # [segments, h, p, n] in x.dtype; `local` where no document has more than one segment
-    logs: Tensor  # [C, h] fp32, log2 of the carry's decay
-
-    def tiles(self, columns: int) -> tuple[TensorDescriptor, TensorDescriptor, Tensor]:
-        return state_tiles(self.local, columns), state_tiles(self.carries, columns), self.logs
 
 
 class Shape(NamedTuple):
@@ -288,8 +285,11 @@ class Shape(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """Warps and stages of kernels that work on one chunk."""
-        return {"num_warps": 8 if self.Q == 128 else 4, "num_stages": 1 if self.exact else 2}
+        """Of kernels that work on one chunk: registers allow one program per multiprocessor, so three stages fit.
+
+        Chosen by what they compile to for sm_90 (no spills, at most 182 KB of shared memory); not yet a measurement.
+        """
+        return {"num_warps": 8 if self.Q == 128 else 4, "num_stages": 1 if self.exact else 3}
 
 
 def tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -313,9 +313,9 @@ def launch_decays(
     dt: Tensor, dt_bias: Tensor, A_log: Tensor, tables: ScanTables, limit: tuple[float, float], shape: Shape
 ) -> Decays:
     copies, rows = 2 if shape.exact else 1, (tables.num_chunks, shape.num_heads)
-    arrays = torch.empty(2 * copies, *rows, shape.Q, dtype=torch.float32, device=dt.device)
+    arrays = torch.empty(1 + 2 * copies, *rows, shape.Q, dtype=torch.float32, device=dt.device)
     totals = torch.empty(copies, *rows, dtype=torch.float32, device=dt.device)
-    decays = Decays(arrays[0], arrays[1], totals[0], arrays[-2], arrays[-1], totals[-1])
+    decays = Decays(arrays[-2], arrays[-1], totals[-1], arrays[0], arrays[1], arrays[2], totals[0])
     block = min(16, triton.next_power_of_2(shape.num_heads))
     decays_kernel[tables.num_chunks, triton.cdiv(shape.num_heads, block)](
         dt, dt_bias, A_log, tables.chunks, *decays, *limit, shape.num_heads, dt.stride(0),
@@ -334,13 +334,13 @@ def launch_states(
     want_end: bool,
     num_documents: int,
     backward: bool = False,
-) -> tuple[States, Tensor | None]:
-    """States before each chunk (backward: gradients after each), and those at the documents' ends (their starts).
+) -> tuple[Tensor, Tensor | None]:
+    """States [C, h, p, n] before each chunk (backward: gradients after it), and at the documents' ends (starts).
 
     start: [documents, h, p, n] or None. An empty document ends as it starts.
     """
     sizes, device = (shape.num_heads, shape.head_dim, shape.state), x.device
-    local = torch.empty(tables.num_chunks, *sizes, dtype=x.dtype, device=device)
+    states = torch.empty(tables.num_chunks, *sizes, dtype=x.dtype, device=device)
     logs = torch.empty(tables.num_chunks, shape.num_heads, dtype=torch.float32, device=device)
     end_logs = torch.empty(tables.num_segments, shape.num_heads, dtype=torch.float32, device=device)
     finals = None
@@ -354,33 +354,37 @@ def launch_states(
     columns = min(shape.state, 64)
     states_kernel[shape.num_heads, shape.state // columns, tables.num_segments](
         tiles(x, shape.Q, shape.head_dim), tiles(B, shape.Q, columns), *decays, tables.segments,
-        logs if start is None else start, state_tiles(local, columns), logs, logs if ends is None else ends, end_logs,
+        logs if start is None else start, state_tiles(states, columns), logs, logs if ends is None else ends, end_logs,
         shape.num_heads, shape.heads_per_group, CHUNK=shape.chunk_len, **shape.blocks, COLUMNS=columns,
         BACKWARD=backward, STARTS=start is not None, ENDS=ends is not None, BY_DOCUMENT=not tables.carries,
         EXACT=shape.exact, num_warps=4, num_stages=1 if shape.exact else 3,
     )  # fmt: skip
-    carries = local
     if tables.carries:
         assert ends is not None
-        carries = torch.empty(tables.num_segments, *sizes, dtype=x.dtype, device=device)
+        carries = torch.empty_like(ends)
         size = shape.head_dim * shape.state
         block = min(2048, size)
         carries_kernel[shape.num_heads, size // block, len(tables.documents)](
             tables.documents, ends, end_logs, carries, ends if finals is None else finals, shape.num_heads, size,
             BLOCK=block, BACKWARD=backward, FINALS=finals is not None, num_warps=4,
         )  # fmt: skip
-    return States(local, carries, logs), finals
+        block = min(8192, size)
+        add_carries_kernel[shape.num_heads, size // block, tables.num_chunks](
+            states, carries, logs, tables.chunks, shape.num_heads, size,
+            BLOCK=block, BACKWARD=backward, num_warps=8,
+        )  # fmt: skip
+    return states, finals
 
 
 def launch_outputs(
-    x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, decays: Decays, states: States, tables: ScanTables, shape: Shape
+    x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, decays: Decays, states: Tensor, tables: ScanTables, shape: Shape
 ) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     heads = heads_per_program(shape, tables.num_chunks, 512)
     outputs_kernel[shape.num_heads // heads, tables.num_chunks](
         tiles(x, shape.Q, shape.head_dim), *(tiles(z, shape.Q, shape.state) for z in (B, C)),
-        decays.total if D is None else D, *decays, tables.chunks, *states.tiles(shape.state), y,
+        decays.total if D is None else D, *decays, tables.chunks, state_tiles(states, shape.state), y,
         shape.num_heads, shape.heads_per_group, HEADS=heads, **shape.blocks,
-        SKIP=D is not None, CARRIES=tables.carries, EXACT=shape.exact, **shape.options,
+        SKIP=D is not None, EXACT=shape.exact, **shape.options,
     )  # fmt: skip
     return y
