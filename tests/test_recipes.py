@@ -55,7 +55,7 @@ CHAT = ("wildchat-1m-gpt4", "tulu-3-personas", "ultrachat-200k")
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks"), [("demo", 2), ("hybrid-random", 1), ("dense-random", 1), ("dense-random", 2)]
+    ("name", "ranks"), [("demo", 2), ("demo-bare", 2), ("hybrid-random", 1), ("dense-random", 1), ("dense-random", 2)]
 )
 def test_the_small_recipes_fit(name, ranks):
     settings = load(RECIPES / f"{name}.yaml")

@@ -1,9 +1,10 @@
-"""The whole of mid-training in minutes on two CPU cores: `make demo`.
+"""Mid-training and RL in minutes on two CPU cores: `make demo`.
 
 Builds a corpus of real text, mid-trains a small hybrid on two tensor-parallel ranks, stops it half-way with a signal,
 goes on from the checkpoint, draws the curves, exports the model to Hugging Face's format, checks it against
-transformers, lets transformers write with it, and starts a run from it. Each step is a command that is printed and can
-be run by hand.
+transformers, lets transformers write with it, and starts a run from it. Then RL on sums: of this model, of one that was
+mid-trained without a worked sum, and of one that was not mid-trained at all, drawn into one picture: the paper's claim
+in miniature. Each step is a command that is printed and can be run by hand.
 """
 
 import argparse
@@ -21,23 +22,24 @@ from rich.console import Console
 from rich.table import Table
 
 from prism_mcore.config import load
+from prism_mcore.rl.curves import HELD_OUT, plot_held_out
 from prism_mcore.train.curves import plot_run, read_records
 from prism_mcore.train.metrics import STEPS_FILE, VALIDATION_FILE
 
 RUN = Path("runs/demo")
 HF = RUN / "hf"
 RECIPE = "launch/recipes/demo.yaml"
-DOMAINS = ("general", "code", "math", "science")
-TRAIN = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--nproc_per_node",
-    "2",
-    "launch/midtrain.py",
-    "--recipe",
-    RECIPE,
-]
+DOMAINS = ("general", "code", "math", "science", "sums", "sums-bare")
+PROMPTS = ("sums-prompts", "sums-held-out")
+TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+TRAIN = [*TWO_RANKS, "launch/midtrain.py", "--recipe", RECIPE]
+# label -> run, settings of its RL. Nothing is to be expected of the last two: they get fewer steps.
+RL_RUNS = {
+    "mid-trained": ("demo-rl", []),
+    "mid-trained without worked sums": ("demo-rl-bare", ["model.init=runs/demo-bare", "train.steps=40"]),
+    "not mid-trained": ("demo-rl-random", ["model.init=random", "train.steps=20"]),
+}
+PICTURE = RUN / "rl.png"
 
 console = Console()
 
@@ -61,14 +63,21 @@ def main() -> None:
     curves = plot_run(RUN, {"resumed": stopped})
     console.rule("5. to Hugging Face, and back")
     exchange()
-    console.print(f"{(time.monotonic() - begun) / 60:.1f} minutes. Curves: {curves}")
+    learnt = time.monotonic()
+    console.rule("6. RL on sums: with and without what mid-training gave")
+    call([*TWO_RANKS, "launch/midtrain.py", "--recipe", "launch/recipes/demo-bare.yaml"])
+    reinforce()
+    console.print(
+        f"{(time.monotonic() - begun) / 60:.1f} minutes, {(time.monotonic() - learnt) / 60:.1f} of them for RL."
+        f" Pictures: {curves}, {PICTURE}"
+    )
 
 
 def make_corpus() -> None:
-    """Real text of four domains and its token files, unless an earlier demo left them."""
-    console.rule("1. a corpus of real text in four domains, from what is on this machine")
+    """Real text of several domains, its token files, and prompts, unless an earlier demo left them."""
+    console.rule("1. a corpus of real text, from what is on this machine")
     corpus = RUN / "corpus"
-    if not all((corpus / f"{domain}.jsonl").is_file() for domain in DOMAINS):
+    if not all((corpus / f"{name}.jsonl").is_file() for name in DOMAINS + PROMPTS):
         call([sys.executable, "tools/make_demo_corpus.py", "--out", str(corpus)])
     if not all((corpus / f"{domain}.idx").is_file() for domain in DOMAINS):
         files = [str(corpus / f"{domain}.jsonl") for domain in DOMAINS]
@@ -77,10 +86,12 @@ def make_corpus() -> None:
 
 
 def remove_run() -> None:
-    """Everything of an earlier demo run but its corpus and tokenizer."""
+    """Everything of an earlier demo but its corpus and tokenizer."""
     for path in RUN.iterdir():
         if path.name not in ("corpus", "tokenizer"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in ("demo-bare", *(name for name, _ in RL_RUNS.values())):
+        shutil.rmtree(RUN.parent / name, ignore_errors=True)
 
 
 def call(command: list[str]) -> None:
@@ -107,6 +118,21 @@ def exchange() -> None:
         "checkpoint.resume=false",
     ]
     call([*TRAIN, *settings])
+
+
+def reinforce() -> None:
+    """RL of the three models, and their held-out correctness in a table and a picture."""
+    runs = {}
+    for label, (name, settings) in RL_RUNS.items():
+        call([*TWO_RANKS, "launch/rl.py", "--recipe", "launch/recipes/demo-rl.yaml", f"run.name={name}", *settings])
+        runs[label] = RUN.parent / name
+    table = Table("model", "before RL", "after", "steps", title="held-out sums answered in the format, share right")
+    for label, folder in runs.items():
+        first, *_, last = read_records(folder / VALIDATION_FILE)
+        correct = (f"{record[HELD_OUT]:.3f}" for record in (first, last))
+        table.add_row(label, *correct, str(last["step"]))
+    console.print(table)
+    plot_held_out(runs, PICTURE)
 
 
 def write_text(prompt: str) -> None:
