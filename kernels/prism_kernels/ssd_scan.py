@@ -81,7 +81,9 @@ def _tables(boundaries: Boundaries, chunk_len: int, heads: int, device: torch.de
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A_log, B, C, D, dt_bias, initial, boundaries, chunk_len, limit, want_final):
-        chunk_len = min(chunk_len, LONGEST_CHUNK[x.dtype], max(end - start for _, start, end in boundaries.documents))
+        longest = max(end - start for _, start, end in boundaries.documents)
+        # A power of two where documents are shorter than a chunk: kernels are compiled for few lengths.
+        chunk_len = min(chunk_len, LONGEST_CHUNK[x.dtype], max(16, triton.next_power_of_2(longest)))
         shape, tables = Shape.of(x, B, chunk_len), _tables(boundaries, chunk_len, x.shape[1], x.device)
         if 4 * tables.num_chunks * shape.num_heads * shape.Q >= 2**31:  # kernels' offsets into four [C, h, Q] are int32
             raise Uncovered(f"{tables.num_chunks} chunks of {shape.num_heads} heads: needs fewer than 2^29 rows in all")

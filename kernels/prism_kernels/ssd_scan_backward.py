@@ -32,7 +32,7 @@ from prism_kernels.ssd_scan_forward import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def inner_grads_kernel(
     x, grad, own_grad, B, C, own_C, D, query, key, total, step, query_low, key_low, total_low, chunks, states,
     grad_x, grad_scores, own_scores, rising, falling, num_heads, heads_per_group, num_chunks, grad_stride,
@@ -62,7 +62,6 @@ def inner_grads_kernel(
         row = chunk * num_heads + head
         slot_row = slot * num_chunks * num_heads + row
         at = row * Q
-        own = load_rows(own_grad, first + start, length, grad_stride, head * P, R, P)
         values = x.load([first + start, head * P])
         grads = grad.load([first, head * P])
         pairs = tl.dot(grads, tl.trans(values), input_precision="ieee")
@@ -70,6 +69,7 @@ def inner_grads_kernel(
         mixing = (decays * scores).to(values.dtype)
         total_scores += decays * pairs
         tl.store(rising + slot_row * Q + queries_at, tl.sum(mixing.to(tl.float32) * pairs, 1))
+        own = load_rows(own_grad, first + start, length, grad_stride, head * P, R, P)
         wide = values.to(tl.float32)
         out = tl.dot(tl.trans(mixing), grads, input_precision="ieee")
         tl.store(falling + at + keys_at, tl.sum(out * wide, 1))
@@ -91,7 +91,7 @@ def inner_grads_kernel(
     tl.store(grad_scores + offsets, total_scores.to(grad_scores.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def group_grads_kernel(
     x, grad, B, C, query, key, total, step, query_low, key_low, total_low, chunks,
     before, after, grad_scores,
@@ -140,7 +140,7 @@ def group_grads_kernel(
     store_rows(grad_C, sum_C, first, length, num_groups * N, group * N + start, Q, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def step_grads_kernel(
     dt, dt_bias, A_log, total, chunks, own_scores, rising, falling, overlap, products,
     grad_dt, grad_bias, grad_A_log, grad_D, low, high, num_heads, heads_per_group, num_chunks, dt_stride,
@@ -233,7 +233,7 @@ def launch_inner_grads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_x, grad_scores [C, g, splits, Q, Q] in x.dtype, own_scores [C, g, Q], falling [2, C, h, Q]."""
     keys = keys_per_program(shape)
-    heads = heads_per_program(shape, tables.num_chunks, 256)
+    heads = heads_per_program(shape, len(x), 256)
     splits = shape.heads_per_group // heads
     groups = shape.num_heads // shape.heads_per_group
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -303,9 +303,12 @@ def state_tiles(states: Tensor, columns: int) -> TensorDescriptor:
     return TensorDescriptor(states, [states.shape[0] * states.shape[1] * p, n], [n, 1], [p, columns])
 
 
-def heads_per_program(shape: Shape, num_chunks: int, programs: int) -> int:
-    """As many heads of a group as leave `programs` programs: they share C_i . B_j. A divisor of h / g."""
-    most = max(1, num_chunks * shape.num_heads // programs)
+def heads_per_program(shape: Shape, tokens: int, programs: int) -> int:
+    """As many heads of a group as leave `programs` programs: they share C_i . B_j. A divisor of h / g.
+
+    By tokens, not by chunks, of which documents make more or fewer each time: kernels are compiled for one number.
+    """
+    most = max(1, tokens // shape.chunk_len * shape.num_heads // programs)
     return max(k for k in range(1, shape.heads_per_group + 1) if shape.heads_per_group % k == 0 and k <= most)
 
 
@@ -319,7 +322,7 @@ def launch_decays(
     block = min(16, triton.next_power_of_2(shape.num_heads))
     decays_kernel[tables.num_chunks, triton.cdiv(shape.num_heads, block)](
         dt, dt_bias, A_log, tables.chunks, *decays, *limit, shape.num_heads, dt.stride(0),
-        Q=shape.Q, H=block, EXACT=shape.exact, num_warps=4,
+        Q=shape.Q, H=block, EXACT=shape.exact, num_warps=8,
     )  # fmt: skip
     return decays
 
@@ -380,7 +383,7 @@ def launch_outputs(
     x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, decays: Decays, states: Tensor, tables: ScanTables, shape: Shape
 ) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    heads = heads_per_program(shape, tables.num_chunks, 512)
+    heads = heads_per_program(shape, len(x), 512)
     outputs_kernel[shape.num_heads // heads, tables.num_chunks](
         tiles(x, shape.Q, shape.head_dim), *(tiles(z, shape.Q, shape.state) for z in (B, C)),
         decays.total if D is None else D, *decays, tables.chunks, state_tiles(states, shape.state), y,
