@@ -131,7 +131,9 @@ def learn(run: Run, step: int, groups: Sequence[RolloutGroup], lr: float) -> lis
     """The step's updates; the stats of each that had anything to learn from."""
     clock, seen = run.roller.clock, []
     rollouts = [rollout for group in groups for rollout in group.rollouts]
+    platform.release_freed_memory()
     updates = with_reference(run, updates_of(run, step, groups))
+    platform.release_freed_memory()
     clock.mark("reference")
     for batches in updates:
         stats = policy_step(run.chunks, run.optimizer, batches, run.settings.rl, run.groups)
