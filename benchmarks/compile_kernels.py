@@ -21,7 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ import torch
 import triton
 from launches import MULTIPROCESSORS, Compiled, Launch, TorchOp, compile_launch, reading_values, recorded
 from op_cases import MODELS, ROWS, TP, Case, Work, cases, differentiable
-from peers import PEERS, TRITON, prepare
+from peers import NOT_WITHOUT_GPU, PEERS, TRITON, prepare
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -121,6 +121,15 @@ class PassReport:
         times = {gpu: {"model_s": self.seconds(gpu), "floor_s": self.floor_seconds(gpu)} for gpu in BANDWIDTH}
         totals = {"bytes": self.bytes, "requested_bytes": self.requested_bytes, "flops": self.flops}
         return asdict(self) | totals | {"times": times}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "PassReport":
+        report = cls(**{each.name: saved[each.name] for each in fields(cls)})
+        report.kernels = [KernelReport(**kernel) for kernel in saved["kernels"]]
+        for kernel in report.kernels:
+            kernel.compiled = Compiled(**kernel.compiled) if kernel.compiled else None
+        report.torch_ops = [TorchOp(**op) for op in saved["torch_ops"]]
+        return report
 
 
 # --------------------------------------------------------------------------------------------------------- recording
@@ -298,7 +307,7 @@ def add_traffic(report: PassReport, case: Case, answers: dict[str, Count]) -> No
             continue
         number_of_launches = sum(kernel.launches for kernel in same)
         real = {key: factor * _at_real_size(case, [total[key] for total in totals]) for key in totals[0]}
-        flops = real["product_flops"] * _flop_correction(case, report)
+        flops = factor * _flops_at_real_size(case, report, [total["product_flops"] for total in totals])
         for kernel in same:
             share = kernel.launches / number_of_launches
             kernel.bytes = (real["read"] + real["written"]) * share
@@ -316,18 +325,27 @@ def _at_real_size(case: Case, numbers: Sequence[float]) -> float:
     return value
 
 
-def _flop_correction(case: Case, report: PassReport) -> float:
-    """For products that do not grow in a straight line with the tokens: attention's."""
+def _flops_at_real_size(case: Case, report: PassReport, numbers: Sequence[float]) -> float:
+    """A straight line in the tokens; for attention a sum of what is needed (pairs) and of blocks on the diagonal."""
 
     def needed(tokens: int) -> float:
         work = case.build("meta", tokens)
         return work.forward_flops if report.direction == "forward" else work.backward_flops
 
-    line = _at_real_size(case, [needed(sample.tokens) for sample in samples(case)])
-    return needed(case.tokens) / line if line else 1.0
+    first, second = (sample.tokens for sample in samples(case)[:2])
+    per_token = [needed(tokens) / tokens for tokens in (first, second)]
+    if per_token[0] == per_token[1]:
+        return _at_real_size(case, numbers)
+    by_need = (numbers[1] / second - numbers[0] / first) / (per_token[1] - per_token[0])
+    by_token = numbers[1] / second - by_need * per_token[1]
+    return by_need * needed(case.tokens) + by_token * case.tokens
 
 
 # ------------------------------------------------------------------------------------------------------------ report
+
+
+def _peers_of(case: Case, wanted: Sequence[str]) -> list[str]:
+    return [p for p in PEERS.get(case.row.name, {}) if p in wanted and (case.row.name, p) not in NOT_WITHOUT_GPU]
 
 
 def make_report(
@@ -339,7 +357,7 @@ def make_report(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("running launchers on meta tensors", total=len(selected))
         for case in selected:
-            for side in ["ours", *(peer for peer in PEERS.get(case.row.name, {}) if peer in peers)]:
+            for side in ["ours", *_peers_of(case, peers)]:
                 found, new = record_case(case, side)
                 launches |= new
                 if side == "ours" or any(report.kernels for report in found):
@@ -361,6 +379,15 @@ def make_report(
             for case, report in with_kernels:
                 add_traffic(report, case, answers)
     return [report for _, report in reports]
+
+
+def merged(saved: Path, reports: Sequence[PassReport]) -> list[PassReport]:
+    """The saved report's passes, those of the same case and side replaced, in the order of the table of ops."""
+    new = {(report.case, report.side) for report in reports}
+    every = [PassReport.from_json(each) for each in json.loads(saved.read_text())["passes"]]
+    kept = [each for each in every if (each.case, each.side) not in new]
+    order = [row.name for row in ROWS]
+    return sorted([*kept, *reports], key=lambda report: (order.index(report.row), report.phase != "train"))
 
 
 HEADER = [
@@ -436,7 +463,7 @@ def show(rows: Sequence[Sequence[str]], console: Console) -> None:
     console.print(table)
 
 
-def as_markdown(rows: Sequence[Sequence[str]], faults: Sequence[str]) -> str:
+def as_markdown(reports: Sequence[PassReport], rows: Sequence[Sequence[str]], faults: Sequence[str]) -> str:
     lines = [
         "# Kernels compiled for Hopper (sm_90)",
         "",
@@ -447,6 +474,8 @@ def as_markdown(rows: Sequence[Sequence[str]], faults: Sequence[str]) -> str:
         "torch's operations between launches included. Times: a roofline model on 3.35 TB/s (H100) and 4.8 TB/s (H200)",
         "at 990 TFLOP/s bf16, **not measured**; peers' on an H100. A peer that autotunes is shown at its first",
         "configuration.",
+        "",
+        "Models and layouts: " + ", ".join(sorted({user for report in reports for user in report.users})) + ".",
         "",
         "Faults: " + ("none." if not faults else ""),
         *(f"- {fault}" for fault in faults),
@@ -472,6 +501,7 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=HERE / "results" / "compile_sm90", help="writes .json and .md")
+    parser.add_argument("--update", action="store_true", help="keep what the report there says of other ops and shapes")
     parser.add_argument("--picture", type=Path, help="draw the roofline there (PNG)")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -480,21 +510,29 @@ def main() -> None:
     console = Console(stderr=True)
     selected = cases(args.ops, args.models, args.tp, args.phases)
     reports = make_report(selected, args.peers, args.traffic, args.processes, console)
+    if args.update:
+        reports = merged(args.out.with_suffix(".json"), reports)
+    faults = write(reports, args.out, args.picture, console)
+    sys.exit(1 if faults else 0)
+
+
+def write(reports: Sequence[PassReport], out: Path, picture: Path | None, console: Console) -> list[str]:
+    """Print the table and write the report, .json and .md; returns its faults."""
     faults = [fault for report in reports if report.side == "ours" for fault in report.faults()]
     rows = table_rows(reports)
-    show(rows, Console(width=220) if not console.is_terminal else Console())
+    show(rows, Console() if console.is_terminal else Console(width=220))
     for fault in faults:
         console.print(f"[red]fault:[/red] {fault}")
-    machine = {"triton": triton.__version__, "torch": torch.__version__, "machine": platform.machine()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"versions": machine, "faults": faults, "passes": [report.to_json() for report in reports]}
-    args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(as_markdown(rows, faults))
-    if args.picture:
+    versions = {"triton": triton.__version__, "torch": torch.__version__, "machine": platform.machine()}
+    passes = [report.to_json() for report in reports]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps({"versions": versions, "faults": faults, "passes": passes}) + "\n")
+    out.with_suffix(".md").write_text(as_markdown(reports, rows, faults))
+    if picture:
         from roofline import draw
 
-        draw(result["passes"], args.picture)
-    sys.exit(1 if faults else 0)
+        draw(passes, picture)
+    return faults
 
 
 if __name__ == "__main__":

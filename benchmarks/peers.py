@@ -50,7 +50,7 @@ def liger_rms_norm(work: Work) -> Prepared:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
     x, weight, eps = work.args
-    return lambda: LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False, None), work.leaves
+    return lambda: LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", True, None), work.leaves
 
 
 def quack_rms_norm(work: Work) -> Prepared:
@@ -154,7 +154,7 @@ def liger_rope(work: Work) -> Prepared:
 
     def call() -> tuple[Tensor, Tensor]:
         rotated = LigerRopeFunction.apply(q, k, cos[None], sin[None])
-        return rotated[0][0].transpose(0, 1), rotated[1][0].transpose(0, 1)
+        return tuple(x.squeeze(0).transpose(0, 1) for x in rotated)
 
     return call, (q, k) if work.leaves else ()
 
@@ -178,7 +178,7 @@ def causal_conv1d_package(work: Work) -> Prepared:
     x, weight, bias, _ = work.args
 
     def call() -> Tensor:
-        return causal_conv1d_fn(x[None].transpose(1, 2), weight, bias, activation="silu")[0].t()
+        return causal_conv1d_fn(x[None].transpose(1, 2), weight, bias, activation="silu").squeeze(0).t()
 
     return call, work.leaves
 
@@ -189,7 +189,7 @@ def torch_causal_conv1d(work: Work) -> Prepared:
 
     def call() -> Tensor:
         y = F.conv1d(x.t()[None], weight[:, None], bias, padding=taps - 1, groups=channels)
-        return F.silu(y[0, :, : boundaries.num_tokens].t())
+        return F.silu(y.squeeze(0).narrow(1, 0, boundaries.num_tokens).t())
 
     return call, work.leaves
 
@@ -263,9 +263,8 @@ def torch_attention(work: Work) -> Prepared:
 
     def call() -> Tensor:
         q_, k_, v_ = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(
-            0, 1
-        )
+        y = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, scale=scale, enable_gqa=True)
+        return y.squeeze(0).transpose(0, 1)
 
     return call, work.leaves
 
@@ -322,6 +321,8 @@ PEERS: dict[str, dict[str, Callable[[Work], Prepared]]] = {
     "linear_cross_entropy": {"liger": liger_linear_cross_entropy, "torch": torch_linear_cross_entropy},
 }
 TRITON = {"liger", "mamba-ssm"}  # those whose kernels are Triton's, which compile and count here without a GPU
+# Liger's loss takes another way of accumulating the weight's gradient where it finds no CUDA device.
+NOT_WITHOUT_GPU = {("linear_cross_entropy", "liger")}
 
 
 def prepare(case: Case, work: Work, side: str) -> Prepared:
