@@ -34,7 +34,7 @@ def log_likelihoods(groups, ops):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_graphs_decode_as_single_launches_do():
-    """More samples than slots, row numbers on both sides of what graphs are rounded to; bf16 drifts, first tokens not."""
+    """More samples than slots, numbers of rows that are rounded up; bf16 drifts, first tokens do not."""
     graphed = run_ranks(1, log_likelihoods, {})[0]
     launched = run_ranks(1, log_likelihoods, {"attention_decode": "reference"})[0]
     assert graphed.keys() == launched.keys()
