@@ -1,10 +1,10 @@
 """Mid-training and RL in minutes on two CPU cores: `make demo`.
 
 Builds a corpus of real text, mid-trains a small hybrid on two tensor-parallel ranks, stops it half-way with a signal,
-goes on from the checkpoint, draws the curves, exports the model to Hugging Face's format, checks it against
-transformers, lets transformers write with it, and starts a run from it. Then RL on sums: of this model, of one that was
-mid-trained without a worked sum, and of one that was not mid-trained at all, drawn into one picture: the paper's claim
-in miniature. Each step is a command that is printed and can be run by hand.
+goes on from the checkpoint on two data-parallel ranks, draws the curves, exports the model to Hugging Face's format,
+checks it against transformers, lets transformers write with it, and starts a run from it. Then RL on sums: of this
+model, of one that was mid-trained without a worked sum, and of one that was not mid-trained at all, drawn into one
+picture: the paper's claim in miniature. Each step is a command that is printed and can be run by hand.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -36,7 +37,7 @@ TRAIN = [*TWO_RANKS, "launch/midtrain.py", "--recipe", RECIPE]
 # label -> run, settings of its RL. Nothing is to be expected of the last two: they get fewer steps.
 RL_RUNS = {
     "mid-trained": ("demo-rl", []),
-    "mid-trained without worked sums": ("demo-rl-bare", ["model.init=runs/demo-bare", "train.steps=40"]),
+    "mid-trained without worked sums": ("demo-rl-bare", ["model.init=runs/demo-bare", "train.steps=30"]),
     "not mid-trained": ("demo-rl-random", ["model.init=random", "train.steps=20"]),
 }
 PICTURE = RUN / "rl.png"
@@ -56,8 +57,8 @@ def main() -> None:
     half = settings.train.steps // 2
     console.rule(f"2. mid-training, to be stopped after half of {settings.train.steps} steps")
     stopped = train(stop_at=half)
-    console.rule(f"3. the same command again: it goes on from step {stopped}")
-    train()
+    console.rule(f"3. it goes on from step {stopped}, on two data-parallel ranks: checkpoints know no layout")
+    train(["parallel.tp=1", "parallel.sequence_parallel=false"])
     console.rule("4. what it learnt")
     report(stopped, settings.train.steps)
     curves = plot_run(RUN, {"resumed": stopped})
@@ -148,11 +149,12 @@ def write_text(prompt: str) -> None:
     console.print(tokenizer.decode(written[0], skip_special_tokens=True), highlight=False, markup=False)
 
 
-def train(stop_at: int | None = None) -> int:
+def train(settings: Sequence[str] = (), stop_at: int | None = None) -> int:
     """Run the training command, with a SIGTERM after `stop_at` steps; returns the step it ended at."""
-    show(TRAIN)
+    command = [*TRAIN, *settings]
+    show(command)
     process = subprocess.Popen(
-        TRAIN, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE if stop_at else None, text=True
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE if stop_at else None, text=True
     )
     if stop_at:
         threading.Thread(target=print_until_stopped, args=[process], daemon=True).start()
