@@ -96,7 +96,11 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "exact": EXACT + "ssd_scan",
     },
     "ssd_cache": {"reference": REFERENCE + "ssd_cache", "exact": EXACT + "ssd_cache"},
-    "ssd_prefill": {"reference": REFERENCE + "ssd_prefill", "exact": EXACT + "ssd_prefill"},
+    "ssd_prefill": {
+        "triton": "prism_kernels.ssd_scan:ssd_prefill",
+        "reference": REFERENCE + "ssd_prefill",
+        "exact": EXACT + "ssd_prefill",
+    },
     "ssd_step": {
         "triton": "prism_kernels.ssd_step:ssd_step",
         "reference": REFERENCE + "ssd_step",

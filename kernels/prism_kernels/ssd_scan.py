@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prism_kernels.backends import Uncovered
 from prism_kernels.boundaries import Boundaries, ScanTables
+from prism_kernels.caches import ScanCache
 from prism_kernels.ssd_scan_backward import Slots, launch_group_grads, launch_inner_grads, launch_step_grads
 from prism_kernels.ssd_scan_forward import Decays, Shape, launch_decays, launch_outputs, launch_states
 
@@ -60,6 +61,27 @@ def ssd_scan(
     if more_p or more_n:
         y, final = y[..., :head_dim], None if final is None else final[..., :head_dim, :state]
     return (y, final) if return_final_states else y
+
+
+def ssd_prefill(
+    x: Tensor,
+    dt: Tensor,
+    A_log: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor,
+    boundaries: Boundaries,
+    chunk_len: int,
+    dt_limit: tuple[float, float],
+    cache: ScanCache,
+    slots: Tensor,
+) -> Tensor:
+    """`reference.ssd_prefill`, on the inputs that `ssd_scan` covers."""
+    inputs = (x, dt, A_log, B, C, D, dt_bias, boundaries, chunk_len, dt_limit)
+    y, final = ssd_scan(*inputs, return_final_states=True)
+    cache.state[slots] = final.to(cache.state.dtype)
+    return y
 
 
 def _rows(x: Tensor) -> Tensor:

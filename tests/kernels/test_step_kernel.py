@@ -7,6 +7,7 @@ from accuracy import DEVICE, documents, randn, relative_error
 from prism_kernels import reference
 from prism_kernels.backends import Uncovered
 from prism_kernels.caches import ScanCache
+from prism_kernels.ssd_scan import ssd_prefill
 from prism_kernels.ssd_step import ssd_step
 
 LIMIT = (0.01, 2.0)
@@ -50,6 +51,18 @@ def test_steps_continue_a_scan():
         y = ssd_step(*(x[i : i + 1] if len(x) == 20 else x for x in inputs), cache, slots, slots + i, LIMIT)
         torch.testing.assert_close(y[0], whole[i], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(cache.state, final, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_continue_a_prefill():
+    torch.manual_seed(0)
+    inputs = step_inputs(20, torch.float32)
+    whole = reference.ssd_scan(*inputs, documents(20), 8, LIMIT)
+    cache, slots = ScanCache(torch.ones(3, 4, 16, 16, device=DEVICE)), torch.tensor([2], device=DEVICE)
+    first = [x[:19] if len(x) == 20 else x for x in inputs]
+    y = ssd_prefill(*first, documents(19), 8, LIMIT, cache, slots)
+    last = ssd_step(*(x[19:] if len(x) == 20 else x for x in inputs), cache, slots, slots, LIMIT)
+    torch.testing.assert_close(torch.cat([y, last]), whole, rtol=1e-5, atol=1e-5)
+    assert (cache.state[:2] == 1).all()
 
 
 def test_small_steps_keep_their_digits():
