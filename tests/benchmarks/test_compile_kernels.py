@@ -104,7 +104,7 @@ def test_no_kernel_spills_misses_wgmma_or_moves_more_than_it_must(tmp_path: Path
     assert result["faults"] == []
     assert done.returncode == 0, done.stderr
     passes = result["passes"]
-    assert {report["row"] for report in passes} == set(OPS)
+    assert {each["row"] for each in passes} >= set(OPS)
     for each in passes:
         assert each["kernels"], each["case"] + ": no kernel of ours ran: " + each["note"]
         assert all(kernel["compiled"] for kernel in each["kernels"]), each["note"]
