@@ -112,9 +112,8 @@ def _consecutive(slots: Tensor) -> slice | Tensor:
     if slots.device.type != "cpu":
         return slots
     places = slots.tolist()
-    return (
-        slice(places[0], places[0] + len(places)) if places == [*range(places[0], places[0] + len(places))] else slots
-    )
+    first, end = places[0], places[0] + len(places)
+    return slice(first, end) if places == [*range(first, end)] else slots
 
 
 def attention_decode(
@@ -129,15 +128,15 @@ def attention_decode(
     acc, (b, heads, head_dim), key_heads = accumulate_dtype(q.dtype), q.shape, cache.keys.shape[2]
     pairs = _pairs_of(block_table, lengths, cache.block_len, window)
     keys, values = (x.transpose(1, 2) for x in (cache.keys, cache.values))  # [blocks, hk, block_len, p]
-    scores = pairs.product(q.view(b, key_heads, -1, head_dim)[pairs.rows], keys.transpose(2, 3)).to(acc)
-    scores = torch.add(pairs.hidden, scores.flatten(1, 2), alpha=scale * LOG2_E)  # [N, h, block_len]
+    mine = q.reshape(b, -1).index_select(0, pairs.rows).view(-1, key_heads, heads // key_heads, head_dim)
+    scores = pairs.product(mine, keys.transpose(2, 3)).flatten(1, 2).to(acc)
+    scores = torch.add(pairs.hidden, scores, alpha=scale * LOG2_E)  # [N, h, block_len]
     rows = pairs.rows[:, None].expand(-1, heads)
     highest = scores.new_full((b, heads), -math.inf).scatter_reduce_(0, rows, scores.amax(-1), "amax")
-    weights = scores.sub_(highest[pairs.rows, :, None]).exp2_()
-    order, ordered_rows = pairs.in_order
-    sums = weights.new_zeros(b, heads).index_add_(0, ordered_rows, weights.sum(-1)[order])
+    weights = scores.sub_(highest.index_select(0, pairs.rows)[..., None]).exp2_()
+    sums = weights.new_zeros(b, heads).index_add_(0, pairs.rows, weights.sum(-1))
     out = pairs.product(weights.to(q.dtype).unflatten(1, (key_heads, -1)), values).flatten(1).to(acc)
-    out = out.new_zeros(b, heads * head_dim).index_add_(0, ordered_rows, out[order])
+    out = out.new_zeros(b, heads * head_dim).index_add_(0, pairs.rows, out)
     return out.view(q.shape).div_(sums[..., None]).to(q.dtype)
 
 
@@ -167,12 +166,13 @@ class _Pairs(NamedTuple):
 
     rows: Tensor  # [N] int64
     hidden: Tensor  # [N, 1, block_len] fp32: -inf where the row does not see the key, else 0
-    in_order: tuple[Tensor, Tensor]  # real pairs by row and position, and their rows: sums do not depend on the places
     spans: list[tuple[int, int, int]]  # (first pair, first block, number of blocks)
-    shared: Tensor  # [u] int64: blocks of several rows
+    num_exclusive: int  # pairs before those of shared blocks
+    shared: slice | Tensor  # u blocks of several rows
     sharers: Tensor  # [u, r] int64: pairs of each, the last one repeated where there are fewer than r
-    place: Tensor  # [N - num_exclusive] int64: where in the flattened `sharers` each pair is
-    num_exclusive: int
+    place: (
+        Tensor | None
+    )  # [N - num_exclusive] int64: where in the flattened `sharers` each pair is; None: all, in order
 
     def product(self, left: Tensor, blocks: Tensor) -> Tensor:
         """left [N, hk, m, i] times each pair's block of `blocks` [., hk, i, j] -> [N, hk, m, j]."""
@@ -181,11 +181,15 @@ class _Pairs(NamedTuple):
         for pair, block, count in self.spans:
             mine, theirs = left[pair : pair + count].flatten(0, 1), blocks[block : block + count].flatten(0, 1)
             torch.bmm(mine, theirs, out=out[pair : pair + count].flatten(0, 1))
-        if len(self.shared):
+        if len(self.sharers):
             u, r = self.sharers.shape
-            mine = left[self.sharers].transpose(1, 2).reshape(u * key_heads, r * m, -1)
-            both = torch.bmm(mine, blocks[self.shared].flatten(0, 1)).view(u, key_heads, r, m, -1)
-            out[self.num_exclusive :] = both.transpose(1, 2).flatten(0, 1)[self.place]
+            mine = left[self.num_exclusive :] if self.place is None else left[self.sharers]
+            mine = mine.reshape(u, r, key_heads, m, -1).transpose(1, 2).reshape(u * key_heads, r * m, -1)
+            both = torch.bmm(mine, blocks[self.shared].flatten(0, 1)).view(u, key_heads, r, m, -1).transpose(1, 2)
+            if self.place is None:
+                out[self.num_exclusive :].view(both.shape).copy_(both)
+            else:
+                out[self.num_exclusive :] = both.flatten(0, 1)[self.place]
         return out
 
 
@@ -242,15 +246,16 @@ def _find_pairs(block_table: Tensor, lengths: Tensor, block_len: int, window: in
     def tensor(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(device)
 
+    u, even = len(shared), (counts == r).all()
+    in_a_row = u > 0 and shared[-1] - shared[0] == u - 1
     return _Pairs(
         rows=tensor(pair_rows),
         hidden=tensor(hidden),
-        in_order=(tensor(where), tensor(rows)),
         spans=spans,
-        shared=tensor(shared),
-        sharers=tensor(sharers),
-        place=tensor(np.repeat(np.arange(len(shared)) * r, counts) + turn),
         num_exclusive=num_exclusive,
+        shared=slice(int(shared[0]), int(shared[-1]) + 1) if in_a_row else tensor(shared),
+        sharers=tensor(sharers),
+        place=None if even else tensor(np.repeat(np.arange(u) * r, counts) + turn),
     )
 
 
