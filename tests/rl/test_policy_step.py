@@ -66,7 +66,7 @@ def plainly(groups, settings):
     for chunk in chunks:
         chunk.zero_grad_buffer()
     hidden = {}
-    model.final_norm.register_forward_hook(lambda module, inputs, output: hidden.update(x=output))
+    model.final_norm.register_forward_hook(lambda module, inputs, output: hidden.update(x=output[0]))  # and the sum
     for sample in samples:
         rollout = sample.rollout
         batch = batches_for(sample)
