@@ -166,6 +166,7 @@ class _Pairs(NamedTuple):
 
     rows: Tensor  # [N] int64
     hidden: Tensor  # [N, 1, block_len] fp32: -inf where the row does not see the key, else 0
+    in_order: tuple[Tensor, Tensor]  # real pairs by row and position, and their rows: exact sums need one order
     spans: list[tuple[int, int, int]]  # (first pair, first block, number of blocks)
     num_exclusive: int  # pairs before those of shared blocks
     shared: slice | Tensor  # u blocks of several rows
@@ -251,6 +252,7 @@ def _find_pairs(block_table: Tensor, lengths: Tensor, block_len: int, window: in
     return _Pairs(
         rows=tensor(pair_rows),
         hidden=tensor(hidden),
+        in_order=(tensor(where), tensor(rows)),
         spans=spans,
         num_exclusive=num_exclusive,
         shared=slice(int(shared[0]), int(shared[-1]) + 1) if in_a_row else tensor(shared),

@@ -127,5 +127,6 @@ def test_measuring_needs_a_gpu_and_says_so_but_runs_toy_shapes_without():
 
 def test_every_op_with_a_triton_kernel_is_compiled_and_measured():
     source = (BENCHMARKS / "op_cases.py").read_text()
-    ops = [op for op, places in backends.IMPLEMENTATIONS.items() if "triton" in places]
-    assert [op for op in ops if not re.search(rf'Row\(\s*"[^"]+",\s*"{op}"', source)] == []
+    ops = {op for op, places in backends.IMPLEMENTATIONS.items() if "triton" in places}
+    ops.remove("ssd_prefill")  # ssd_scan's kernels, and a copy of its final states
+    assert [op for op in sorted(ops) if not re.search(rf'Row\(\s*"[^"]+",\s*"{op}"', source)] == []
