@@ -2,7 +2,7 @@
 
 # t packed tokens, Q tokens in a chunk, C chunks
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -262,7 +262,9 @@ class ScanTables:
 
     @staticmethod
     def build(boundaries: Boundaries, chunk_len: int, segment_chunks: int, device: torch.device) -> "ScanTables":
-        chunks, segments, documents = [], [], []
+        chunks: list[tuple[int, ...]] = []
+        segments: list[tuple[int, ...]] = []
+        documents: list[tuple[int, ...]] = []
         for document, start, end in boundaries.documents:
             first_segment = len(segments)
             for token in range(start, end, segment_chunks * chunk_len):
@@ -274,7 +276,7 @@ class ScanTables:
                     chunks.append((first, min(chunk_len, stop - first), len(segments) - 1, before, after))
             documents.append((document, first_segment, len(segments)))
 
-        def table(rows: list[tuple[int, ...]]) -> Tensor:
+        def table(rows: Sequence[tuple[int, ...]]) -> Tensor:
             return copied(torch.tensor(rows, dtype=torch.int32), device)
 
         carries = len(segments) > len(documents)
