@@ -37,7 +37,7 @@ TRAIN = [*TWO_RANKS, "launch/midtrain.py", "--recipe", RECIPE]
 # label -> run, settings of its RL. Nothing is to be expected of the last two: they get fewer steps.
 RL_RUNS = {
     "mid-trained": ("demo-rl", []),
-    "mid-trained without worked sums": ("demo-rl-bare", ["model.init=runs/demo-bare", "train.steps=30"]),
+    "mid-trained without worked sums": ("demo-rl-bare", ["model.init=runs/demo-bare", "train.steps=20"]),
     "not mid-trained": ("demo-rl-random", ["model.init=random", "train.steps=20"]),
 }
 PICTURE = RUN / "rl.png"
