@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prism_kernels.caches import PagedCache
-from prism_mcore.model.linear import Build, column_linear, row_linear
+from prism_mcore.model.linear import Build, column_linear, decoded, row_linear
 from prism_mcore.model.sequence import Sequence
 from prism_mcore.model.state import Decode, State
 
@@ -52,7 +52,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, seq: Sequence, state: State | None = None) -> Tensor:
         """[t, 1, d] -> [t, 1, d]."""
-        qkv, _ = self.qkv(x)
+        decoding = state is not None and isinstance(state.step, Decode)
+        qkv = decoded(self.qkv, x) if decoding else self.qkv(x)[0]
         tokens, p = qkv.shape[0], self.spec.head_dim
         grouped = qkv.view(tokens, self.kv_heads, self.heads_per_kv + 2, p)
         q = grouped[:, :, :-2].reshape(tokens, -1, p)
@@ -75,4 +76,5 @@ class Attention(nn.Module):
             y = self.attention(q, k, v, seq)
         else:
             y = self.attention(q, k, v, seq.boundaries, self.spec.attention_scale, self.spec.sliding_window)
-        return self.out_proj(y.reshape(tokens, 1, -1))[0]
+        y = y.reshape(tokens, 1, -1)
+        return decoded(self.out_proj, y) if decoding else self.out_proj(y)[0]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prism_kernels.caches import ConvCache
-from prism_mcore.model.linear import Build, Weight, column_product, row_linear
+from prism_mcore.model.linear import Build, Weight, column_product, decoded, row_linear
 from prism_mcore.model.sequence import Sequence
 from prism_mcore.model.state import Decode, MambaCache, State
 
@@ -60,7 +60,8 @@ class Mamba(nn.Module):
         B, C = (y.unflatten(-1, (self.groups, -1)) for y in (B, C))
         y = self._scanned((xs.unflatten(-1, (self.heads, -1)), dt, self.A_log, B, C, self.D, self.dt_bias), seq, state)
         y = self.gated_norm(y.flatten(-2), z, self.norm(), spec.norm_eps, self.norm_groups, self.norm_ranks)
-        return self.out_proj(y.unsqueeze(1))[0]
+        decoding = state is not None and isinstance(state.step, Decode)
+        return decoded(self.out_proj, y.unsqueeze(1)) if decoding else self.out_proj(y.unsqueeze(1))[0]
 
     def _convolved(self, xbc: Tensor, seq: Sequence, state: State | None) -> Tensor:
         weight = torch.cat([self.conv_x(), self.conv_bc()])

@@ -4,9 +4,9 @@
 
 from torch import Tensor, nn
 
-from prism_mcore.model.linear import Build, column_linear, row_linear
+from prism_mcore.model.linear import Build, column_linear, decoded, row_linear
 from prism_mcore.model.sequence import Sequence
-from prism_mcore.model.state import State
+from prism_mcore.model.state import Decode, State
 
 
 class MLP(nn.Module):
@@ -21,5 +21,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, seq: Sequence, state: State | None = None) -> Tensor:
         """[t, 1, d] -> [t, 1, d]."""
-        up, _ = (self.gate_up if self.gated else self.up)(x)
-        return self.down(self.activation(up))[0]
+        up = self.gate_up if self.gated else self.up
+        if state is not None and isinstance(state.step, Decode):
+            return decoded(self.down, self.activation(decoded(up, x)))
+        return self.down(self.activation(up(x)[0]))[0]
