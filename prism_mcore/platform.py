@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ _NEW_METHODS = ["new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"]
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 _patched = False  # for the CPU
-_optimizer_load_patched = False
+_optimizer_checkpoint_patched = False
 
 
 def start(
@@ -57,7 +58,7 @@ def start(
     if deterministic and torch.cuda.is_available():
         _be_deterministic()
     device = _cuda_device() if torch.cuda.is_available() else _cpu_device(threads)
-    _patch_optimizer_load()
+    _patch_optimizer_checkpoint()
     if not dist.is_initialized():
         _init_process_group(device, timeout)
     return device
@@ -362,32 +363,45 @@ def _cuda_types() -> Iterator[None]:
         torch.Tensor.type = plain
 
 
-def _patch_optimizer_load() -> None:
-    """Let the distributed optimizer load a state for torch's Adam; on any device, idle with Transformer Engine's.
+def _patch_optimizer_checkpoint() -> None:
+    """Let the distributed optimizer save what it has in several buckets, and load a state for torch's Adam.
 
-    Upstream (0.16.1, optimizer/distrib_optimizer.py): `_set_main_param_and_optimizer_states` copies every key of Adam's
-    state from the checkpoint, which has no "step" (KeyError); and `load_state_dict` gives all parameters one and the
-    same step tensor, which each of them then increments. Goes when a checkpoint loads without it.
+    Upstream (0.16.1, optimizer/distrib_optimizer.py): `sharded_param_state_fully_reshardable` looks parameters up at
+    their places in a buffer whose buckets are padded (to multiples of 128 and of the data-parallel ranks), but in
+    tensors put together without the padding: after the first padded bucket every weight and moment is saved shifted.
+    And `_set_main_param_and_optimizer_states` copies every key of Adam's state from the checkpoint, which has no "step"
+    (KeyError); idle with Transformer Engine's. Goes when a checkpoint of several padded buckets loads without it.
     """
-    global _optimizer_load_patched
-    if _optimizer_load_patched:
+    global _optimizer_checkpoint_patched
+    if _optimizer_checkpoint_patched:
         return
-    _optimizer_load_patched = True
+    _optimizer_checkpoint_patched = True
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    sharded_state = DistributedOptimizer.sharded_param_state_fully_reshardable
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
-    load = DistributedOptimizer.load_state_dict
+
+    def sharded_state_of_padded_buckets(self: Any, *args: Any, **kwargs: Any) -> Any:
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        for buffer in self.buffers:
+            buffer.param_index_map = _places_without_padding(buffer)
+        try:
+            return sharded_state(self, *args, **kwargs)
+        finally:
+            for buffer, places in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = places
 
     def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         set_states(self, model_param, {**{key: state[key] for key in ("step",) if key in state}, **tensors})
 
-    def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
-        load(self, state_dict)
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                state["step"] = state["step"].clone()
-
+    DistributedOptimizer.sharded_param_state_fully_reshardable = sharded_state_of_padded_buckets
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
-    DistributedOptimizer.load_state_dict = load_with_own_steps
+
+
+def _places_without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
+    """(first element, end, bucket) of each parameter of a megatron-core buffer, its buckets put together unpadded."""
+    paddings = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+    before = [0, *accumulate(paddings)]
+    return {p: (start - before[b], end - before[b], b) for p, (start, end, b) in buffer.param_index_map.items()}

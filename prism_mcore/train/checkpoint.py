@@ -556,8 +556,11 @@ def _initialise_state(optimizer: MegatronOptimizer) -> None:
 
 
 def _optimizer_step(optimizer: MegatronOptimizer) -> int:
-    _initialise_state(optimizer)
-    return int(_only(optimizer).state_dict()["optimizer"]["param_groups"][0].get("step", 0))
+    """Updates taken: torch's Adam counts them for each parameter, Transformer Engine's and apex's for each group."""
+    inner = _only(optimizer).optimizer
+    counts = [state["step"] for state in inner.state.values() if "step" in state]
+    counts = counts or [group["step"] for group in inner.param_groups if "step" in group]
+    return max((int(count) for count in counts), default=0)
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, param_state: dict[int, Any], step: int) -> None:
@@ -567,6 +570,10 @@ def _load_optimizer(optimizer: MegatronOptimizer, param_state: dict[int, Any], s
         group["step"] = step
     state["param_state"], state["param_state_sharding_type"] = param_state, "fully_reshardable"
     distributed.load_state_dict(state)
+    # megatron-core gives all parameters one tensor, and none where Transformer Engine or apex is installed.
+    for own in distributed.optimizer.state.values():
+        if "step" in own:
+            own["step"] = torch.full_like(own["step"], step)
 
 
 # --- ranks together ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The whole loop on real ranks: exact resume, other layouts, signals, guards, killed ranks, full disks."""
 
+import functools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from ranks import RankError, run_ranks
 from prism_mcore.config import Settings
 from prism_mcore.data.token_file import TokenFileWriter
 from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
-from prism_mcore.train import loop
+from prism_mcore.train import loop, optimizer
 
 SOURCES = [("text", 0.7), ("code", 0.3)]
 
@@ -92,17 +93,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_three_and_three_steps_equal_six_bit_for_bit(corpus, tmp_path, layout, dtype):
-    world_size, degrees = LAYOUTS[layout]
+def assert_halves_equal_the_whole(corpus, tmp_path, function, world_size, spec="hybrid", **sections):
+    """Three steps, a stop and three more leave the curve, weights and moments of six steps, bit for bit."""
     through, stopped = tmp_path / "through", tmp_path / "stopped"
     results = []
     for runs, stops in ((through, [None]), (stopped, [3, None])):
         runs.mkdir()
-        wanted = settings(corpus, runs, parallel=degrees, precision={"dtype": dtype})
+        wanted = settings(corpus, runs, spec, **sections)
         for stop in stops:
-            ranks = run_ranks(world_size, train, wanted, stop, **degrees)
+            ranks = run_ranks(world_size, function, wanted, stop, **sections.get("parallel", {}))
             assert {code for code, _, _ in ranks} == {DONE if stop is None else STOPPED_BY_SIGNAL}
         results.append(ranks)
     assert curve(stopped) == curve(through) and len(curve(through)) == 6
@@ -110,6 +109,43 @@ def test_three_and_three_steps_equal_six_bit_for_bit(corpus, tmp_path, layout, d
         assert all(torch.equal(want[name], got[name]) for name in want)
         for key, state in want_moments.items():
             assert all(torch.equal(state[n], got_moments[key][n]) for n in ("exp_avg", "exp_avg_sq", "step"))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_three_and_three_steps_equal_six_bit_for_bit(corpus, tmp_path, layout, dtype):
+    world_size, degrees = LAYOUTS[layout]
+    precision = {"dtype": dtype}
+    assert_halves_equal_the_whole(corpus, tmp_path, train, world_size, parallel=degrees, precision=precision)
+
+
+def many_buckets(groups, settings, until=None):
+    """The same run with overlapped communication in small buckets: those of a large model on GPUs, each padded."""
+    config = optimizer.DistributedDataParallelConfig
+    optimizer.DistributedDataParallelConfig = functools.partial(config, bucket_size=3000)
+    try:
+        return overlapped(groups, settings, until)
+    finally:
+        optimizer.DistributedDataParallelConfig = config
+
+
+def test_padded_buckets_are_saved_as_they_are(corpus, tmp_path):
+    assert_halves_equal_the_whole(corpus, tmp_path, many_buckets, 2)
+
+
+def beside_transformer_engine(groups, settings, until=None):
+    """The same run where megatron-core has found Transformer Engine, but torch's AdamW is used."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+    try:
+        return train(groups, settings, until)
+    finally:
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = False
+
+
+def test_steps_of_torchs_adamw_are_saved_beside_transformer_engine(corpus, tmp_path):
+    assert_halves_equal_the_whole(corpus, tmp_path, beside_transformer_engine, 2)
 
 
 @pytest.mark.parametrize("spec", ["hybrid", "granite hybrid"])
@@ -126,23 +162,24 @@ def test_a_run_goes_on_in_another_layout(corpus, tmp_path, spec):
     assert [loss for _, loss, *_ in curve(moved)] == pytest.approx([loss for _, loss, *_ in curve(through)], rel=1e-6)
 
 
-def overlapped(groups, settings):
+def overlapped(groups, settings, until=None):
     """The same run with gradients and parameters travelling while the model computes."""
     plain = loop.wrap
     loop.wrap = lambda chunks, groups, **options: plain(chunks, groups, **(options | {"overlap": True}))
     try:
-        return train(groups, settings)
+        return train(groups, settings, until)
     finally:
         loop.wrap = plain
 
 
-def test_overlapped_communication_changes_no_bit(corpus, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_overlapped_communication_changes_no_bit(corpus, tmp_path, ranks):
     results = []
     for name, function in (("plain", train), ("overlapped", overlapped)):
         runs = tmp_path / name
         runs.mkdir()
         wanted = settings(corpus, runs, checkpoint={"every": 2}, train={"steps": 6, "global_batch": 4})
-        results.append(run_ranks(2, function, wanted))
+        results.append(run_ranks(ranks, function, wanted))
     assert curve(tmp_path / "plain") == curve(tmp_path / "overlapped")
     (_, want, _), (_, got, _) = results[0][0], results[1][0]
     assert all(torch.equal(want[name], got[name]) for name in want)
