@@ -307,6 +307,9 @@ class HybridModel(MegatronModule):
             )  # megatron-core sums only under sequence parallelism
             # The copy of a tied embedding on the last stage counts once in the gradient norm.
             tensor.shared = name == "embedding.weight" and not self.pre_process
+            # A bucket of its own on both stages: cut alike over data-parallel ranks, whose shards are then summed.
+            tied = name == "embedding.weight" and self.spec.tied_embeddings
+            tensor.shared_embedding = tied and not (self.pre_process and self.post_process)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

@@ -22,6 +22,7 @@ LAYOUTS = {
     "pp2 interleaved": (2, {"pp": 2, "vpp": 2}),
     "dp2": (2, {}),
     "tp2 x pp2": (4, {"tp": 2, "pp": 2}),
+    "pp2 x dp2": (4, {"pp": 2}),
     "tp2+sp x dp2": (4, {"tp": 2, "sequence_parallel": True}),
     "dp2 x dp2 instances": (4, {"optimizer_instances": 2}),
 }

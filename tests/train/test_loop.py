@@ -133,6 +133,10 @@ def test_padded_buckets_are_saved_as_they_are(corpus, tmp_path):
     assert_halves_equal_the_whole(corpus, tmp_path, many_buckets, 2)
 
 
+def test_a_tied_embedding_on_two_stages_is_saved_as_it_is(corpus, tmp_path):
+    assert_halves_equal_the_whole(corpus, tmp_path, train, 4, "granite hybrid", parallel={"pp": 2})
+
+
 def beside_transformer_engine(groups, settings, until=None):
     """The same run where megatron-core has found Transformer Engine, but torch's AdamW is used."""
     from megatron.core.optimizer import distrib_optimizer
