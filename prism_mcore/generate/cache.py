@@ -43,11 +43,14 @@ class Costs:
 SPARE = 2  # slots and blocks beyond the capacity: a prompt whose samples still wait, and rows that only fill a graph
 
 
-def capacity(needs: np.ndarray, costs: Costs, memory: int, slots: int, tp: dist.ProcessGroup) -> Capacity:
+def capacity(
+    needs: np.ndarray, costs: Costs, memory: int, slots: int, tp: dist.ProcessGroup, device: torch.device
+) -> Capacity:
     """The largest number of running sequences for `memory` bytes, the same on every tensor-parallel rank.
 
-    needs [sequences]: blocks of each at its longest; slots: no more than these. A sequence's blocks are set aside when
-    it starts, so that none ever runs out of them. Raises ValueError where not even the longest fits.
+    needs [sequences]: blocks of each at its longest; slots: no more than these; device: where `tp` communicates. A
+    sequence's blocks are set aside when it starts, so that none ever runs out of them. Raises ValueError where not even
+    the longest fits.
     """
     longest, mean = int(needs.max()), float(needs.mean())
     spare = SPARE * (costs.slot + costs.block)
@@ -56,9 +59,9 @@ def capacity(needs: np.ndarray, costs: Costs, memory: int, slots: int, tp: dist.
     blocks = min(int(needs.sum()), int(np.sort(needs)[-slots:].sum()))
     if costs.block:
         blocks = min(blocks, (memory - spare - slots * costs.slot) // costs.block)
-    smallest = torch.tensor([slots, blocks])
+    smallest = torch.tensor([slots, blocks], device=device)
     dist.all_reduce(smallest, dist.ReduceOp.MIN, group=tp)
-    slots, blocks = (int(x) for x in smallest)
+    slots, blocks = smallest.tolist()
     if blocks < longest:
         needed = spare + costs.slot + longest * costs.block
         raise ValueError(
@@ -68,13 +71,16 @@ def capacity(needs: np.ndarray, costs: Costs, memory: int, slots: int, tp: dist.
     return Capacity(slots, blocks)
 
 
-def cache_memory(cache_gb: float | None, device: torch.device) -> int:
-    """Bytes that caches may take on this rank."""
+def cache_memory(cache_gb: float | None, device: torch.device, held: int) -> int:
+    """Bytes that caches may take on this rank; held: what those of the last stream do, which go on being ours."""
     if cache_gb is not None:
         return int(cache_gb * 1e9)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return psutil.virtual_memory().available // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        # What training has freed is torch's, not the driver's.
+        freed = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return max(held, (torch.cuda.mem_get_info(device)[0] + freed + held) // 2)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(held, (psutil.virtual_memory().available // ranks + held) // 4)
 
 
 class Blocks:

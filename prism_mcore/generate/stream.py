@@ -40,8 +40,8 @@ class Stream:
         samples = np.array([len(request.keys) for request in requests], np.int64)
         self.limits = np.minimum(sampling.max_tokens, engine.context - prompt_lens)
         needs = np.repeat(blocks_needed(prompt_lens, self.limits), samples)
-        memory = cache_memory(engine.settings.cache_gb, engine.device)
-        room = capacity(needs, engine.costs, memory, engine.settings.slots, engine.groups.tp)
+        memory = cache_memory(engine.settings.cache_gb, engine.device, engine.statistics.cache_bytes)
+        room = capacity(needs, engine.costs, memory, engine.settings.slots, engine.groups.tp, engine.device)
         self.caches = engine.caches(room)
         self.schedule = Schedule(requests, self.limits, room, engine.settings.prefill_tokens)
         self.held_logits: Tensor | None = None
