@@ -45,7 +45,7 @@ def build_chunks(
     split: the sub-layers of every chunk of the whole model in its order; chunk k is on stage k % pp. recompute: the
     kinds of sub-layer ("M", "*", "-") whose activations are computed again in the backward pass.
     """
-    config = transformer_config(spec, groups, dtype, sequence_parallel)
+    config = transformer_config(spec, groups, dtype, sequence_parallel, device)
     build = Build(spec, config, groups, ops)
     mine = split[groups.pp_rank :: groups.pp_size]
     with torch.device(device):
@@ -53,7 +53,7 @@ def build_chunks(
 
 
 def transformer_config(
-    spec: ModelSpec, groups: Groups, dtype: torch.dtype, sequence_parallel: bool
+    spec: ModelSpec, groups: Groups, dtype: torch.dtype, sequence_parallel: bool, device: torch.device
 ) -> TransformerConfig:
     """megatron-core's settings for this model and layout: what its linears, schedules, DDP and optimizer read."""
     interleaved = groups.vpp > 1
@@ -81,9 +81,12 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         # The loss is a sum over the tokens of the global batch, so that no split of it changes the gradient.
         calculate_per_token_loss=True,
-        # HybridModel draws every weight from (seed, name); allocation follows torch.device, also onto "meta".
+        # HybridModel draws every weight from (seed, name). With "CPU initialization" megatron-core's own modules follow
+        # torch.device, also onto "meta", but Transformer Engine's are made on the CPU; without, all are on this GPU.
         perform_initialization=False,
-        use_cpu_initialization=True,
+        use_cpu_initialization=device.type != "cuda",
+        # The backward pass of megatron-core's embedding adds in any order without.
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         gradient_accumulation_fusion=False,
         # gloo's overlapped sends read the output after megatron-core has freed it: another loss, silently.
         deallocate_pipeline_outputs=torch.cuda.is_available() or not interleaved,

@@ -127,3 +127,28 @@ def test_the_meta_device_allocates_nothing():
     (chunk,) = run_ranks(1, shapes_on_meta, "granite hybrid")[0]
     table = parameters(SPECS["granite hybrid"])
     assert chunk == {name: ("meta", parameter.shape) for name, parameter in table.items()}
+
+
+def modules_of_a_gpu(groups):
+    """Where Transformer Engine would put its weights for a GPU, and how the embedding is read in deterministic mode."""
+    from megatron.core.extensions import transformer_engine
+
+    from prism_mcore.model.build import transformer_config
+
+    is_te_min_version, current_device = transformer_engine.is_te_min_version, torch.cuda.current_device
+    transformer_engine.is_te_min_version, torch.cuda.current_device = lambda version: True, lambda: 3
+    try:
+        config = transformer_config(SPECS["hybrid"], groups, torch.bfloat16, False, torch.device("cuda", 3))
+        device = transformer_engine._get_extra_te_kwargs(config)["device"]
+    finally:
+        transformer_engine.is_te_min_version, torch.cuda.current_device = is_te_min_version, current_device
+    torch.use_deterministic_algorithms(True)
+    try:
+        (chunk,) = build(groups, SPECS["hybrid"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return device, chunk.embedding.deterministic_mode
+
+
+def test_transformer_engine_makes_weights_on_the_gpu_and_deterministic_mode_reaches_megatron():
+    assert run_ranks(1, modules_of_a_gpu) == [(3, True)]
