@@ -10,8 +10,13 @@ from prism_kernels.boundaries import Boundaries
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where there is a GPU, the real kernels run
 
 
-def documents(*lengths: int) -> Boundaries:
-    return Boundaries(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))
+def documents(*lengths: int, device: str = "cpu") -> Boundaries:
+    return Boundaries.on(torch.device(device), torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))
+
+
+def kernel_documents(*lengths: int) -> Boundaries:
+    """Documents whose tables are where the kernels run: a kernel cannot read a table that is on the CPU."""
+    return documents(*lengths, device=DEVICE)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
