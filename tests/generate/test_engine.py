@@ -9,7 +9,6 @@ from ranks import run_ranks
 
 from prism_kernels.caches import PagedCache
 from prism_mcore.generate import Request, Sampling
-from prism_mcore.generate.replay import recorded, replay
 from prism_mcore.model.hybrid import Head
 
 HOW = Sampling(temperature=0.9, max_tokens=70, stop_ids=[7])
@@ -188,28 +187,6 @@ def test_a_response_ends_at_a_stop_token_the_limit_or_the_context():
     assert (one.tokens, one.finish) == (free.tokens[:1], "length")
 
 
-def replayed(groups, spec_name, temperature):
-    """Largest differences of log-probs: sampling against replay, and of hidden states: replay against training."""
-    engine = engine_on(groups, spec_name, slots=3)
-    requests = random_requests(2, longest=20)
-    how = Sampling(temperature=temperature, max_tokens=12)
-    differences = []
-    for completion in engine.stream(requests, how):
-        prompt = requests[completion.request].tokens
-        again = replay(engine, prompt, completion.tokens, temperature)
-        tokens = torch.tensor(prompt + completion.tokens)[:-1]
-        with torch.no_grad(), recorded(engine.model) as seen:
-            engine.model(packed_batch([tokens], len(tokens)))
-        assert list(seen) == list(again.hidden)
-        hidden = max(float((again.hidden[name] - seen[name][0]).abs().max()) for name in seen)
-        differences.append((float((again.logprobs - torch.from_numpy(completion.logprobs)).abs().max()), hidden))
-    return differences
-
-
-@pytest.mark.parametrize(("spec_name", "temperature"), [("dense", 0.8), ("hybrid", 1.0), ("granite hybrid", 0.0)])
-def test_replay_follows_sampling_and_training(spec_name, temperature):
-    for logprob, hidden in run_ranks(1, replayed, spec_name, temperature)[0]:
-        assert logprob <= 1e-5 and hidden <= 1e-4
 
 
 def after_a_step(groups, overlap):

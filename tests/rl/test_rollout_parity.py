@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from engines import engine_on, random_requests
 from models import SPECS
 from ranks import RankError, run_ranks
 from rollouts import group_of, rollout
@@ -13,7 +14,7 @@ from prism_mcore.generate import Engine, GenerateSettings, Request, Sampling
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
 from prism_mcore.rl.packing import pack, samples_of
-from prism_mcore.rl.parity import check, op_set
+from prism_mcore.rl.parity import check, decoded_path, op_set, trained_path
 from prism_mcore.rl.settings import RLSettings
 from prism_mcore.rl.step import policy_step
 from prism_mcore.train.optimizer import build_optimizer, wrap
@@ -110,6 +111,29 @@ def test_every_sampled_token_has_the_samplers_bits_in_training(spec, dtype, layo
 def test_several_groups_of_states_and_recomputed_layers_too():
     (stats,) = run_ranks(1, one_step, "hybrid", "bf16", "M*-")
     assert stats.tokens > 100 and stats.gap.size == 0
+
+
+def both_paths(groups, spec, temperature):
+    """With the ops of rl.parity=tolerance: largest differences of log-probs to the sampler's, and between states."""
+    engine = engine_on(groups, spec, slots=3)
+    requests = random_requests(2, longest=20)
+    differences = []
+    for c in engine.stream(requests, Sampling(temperature=temperature, max_tokens=12)):
+        prompt = requests[c.request].tokens
+        sampled = replace(rollout(c.tokens, prompt=prompt, logprobs=c.logprobs), temperature=temperature)
+        trained, decoded = trained_path(engine.model, sampled), decoded_path(engine.model, sampled)
+        assert list(trained.states) == list(decoded.states)
+        states = [torch.cat(trained.states[place]) - torch.cat(decoded.states[place]) for place in trained.states]
+        wanted = torch.from_numpy(c.logprobs)
+        logprobs = [torch.cat(path.logprobs)[len(prompt) - 1 :] - wanted for path in (trained, decoded)]
+        differences.append(tuple(max(float(x.abs().max()) for x in xs) for xs in (logprobs, states)))
+    return differences
+
+
+@pytest.mark.parametrize(("spec", "temperature"), [("dense", 0.8), ("hybrid", 1.0), ("granite hybrid", 0.0)])
+def test_the_replayed_paths_are_those_of_sampler_and_training(spec, temperature):
+    for logprob, state in run_ranks(1, both_paths, spec, temperature)[0]:
+        assert logprob <= 1e-5 and state <= 1e-4
 
 
 @pytest.mark.parametrize(
