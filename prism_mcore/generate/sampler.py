@@ -114,16 +114,6 @@ class Sampler:
             return tokens, self.token_logprobs(logits, tokens, self.vocabulary.first, self.vocabulary.tp)
         return tokens, ((chosen - highest).double() - sums.log()).float()
 
-    def logprobs(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """logits [n, v] fp32, tokens [n] -> what drawing these tokens would have reported, [n] fp32."""
-        here = self.vocabulary
-        if self.token_logprobs is not None:
-            return self.token_logprobs(logits, tokens, here.first, here.tp)
-        highest = self._highest(logits)
-        _, totals = self._exponentials(logits, highest)
-        chosen = self._logit(logits, tokens - here.first, (tokens >= here.first) & (tokens < here.first + here.rows))
-        return ((here.reduce(chosen, dist.ReduceOp.SUM).float() - highest).double() - totals.sum(1).log()).float()
-
     def _highest(self, logits: Tensor) -> Tensor:
         mine = logits.amax(1) if logits.shape[1] else logits.new_full((len(logits),), -torch.inf)
         return self.vocabulary.reduce(mine, dist.ReduceOp.MAX)
@@ -175,7 +165,7 @@ class Sampler:
     def _draw(self, logits: Tensor, weights: Tensor, totals: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [n] where the cumulative weights pass `uniform` of their sum, and their logits [n]."""
         here = self.vocabulary
-        ends = totals.cumsum(1)
+        ends = _running_sums(totals)
         target = uniform * ends[:, -1]
         tile = _first_above(ends, target)
         before = torch.where(tile > 0, ends.gather(1, (tile - 1).clamp(min=0)[:, None])[:, 0], 0)
@@ -184,7 +174,7 @@ class Sampler:
         ours = (local >= 0) & (local < here.tiles)
         local = local.clamp(0, here.tiles - 1)
         inside = weights.unflatten(1, (-1, TILE))[torch.arange(len(local), device=local.device), local]
-        place = local * TILE + _first_above(inside.double().cumsum(1), target - before)
+        place = local * TILE + _first_above(_running_sums(inside.double()), target - before)
         chosen = self._logit(logits, place, ours)
         if here.tp is None:
             return place, chosen.float()
@@ -208,9 +198,20 @@ def _nucleus(falling: Tensor, total: Tensor, highest: Tensor, top_p: float) -> t
 
     A token stays where those before it have not reached top_p, as in transformers' TopPLogitsWarper.
     """
-    reached = (falling - highest[:, None]).double().exp().cumsum(1) / total[:, None]
+    reached = _running_sums((falling - highest[:, None]).double().exp()) / total[:, None]
     last = (reached < top_p).sum(1)
     return falling.gather(1, last.clamp(max=falling.shape[1] - 1)[:, None])[:, 0], last < falling.shape[1]
+
+
+def _running_sums(x: Tensor) -> Tensor:
+    """[n, k] -> the sum of each row up to each column; run.deterministic refuses torch.cumsum on a GPU."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(1)
+    reach = 1
+    while reach < x.shape[1]:
+        x = torch.cat([x[:, :reach], x[:, reach:] + x[:, :-reach]], 1)
+        reach *= 2
+    return x
 
 
 def _first_above(ends: Tensor, target: Tensor) -> Tensor:
