@@ -37,34 +37,34 @@ def capturable(ops: Ops, device: torch.device) -> bool:
 class DecodeGraphs:
     """A decoding pass, captured for each rounded number of rows when it first occurs."""
 
-    def __init__(self, forward: Forward, blocks: int, scratch_slot: int, scratch_block: int, device: torch.device):
-        self.forward, self.blocks, self.device = forward, blocks, device
+    def __init__(self, blocks: int, scratch_slot: int, scratch_block: int, device: torch.device):
+        self.blocks, self.device = blocks, device
         self.nobody = torch.tensor([0, scratch_slot, 0, scratch_block * BLOCK_LEN], device=device)[:, None]
         self.scratch_block = scratch_block
         self.graphs: dict[int, _Graph] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, rows: Tensor, table: Tensor) -> Tensor:
-        """As `forward`; the logits are overwritten by the next call."""
+    def __call__(self, forward: Forward, rows: Tensor, table: Tensor) -> Tensor:
+        """forward(rows, table), the same function in every call; the logits are overwritten by the next one."""
         b = rows.shape[1]
         size = -(-b // ROWS) * ROWS
         if size not in self.graphs:
-            self.graphs[size] = self._capture(size)
+            self.graphs[size] = self._capture(forward, size)
         graph = self.graphs[size]
         graph.rows[:, b:], graph.table[b:] = self.nobody, self.scratch_block
         graph.rows[:, :b], graph.table[:b, : table.shape[1]] = rows, table
         graph.graph.replay()
         return graph.logits[:b]
 
-    def _capture(self, size: int) -> _Graph:
+    def _capture(self, forward: Forward, size: int) -> _Graph:
         rows = self.nobody.repeat(1, size)
         table = torch.full((size, self.blocks), self.scratch_block, dtype=torch.int32, device=self.device)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles kernels, fills workspaces
-            self.forward(rows, table)
+            forward(rows, table)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            logits = self.forward(rows, table)
+            logits = forward(rows, table)
         return _Graph(graph, rows, table, logits)

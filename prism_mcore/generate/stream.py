@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prism_kernels.boundaries import Boundaries
 from prism_mcore.generate.cache import cache_memory, capacity
-from prism_mcore.generate.graphs import DecodeGraphs, Forward, capturable
+from prism_mcore.generate.graphs import DecodeGraphs, capturable
 from prism_mcore.generate.requests import Completion, Request
 from prism_mcore.generate.sampler import uniforms
 from prism_mcore.generate.schedule import Admission, Schedule, blocks_needed
@@ -45,14 +45,16 @@ class Stream:
         self.caches = engine.caches(room)
         self.schedule = Schedule(requests, self.limits, room, engine.settings.prefill_tokens)
         self.held_logits: Tensor | None = None
-        self.forward: Forward = self._forward
+        # Of every position: making it takes numbers from the CPU, which a graph cannot wait for.
+        self.rope = self.model.rope(torch.arange(int((prompt_lens + self.limits).max()), device=engine.device))
+        self.graphs: DecodeGraphs | None = None
         if capturable(self.model.build.ops, engine.device):
             width, slot, block = (
                 self.schedule.block_table.shape[1],
                 self.schedule.scratch_slot,
                 self.schedule.scratch_block,
             )
-            self.forward = DecodeGraphs(self._forward, width, slot, block, engine.device)
+            self.graphs = DecodeGraphs(width, slot, block, engine.device)
 
         self.keys = np.array([key for request in requests for key in request.keys], np.uint64)
         self.first_key = np.cumsum(samples) - samples
@@ -106,16 +108,19 @@ class Stream:
         slots, b = step.slots, len(step.slots)
         newest = self.tokens[slots, self.count[slots] - 1]
         rows = self._tensor(np.stack([newest, slots, step.positions, step.rows]))
+        table = self._tensor(step.block_table)
         self.engine.count(steps=1, running_steps=b, slot_steps=len(self.schedule.active))
-        return self._sample(slots, self.forward(rows, self._tensor(step.block_table)))
+        logits = self._forward(rows, table) if self.graphs is None else self.graphs(self._forward, rows, table)
+        return self._sample(slots, logits)
 
     def _forward(self, rows: Tensor, table: Tensor) -> Tensor:
         """One more token for b samples: (token, slot, position, row of the cache) [4, b], blocks [b, L] -> [b, v]."""
         tokens, slots, positions, places = rows
         each = Boundaries(torch.arange(len(tokens) + 1, dtype=torch.int32))
         step = Decode(slots, positions, places, table, (positions + 1).to(torch.int32))
+        rope = None if self.rope is None else (self.rope[0][positions], self.rope[1][positions])
         with self.model.whole_sequences():
-            hidden = self.model.advance(tokens, Tokens(each, 1, self.model.rope(positions)), step, self.caches.layers)
+            hidden = self.model.advance(tokens, Tokens(each, 1, rope), step, self.caches.layers)
             return self.model.next_logits(hidden, self.temperature)
 
     def _sample(self, slots: np.ndarray, logits: Tensor) -> Iterator[Completion]:

@@ -1,5 +1,7 @@
 """The engine: what a sample gets depends on its prompt and key alone, and nothing outlives it."""
 
+import gc
+import weakref
 import numpy as np
 import pytest
 import torch
@@ -187,6 +189,38 @@ def test_a_response_ends_at_a_stop_token_the_limit_or_the_context():
     assert (one.tokens, one.finish) == (free.tokens[:1], "length")
 
 
+
+
+def freed(groups):
+    """Are the caches gone when they are given up, without the garbage collector's help?"""
+    engine = engine_on(groups, "hybrid", slots=6)
+    gc.disable()
+    try:
+        list(engine.stream(random_requests(5, longest=20), HOW))
+        caches = weakref.ref(engine._caches[1])
+        engine.reset()
+        return caches() is None
+    finally:
+        gc.enable()
+
+
+def test_nothing_of_a_stream_is_left_to_the_garbage_collector():
+    """It could still hold the old caches, and graphs with memory of their own, when larger ones are made."""
+    assert run_ranks(1, freed) == [True]
+
+
+def tables(groups):
+    """How often the rotary table is made in a stream of several decoding passes."""
+    engine = engine_on(groups, "dense")
+    made, rope = [], engine.model.rope
+    engine.model.rope = lambda positions: made.append(len(positions)) or rope(positions)
+    list(engine.stream(random_requests(2, longest=20), Sampling(max_tokens=9)))
+    return len(made), engine.statistics.steps
+
+
+def test_a_decoding_pass_makes_no_rotary_table():
+    """What it is made of comes from the CPU, and a CUDA graph cannot capture a copy from there."""
+    assert run_ranks(1, tables) == [(2, 8)]
 
 
 def after_a_step(groups, overlap):
