@@ -37,7 +37,7 @@ def main() -> int:
 
     try:
         _generate(arguments, settings, tokenizer, lines)
-    except (ExchangeError, ValueError) as error:  # the same on every rank
+    except (ExchangeError, ValueError, FloatingPointError) as error:
         return _complain(error, BAD_SETTINGS)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -128,6 +128,8 @@ class Stream:
         count = self.count[slots]
         drawn, drawn_logprobs = self.sampler(logits, self._tensor(self._uniforms(slots)))
         tokens, logprobs = drawn.cpu().numpy(), drawn_logprobs.cpu().numpy()
+        if not np.isfinite(logprobs).all():
+            raise FloatingPointError("the model's logits are not finite: its weights hold NaN or Inf, or lead to them")
         self.tokens[slots, count], self.logprobs[slots, count] = tokens, logprobs
         self.count[slots] += 1
         self.engine.count(decoded_tokens=len(slots))

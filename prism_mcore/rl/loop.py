@@ -52,7 +52,7 @@ def run(settings: Settings, prompts: Prompts) -> int:
     try:
         with ExitStack() as opened:
             return train(build(settings, prompts, groups, device, opened))
-    except GuardStop as stop:
+    except (GuardStop, FloatingPointError) as stop:  # the latter from generation
         log.error("%s", stop)
         return STOPPED_BY_GUARD
     finally:

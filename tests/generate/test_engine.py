@@ -7,7 +7,7 @@ import pytest
 import torch
 from engines import by_sample, engine_on, random_requests
 from models import SPECS, packed_batch
-from ranks import run_ranks
+from ranks import RankError, run_ranks
 
 from prism_kernels.caches import PagedCache
 from prism_mcore.generate import Request, Sampling
@@ -189,8 +189,6 @@ def test_a_response_ends_at_a_stop_token_the_limit_or_the_context():
     assert (one.tokens, one.finish) == (free.tokens[:1], "length")
 
 
-
-
 def freed(groups):
     """Are the caches gone when they are given up, without the garbage collector's help?"""
     engine = engine_on(groups, "hybrid", slots=6)
@@ -211,6 +209,19 @@ def test_nothing_of_a_stream_is_left_to_the_garbage_collector():
 
 def tables(groups):
     """How often the rotary table is made in a stream of several decoding passes."""
+def broken(groups, temperature):
+    engine = engine_on(groups, "dense")
+    with torch.no_grad():
+        engine.model.final_norm.weight[0] = torch.nan
+    list(engine.stream(random_requests(1, longest=20), Sampling(temperature=temperature)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error_and_not_a_text(temperature):
+    with pytest.raises(RankError, match="FloatingPointError: the model's logits are not finite"):
+        run_ranks(1, broken, temperature)
+
+
     engine = engine_on(groups, "dense")
     made, rope = [], engine.model.rope
     engine.model.rope = lambda positions: made.append(len(positions)) or rope(positions)
