@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from prism_mcore.generate.requests import Completion
 
 SECTIONS = ("sampling", "generate", "parallel", "precision", "kernels")
+
+# Replicas meet when all are done: the first waits for the one with the longest responses.
+LONGEST_WAIT = timedelta(days=7)
 
 
 def main() -> int:
@@ -69,7 +73,7 @@ def _generate(arguments: argparse.Namespace, settings: Settings, tokenizer: Any,
     from prism_mcore.parallel import init_groups
     from prism_mcore.train.scoring import model_from_hf
 
-    device = platform.start()
+    device = platform.start(timeout=LONGEST_WAIT)
     groups = init_groups(settings.parallel)
     (model,) = model_from_hf(settings, groups, device)
     engine = Engine(model, tokenizer, settings=settings.generate, eos=read_eos(arguments.hf))
@@ -79,13 +83,18 @@ def _generate(arguments: argparse.Namespace, settings: Settings, tokenizer: Any,
     started = time.monotonic()
     completions: dict[tuple[int, int], Completion] = {}
     with _progress(len(requests) * settings.sampling.samples, groups.rank == 0) as advance:
-        for completion in engine.stream(requests, settings.sampling):
-            completions[mine[completion.request], completion.sample] = completion
-            advance()
+        try:
+            for completion in engine.stream(requests, settings.sampling):
+                completions[mine[completion.request], completion.sample] = completion
+                advance()
+        except (ValueError, FloatingPointError) as error:  # of this replica's prompts alone
+            if groups.rank > 0 and groups.tp_rank == 0:
+                print(f"error: rank {groups.rank}: {error}", file=sys.stderr)
+            raise
     everyone = _gathered(completions, groups)
     if groups.rank == 0:
         part = Path(f"{arguments.out}.part")
-        with part.open("w") as file:
+        with part.open("w", encoding="utf-8") as file:
             file.writelines(response_lines(lines, everyone, tokenizer, settings.sampling))
         part.replace(arguments.out)
         seconds, tokens = time.monotonic() - started, sum(len(c.tokens) for c in everyone.values())

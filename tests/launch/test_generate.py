@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,38 @@ def test_a_stop_text_ends_a_response_and_is_not_part_of_it(case):
     ((cut, fewer, finish),) = run_ranks(1, responses, case[0], ["abc"], how | {"stop": ["nowhere", mark]})[0]
     assert cut == text[: text.index(mark)] and finish == "stop"
     assert fewer == tokens[: len(fewer)] and len(fewer) < 12
+
+
+def costs_of(groups, hf):
+    return engine_on(groups, hf).costs
+
+
+def test_what_one_replica_cannot_do_is_said(tmp_path):
+    """Memory for the first replica's short prompt, not for the second's long one."""
+    save_hf("granite-4.0-h-micro", tmp_path / "hf", max_position_embeddings=256)
+    (costs,) = run_ranks(1, costs_of, tmp_path / "hf")
+    (tmp_path / "prompts.jsonl").write_text(f'{{"tokens": [5]}}\n{{"tokens": {[5] * 200}}}\n')
+    files = ["--hf", tmp_path / "hf", "--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "out.jsonl"]
+    room = (3 * costs.slot + 4 * costs.block) / 1e9
+    done = generate(2, *files, "precision.dtype=fp32", "sampling.max_tokens=9", f"generate.cache_gb={room}")
+    assert done.returncode != 0 and not (tmp_path / "out.jsonl").exists()
+    assert "error: rank 1: generate.cache_gb" in done.stderr
+
+
+def test_replicas_wait_for_the_slowest(case, tmp_path, monkeypatch):
+    """Hours may lie between the first that is done and the last; training's ranks give each other ten minutes."""
+    from prism_mcore import platform
+
+    waits = []
+
+    def start(timeout=platform.COLLECTIVE_TIMEOUT):
+        waits.append(timeout)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(platform, "start", start)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    assert run_here(monkeypatch, case[0] / "hf", tmp_path) == 2
+    assert waits[0] >= timedelta(days=1)
 
 
 WRONG = {
