@@ -69,7 +69,8 @@ def _read(arguments: argparse.Namespace) -> tuple[Settings, ModelSpec, Any, list
 def _generate(arguments: argparse.Namespace, settings: Settings, tokenizer: Any, lines: list["PromptLine"]) -> None:
     from prism_mcore import platform
     from prism_mcore.generate.engine import Engine
-    from prism_mcore.generate.files import read_eos, requests_of, response_lines
+    from prism_mcore.generate.files import requests_of, response_lines
+    from prism_mcore.generate.text import read_eos
     from prism_mcore.parallel import init_groups
     from prism_mcore.train.scoring import model_from_hf
 

@@ -16,7 +16,7 @@ from prism_mcore.generate.requests import Completion, Request
 from prism_mcore.generate.sampler import Sampler, Vocabulary
 from prism_mcore.generate.settings import GenerateSettings, Sampling
 from prism_mcore.generate.stream import Stream
-from prism_mcore.generate.text import response_text
+from prism_mcore.generate.text import response_text, without_eos
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.model.parameters import padded_vocabulary
 
@@ -49,7 +49,8 @@ class Response:
 class Engine:
     """Samples responses from a HybridModel that is whole on this rank or its tensor-parallel group.
 
-    tokenizer: a Hugging Face tokenizer, for texts and for its end-of-sequence token; eos: more such tokens.
+    tokenizer: a Hugging Face tokenizer, for texts and for its end-of-sequence token; eos: more such tokens. context:
+    the most tokens of prompt and response together, by default the model's positions.
     """
 
     def __init__(
@@ -59,12 +60,13 @@ class Engine:
         *,
         settings: GenerateSettings | None = None,
         eos: Sequence[int] = (),
+        context: int | None = None,
     ):
         if not (model.pre_process and model.post_process):
             raise ValueError("generation needs the whole model on each rank; set parallel.pp=1")
         self.model, self.tokenizer, self.eos = model, tokenizer, tuple(eos)
         self.settings = settings or GenerateSettings()
-        self.groups, self.context = model.build.groups, model.spec.max_positions
+        self.groups, self.context = model.build.groups, context or model.spec.max_positions
         self.device = next(model.parameters()).device
         self.costs = Costs.of(model)
         self.statistics = Statistics()
@@ -104,7 +106,7 @@ class Engine:
             return tuple(prompt)
         if self.tokenizer is None:
             raise ValueError("a prompt is text, and this engine has no tokenizer; give it one, or tokens as prompts")
-        return tuple(self.tokenizer(prompt).input_ids)
+        return tuple(without_eos(self.tokenizer(prompt).input_ids, self.tokenizer))
 
     def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:
         if sampling.stop and self.tokenizer is None:

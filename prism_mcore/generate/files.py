@@ -10,7 +10,7 @@ from prism_mcore.config import Settings, SettingsError, load, resolve_spec, vali
 from prism_mcore.generate.engine import prompt_problem
 from prism_mcore.generate.requests import Completion, Request
 from prism_mcore.generate.settings import Sampling
-from prism_mcore.generate.text import response_text
+from prism_mcore.generate.text import response_text, without_eos
 from prism_mcore.model.spec import ModelSpec
 
 
@@ -51,16 +51,6 @@ def load_tokenizer(hf: str | Path, spec: ModelSpec) -> Any | None:
             " not belong together; put the model's own tokenizer there"
         )
     return tokenizer
-
-
-def read_eos(hf: str | Path) -> tuple[int, ...]:
-    """End-of-sequence tokens that the directory's generation_config.json or config.json name."""
-    for name in ("generation_config.json", "config.json"):
-        file = Path(hf) / name
-        named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-        if named is not None:
-            return tuple(named) if isinstance(named, list) else (named,)
-    return ()
 
 
 def read_prompts(path: str | Path, tokenizer: Any | None, spec: ModelSpec) -> list[PromptLine]:
@@ -108,8 +98,7 @@ def _tokens(record: dict[str, Any], tokenizer: Any | None) -> tuple[int, ...]:
         raise ValueError(f"prompt is {json.dumps(text)[:60]}; needed: a text")
     if tokenizer is None:
         raise ValueError("the prompt is text, and the model's directory has no tokenizer.json; give `tokens` instead")
-    ids = tokenizer(text).input_ids if text else []
-    return tuple(ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids)  # some add it to every text
+    return tuple(without_eos(tokenizer(text).input_ids, tokenizer)) if text else ()
 
 
 def requests_of(lines: Sequence[PromptLine], sampling: Sampling, numbers: Sequence[int]) -> list[Request]:

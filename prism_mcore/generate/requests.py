@@ -26,5 +26,5 @@ class Completion:
     sample: int  # index in its keys
     tokens: tuple[int, ...]  # ends with the stop id where stop_token, with the token that completes a stop text else
     logprobs: np.ndarray  # [tokens] float32: log-softmax of logits / temperature over the whole vocabulary
-    finish: str  # "stop", "length" (max_tokens) or "context" (the model's positions)
+    finish: str  # "stop", "length" (max_tokens) or "context" (the engine's)
     stop_token: bool

@@ -1,6 +1,8 @@
 """Between text and tokens: prompts, stop texts, responses."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 SLACK_TOKENS = 4  # that may add no byte to a text: special tokens, the first piece of a sequence
@@ -21,6 +23,11 @@ class StopTexts:
         return any(text in tail for text in self.texts)
 
 
+def without_eos(ids: list[int], tokenizer: Any) -> list[int]:
+    """A prompt's tokens without the end-of-sequence token that some tokenizers put after every text."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     """Tokens as they are, spaces included, without special tokens."""
     return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -31,6 +38,16 @@ def response_text(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str]) ->
     text = decode(tokenizer, tokens)
     ends = [text.index(mark) for mark in stop if mark in text]
     return text[: min(ends)] if ends else text
+
+
+def read_eos(hf: str | Path) -> tuple[int, ...]:
+    """End-of-sequence tokens that a Hugging Face directory's generation_config.json or config.json name."""
+    for name in ("generation_config.json", "config.json"):
+        file = Path(hf) / name
+        named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        if named is not None:
+            return tuple(named) if isinstance(named, list) else (named,)
+    return ()
 
 
 def stop_tokens(sampling: Any, tokenizer: Any | None, eos: Sequence[int] = ()) -> set[int]:

@@ -291,7 +291,9 @@ def build(settings: Settings, prompts: Prompts, groups: Groups, device: torch.de
     if groups.tp_rank == 0:
         rewards = prompts.training.rewards | (prompts.held_out.rewards if prompts.held_out else frozenset())
         verifier = opened.enter_context(Verifier(settings.rewards.workers, settings.rewards.timeout_s, rewards))
-    engine = Engine(chunks[0], prompts.tokenizer, settings=settings.generate)
+    engine = Engine(
+        chunks[0], prompts.tokenizer, settings=settings.generate, eos=prompts.eos, context=settings.rl.context
+    )
     return Run(
         settings,
         spec,

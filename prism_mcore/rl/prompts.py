@@ -13,6 +13,7 @@ from prism_mcore.batch import Prompt
 from prism_mcore.data.corpus import render_chat
 from prism_mcore.data.mixture import Mixture
 from prism_mcore.data.order import key_of, permute
+from prism_mcore.generate.text import read_eos, without_eos
 from prism_mcore.rl.rewards import REWARDS
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class Prompts:
     training: PromptSet
     held_out: PromptSet | None
     tokenizer: Any
+    eos: tuple[int, ...]  # tokens that end a response, beside the tokenizer's
 
 
 def open_prompts(settings: "Settings", spec: "ModelSpec") -> Prompts:
@@ -124,7 +126,7 @@ def open_prompts(settings: "Settings", spec: "ModelSpec") -> Prompts:
         longest = rl.context - settings.sampling.max_tokens
         return load_prompts(sources, tokenizer, vocab_size=spec.vocab_size, longest=longest, seed=settings.run.seed)
 
-    return Prompts(load(rl.prompts), load(rl.held_out) if rl.held_out else None, tokenizer)
+    return Prompts(load(rl.prompts), load(rl.held_out) if rl.held_out else None, tokenizer, read_eos(folder))
 
 
 def load_prompts(
@@ -167,7 +169,7 @@ def _read(source: PromptSource, tokenizer: Any, longest: int) -> PromptFile:
     def encode() -> None:
         texts = [text for _, text in numbered]
         for (number, _), ids in zip(numbered, tokenizer(texts)["input_ids"] if texts else [], strict=True):
-            ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+            ids = without_eos(ids, tokenizer)
             if len(ids) > longest:
                 raise PromptError(
                     f"{path}, line {number}: the prompt has {len(ids):,} tokens; at most {longest:,} fit"

@@ -2,6 +2,8 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -207,8 +209,6 @@ def test_nothing_of_a_stream_is_left_to_the_garbage_collector():
     assert run_ranks(1, freed) == [True]
 
 
-def tables(groups):
-    """How often the rotary table is made in a stream of several decoding passes."""
 def broken(groups, temperature):
     engine = engine_on(groups, "dense")
     with torch.no_grad():
@@ -222,6 +222,8 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_text(temperature):
         run_ranks(1, broken, temperature)
 
 
+def tables(groups):
+    """How often the rotary table is made in a stream of several decoding passes."""
     engine = engine_on(groups, "dense")
     made, rope = [], engine.model.rope
     engine.model.rope = lambda positions: made.append(len(positions)) or rope(positions)
@@ -232,6 +234,23 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_text(temperature):
 def test_a_decoding_pass_makes_no_rotary_table():
     """What it is made of comes from the CPU, and a CUDA graph cannot capture a copy from there."""
     assert run_ranks(1, tables) == [(2, 8)]
+
+
+class EndsTexts:
+    """A tokenizer that puts its end-of-sequence token after every text."""
+
+    eos_token_id = 9
+
+    def __call__(self, text):
+        return SimpleNamespace(input_ids=[*map(int, text.split()), 9])
+
+
+def asked(groups):
+    return engine_on(groups, "dense", tokenizer=EndsTexts())._tokens("3 4")
+
+
+def test_a_prompt_of_text_does_not_end_with_the_end_of_a_sequence():
+    assert run_ranks(1, asked) == [(3, 4)]
 
 
 def after_a_step(groups, overlap):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -179,6 +180,27 @@ def test_another_run_is_not_continued(files, tmp_path_factory, change, message):
 def overlapped(groups, settings):
     """The same run with gradients and parameters travelling while the model computes."""
     from prism_mcore.rl import loop
+def test_a_model_without_positions_is_sampled_as_far_as_the_context(files, tmp_path):
+    """Nemotron-H names 8,192 positions and has no position embedding; the paper's context is 16,384."""
+    sections = {
+        "rl": {"context": 100, "kl_coefficient": 0.0},
+        "sampling": {"samples": 2, "max_tokens": 80, "ignore_eos": True},
+        "train": {"steps": 1},
+    }
+    wanted = settings(files, tmp_path, **sections)
+    assert resolve_spec(wanted).max_positions == 64
+    run_ranks(1, train, wanted)
+    lines = [json.loads(line) for line in rollouts(tmp_path, 1).splitlines()]
+    assert {(line["tokens"], line["finish"]) for line in lines} == {(80, "length")}
+
+
+def test_a_response_ends_with_any_token_that_the_models_folder_names(files, tmp_path):
+    folder = shutil.copytree(files, tmp_path / "tokenizer")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(61))}))
+    run_ranks(1, train, settings(folder, tmp_path, train={"steps": 1}))
+    assert {json.loads(line)["tokens"] for line in rollouts(tmp_path, 1).splitlines()} == {1}
+
+
 
     plain = loop.wrap
     loop.wrap = lambda chunks, groups, **options: plain(chunks, groups, **(options | {"overlap": True}))
