@@ -23,6 +23,7 @@ def main() -> int:
     except SettingsError as error:
         if rank() == 0:
             print(f"{arguments.recipe}: the settings do not work:\n{error}", file=sys.stderr)
+        record_exit_code(BAD_SETTINGS)
         return BAD_SETTINGS
     if arguments.dry_run:
         from rich.console import Console
@@ -40,14 +41,18 @@ def main() -> int:
 
 
 def _train(settings: Settings) -> int:
+    from prism_mcore.convert.names import ExchangeError
     from prism_mcore.data.token_file import TokenFileError
     from prism_mcore.train.checkpoint import CheckpointError
     from prism_mcore.train.loop import run  # imports torch: not before the settings are known to work
 
     try:
         return run(settings)
-    except (SettingsError, TokenFileError) as error:
+    except (SettingsError, ExchangeError) as error:  # these are the same on every rank
         return complain(error, BAD_SETTINGS)
+    except TokenFileError as error:  # in the middle of a source: only the ranks that read it there know
+        print(f"error: rank {rank()}: {error}", file=sys.stderr)
+        return BAD_SETTINGS
     except CheckpointError as error:
         return complain(error, FAILED)
 

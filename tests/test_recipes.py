@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from prism_mcore.config import load, resolve_spec, validate
-from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
+from prism_mcore.exit_codes import BAD_SETTINGS, DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
 from prism_mcore.plan.memory import plan_memory
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +90,7 @@ def test_the_slurm_script_knows_the_exit_codes():
     script = (ROOT / "launch" / "slurm" / "midtrain.sbatch").read_text()
     for code, action in (
         (DONE, "exit 0"),
+        (BAD_SETTINGS, f"exit {BAD_SETTINGS}"),
         (STOPPED_BY_SIGNAL, "requeue"),
         (STOPPED_BY_GUARD, f"exit {STOPPED_BY_GUARD}"),
     ):

@@ -3,7 +3,7 @@
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from prism_mcore.config import Settings
+from prism_mcore.config import Settings, SettingsError
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.model.linear import Build
 from prism_mcore.model.ops import Ops
@@ -15,13 +15,20 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def chunks_of(settings: Settings, spec: ModelSpec, groups: Groups, device: torch.device) -> list[HybridModel]:
-    """This rank's pipeline chunks as the settings cut the model, weights not yet set."""
+    """This rank's pipeline chunks as the settings cut the model, weights not yet set.
+
+    Raises SettingsError for a choice of `kernels` that cannot be had here.
+    """
     parallel = settings.parallel
+    try:
+        ops = Ops(settings.kernels, device)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
     return build_chunks(
         spec,
         split_layers(spec, parallel.pp, parallel.vpp, settings.data.seq_len, parallel.split),
         groups,
-        Ops(settings.kernels, device),
+        ops,
         dtype=DTYPES[settings.precision.dtype],
         device=device,
         sequence_parallel=parallel.sequence_parallel,

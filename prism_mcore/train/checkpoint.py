@@ -274,7 +274,7 @@ class _Save:
             yield
         except Exception as error:
             failure = f"rank {self.groups.rank}: {type(error).__name__}: {error}"
-        failures = _gather_failures(failure)
+        failures = gather_failures(failure)
         if failures:
             if self.groups.rank == 0:
                 shutil.rmtree(self.temporary, ignore_errors=True)
@@ -379,10 +379,11 @@ def newest_undamaged(folder: Path) -> Path | None:
         candidates = [[path for path in reversed(complete_steps(folder)) if newest is not None and path <= newest]]
     dist.broadcast_object_list(candidates, src=0)
     for path in candidates[0]:
-        problems = _gather_failures("; ".join(damage(path, dist.get_rank(), dist.get_world_size())))
+        problems = gather_failures("; ".join(damage(path, dist.get_rank(), dist.get_world_size())))
         if not problems:
             return path
-        log.error("NOT loading %s: %s. Trying the checkpoint before it.", path, "; ".join(sorted(set(problems))))
+        if dist.get_rank() == 0:
+            log.error("NOT loading %s: %s. Trying the checkpoint before it.", path, "; ".join(sorted(set(problems))))
     if candidates[0]:
         raise CheckpointError(
             f"every checkpoint in {folder} is damaged, see the log; move the folder away to start from the beginning"
@@ -458,7 +459,7 @@ def load_weights(path: Path, chunks: Sequence[torch.nn.Module], groups: Groups) 
 
     Raises CheckpointError, naming the file, where one is not as the manifest says.
     """
-    problems = _gather_failures("; ".join(damage(path, groups.rank, groups.world_size)))
+    problems = gather_failures("; ".join(damage(path, groups.rank, groups.world_size)))
     if problems:
         raise CheckpointError(f"cannot start from {path}: {'; '.join(problems)}")
     read_state(path)
@@ -589,7 +590,7 @@ def _all_ranks(value: bool) -> bool:
     return bool(flag.item())
 
 
-def _gather_failures(failure: str) -> list[str]:
+def gather_failures(failure: str) -> list[str]:
     """Every rank's message where there is one; a single small reduction when all is well."""
     if _all_ranks(not failure):
         return []

@@ -4,6 +4,7 @@ import contextlib
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -14,12 +15,21 @@ from prism_mcore.config import Settings, SettingsError, dump, resolve_spec
 from prism_mcore.convert.checkpoint import SOURCE, remember_source
 from prism_mcore.convert.hf import load_hf
 from prism_mcore.data.loader import DataLoader
+from prism_mcore.data.token_file import TokenFileError
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
 from prism_mcore.model.build import chunks_of
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.model.spec import ModelSpec
-from prism_mcore.parallel import Groups, destroy_groups, init_groups
-from prism_mcore.train.checkpoint import Checkpoints, latest, load, load_weights, newest_undamaged, read_state
+from prism_mcore.parallel import Groups, init_groups
+from prism_mcore.train.checkpoint import (
+    Checkpoints,
+    gather_failures,
+    latest,
+    load,
+    load_weights,
+    newest_undamaged,
+    read_state,
+)
 from prism_mcore.train.guards import Guard, GuardStop
 from prism_mcore.train.metrics import Metrics
 from prism_mcore.train.optimizer import build_optimizer, finish_parameter_gather, update, wrap
@@ -37,13 +47,17 @@ def run(settings: Settings) -> int:
     groups = init_groups(settings.parallel, settings.run.seed)
     logging.basicConfig(level=logging.INFO if groups.rank == 0 else logging.ERROR, format="%(message)s")
     logging.getLogger("megatron").setLevel(logging.WARNING)
+    started = build(settings, groups, device)
     try:
-        return train(build(settings, groups, device))
-    except GuardStop as stop:
-        log.error("%s", stop)
-        return STOPPED_BY_GUARD
-    finally:
-        destroy_groups()
+        code = train(started)
+    except GuardStop as stop:  # the same on every rank
+        if groups.rank == 0:
+            log.error("%s", stop)
+        code = STOPPED_BY_GUARD
+        started.checkpoints.wait()
+    # Not after another error: NCCL would first wait for what this rank has begun and other ranks may never join.
+    platform.shutdown()
+    return code
 
 
 @dataclass(frozen=True)
@@ -113,8 +127,20 @@ def save(run: Run, step: int) -> None:
         "guard": run.guard.state(),
         "spec": spec_record(run.spec),
         "settings": dump(run.settings),
+        "kept": kept(run.settings),
     }
     run.checkpoints.save(step, models(run.chunks), run.optimizer, state)
+
+
+def kept(settings: Settings) -> dict[str, Any]:
+    """What must not change in the middle of a run: samples would be read twice, or never, or be those held out."""
+    return {
+        "run.seed": settings.run.seed,
+        "train.global_batch": settings.train.global_batch,
+        "data.seq_len": settings.data.seq_len,
+        "data.packing": settings.data.packing,
+        "data.validation_fraction": settings.data.validation_fraction,
+    }
 
 
 def resume(run: Run) -> int:
@@ -122,12 +148,16 @@ def resume(run: Run) -> int:
     newest = run.resume_from
     if newest is None:
         return 0
-    batch, record = run.settings.train.global_batch, read_state(newest)
-    if record["state"]["spec"] != spec_record(run.spec):
+    state = read_state(newest)["state"]
+    if "samples" not in state:
+        raise SettingsError(f"{newest} is of another kind of run; give run.name another value")
+    if state["spec"] != spec_record(run.spec):
         raise SettingsError(f"{newest} is of another model; give run.name another value, or model.spec the one it had")
-    if record["state"]["samples"] != record["step"] * batch:
-        taken = record["state"]["samples"] // record["step"]
-        raise SettingsError(f"{newest} was trained with train.global_batch={taken}, not {batch}; go on with {taken}")
+    for name, now in kept(run.settings).items():
+        if (then := state["kept"][name]) != now:
+            raise SettingsError(
+                f"{newest} was trained with {name}={then}, not {now}; go on with {then}, or give run.name another value"
+            )
     loaded = load(newest, models(run.chunks), run.optimizer, run.groups)
     run.guard.restore(loaded.state["guard"])
     log.info("going on from %s", loaded.path)
@@ -137,17 +167,7 @@ def resume(run: Run) -> int:
 def build(settings: Settings, groups: Groups, device: torch.device) -> Run:
     """Open the data, build this rank's part of the model with its initial weights, and its optimizer."""
     spec, train = resolve_spec(settings), settings.train
-    loader = DataLoader(
-        settings.data,
-        vocab_size=spec.vocab_size,
-        seed=settings.run.seed,
-        global_batch=train.global_batch,
-        micro_batch=train.micro_batch,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-        needs_tokens=groups.is_first_stage,
-        needs_labels=groups.is_last_stage,
-    )
+    loader = open_data(settings, spec, groups)
     for line in loader.report(train.steps * train.global_batch):
         log.info("%s", line)
     chunks = chunks_of(settings, spec, groups, device)
@@ -172,6 +192,29 @@ def build(settings: Settings, groups: Groups, device: torch.device) -> Run:
         Guard(settings.guards, settings.run_dir, groups),
         resume_from,
     )
+
+
+def open_data(settings: Settings, spec: ModelSpec, groups: Groups) -> DataLoader:
+    """The loader; a SettingsError on every rank where one of them, perhaps on another node, cannot read a source."""
+    loader, failure = None, ""
+    try:
+        loader = DataLoader(
+            settings.data,
+            vocab_size=spec.vocab_size,
+            seed=settings.run.seed,
+            global_batch=settings.train.global_batch,
+            micro_batch=settings.train.micro_batch,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+            needs_tokens=groups.is_first_stage,
+            needs_labels=groups.is_last_stage,
+        )
+    except (TokenFileError, OSError) as error:
+        failure = str(error)
+    if failures := gather_failures(failure):
+        raise SettingsError("; ".join(sorted(set(failures))))
+    assert loader is not None
+    return loader
 
 
 def set_initial_weights(settings: Settings, chunks: list[HybridModel], groups: Groups) -> None:

@@ -16,6 +16,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
+from prism_mcore.config import SettingsError
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.parallel import Groups
 from prism_mcore.train.settings import OptimizerSettings
@@ -93,7 +94,7 @@ def _adamw(backend: str, theirs: torch.optim.Optimizer) -> torch.optim.Optimizer
     package = {"transformer_engine": "te", "apex": "apex"}.get(type(theirs).__module__.split(".")[0], "torch")
     if backend in ("te", "apex"):
         if backend != package:
-            raise ValueError(
+            raise SettingsError(
                 f"kernels.adamw={backend}: megatron-core has taken {package}'s; ask for that, or for triton"
             )
         return theirs

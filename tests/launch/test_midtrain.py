@@ -13,7 +13,8 @@ import pytest
 import yaml
 from models import HYBRID
 
-from prism_mcore.data.token_file import TokenFileWriter
+from prism_mcore.data.packing import Concat
+from prism_mcore.data.token_file import TokenFile, TokenFileWriter
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, STOPPED_BY_SIGNAL
 
 ROOT = Path(__file__).parents[2]
@@ -64,12 +65,33 @@ def test_a_dry_run_plans_without_ranks(recipe):
         ("parallel.tp=3", "parallel.tp=3 does not divide"),
         ("data.sources.0.weight=-1", "data.sources.0.weight"),
         ("model.init=/nowhere", "model.init"),
+        ("kernels.nothing=triton", "kernels.nothing: no such op"),
     ],
 )
 def test_a_mistake_is_one_message_and_an_exit_code(recipe, override, message):
     result = launch("--recipe", recipe, "parallel.tp=1", override)
     assert result.returncode == BAD_SETTINGS
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_directory_without_weights_is_one_message(recipe, tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(HYBRID))
+    result = launch("--recipe", recipe, "parallel.tp=1", f"model.init={tmp_path / 'hf'}")
+    assert result.returncode == BAD_SETTINGS
+    assert "has neither model.safetensors nor" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_token_that_only_one_rank_reads_is_told_by_that_rank(recipe, tmp_path):
+    row = int(Concat(TokenFile(tmp_path / "corpus"), 0, 100, 16).shuffle(np.array([1]), 0, 0)[0])  # rank 1, first step
+    with open(tmp_path / "corpus.bin", "r+b") as file:
+        file.seek(2 * (16 * row + 3))
+        file.write(np.uint16(200).tobytes())
+    command = [*TORCHRUN, "launch/midtrain.py", "--recipe", str(recipe), "parallel.tp=1", "data.prefetch_steps=0"]
+    environment = os.environ | {"EXIT_CODE_FILE": str(tmp_path / "exit_code"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert "error: rank 1: " in done.stderr and "token id 200 in document" in done.stderr
+    assert (tmp_path / "exit_code").read_text() == f"{BAD_SETTINGS}\n"
 
 
 def test_sigterm_to_torchrun_saves_and_the_same_command_goes_on(recipe, tmp_path):

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,10 @@ from ranks import RankError, run_ranks
 
 from prism_mcore.config import Settings
 from prism_mcore.data.token_file import TokenFileWriter
-from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
+from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
 from prism_mcore.train import loop, optimizer
+from prism_mcore.train.checkpoint import _Writer
+from prism_mcore.train.loop import train as train_loop
 
 SOURCES = [("text", 0.7), ("code", 0.3)]
 
@@ -239,6 +243,71 @@ def test_a_run_of_another_model_or_batch_is_not_continued(corpus, tmp_path):
         run_ranks(1, train, settings(corpus, tmp_path, spec="dense"))
     with pytest.raises(RankError, match=r"train.global_batch=4, not 8; go on with 4"):
         run_ranks(1, train, settings(corpus, tmp_path, train={"steps": 6, "global_batch": 8}))
+    with pytest.raises(RankError, match=r"data.validation_fraction=0.1, not 0.2"):
+        run_ranks(1, train, settings(corpus, tmp_path, data={"validation_fraction": 0.2}))
+
+
+def with_a_source_missing_on_rank_1(groups, settings):
+    source = settings.data.sources[0].model_copy(update={"path": "/nowhere"})
+    data = settings.data.model_copy(update={"sources": [source]})
+    loop.build(
+        settings.model_copy(update={"data": data}) if groups.rank == 1 else settings, groups, torch.device("cpu")
+    )
+
+
+def test_a_source_that_one_node_lacks_is_named_on_every_rank(corpus, tmp_path):
+    with pytest.raises(RankError) as error:
+        run_ranks(2, with_a_source_missing_on_rank_1, settings(corpus, tmp_path))
+    for rank in range(2):
+        assert "SettingsError: /nowhere.idx: no such file" in error.value.reports[rank]
+
+
+def whole_process(groups, settings, replaced):
+    """`loop.run` in ranks that go on to live; was their process group to be ended? The exit code, or the error."""
+    from prism_mcore import platform
+    from prism_mcore.parallel import destroy_groups
+
+    ended, originals = [], (platform.shutdown, loop.train)
+    platform.shutdown = lambda: ended.append(True)
+    loop.train = replaced or loop.train
+    destroy_groups()
+    try:
+        return loop.run(settings), bool(ended)
+    except RuntimeError as error:
+        return str(error), bool(ended)
+    finally:
+        platform.shutdown, loop.train = originals
+
+
+def failing(run):
+    raise RuntimeError("out of memory")
+
+
+def test_an_error_of_one_rank_does_not_wait_for_collectives_to_end(corpus, tmp_path):
+    assert run_ranks(1, whole_process, settings(corpus, tmp_path), failing) == [("out of memory", False)]
+    assert run_ranks(1, whole_process, settings(corpus, tmp_path), None) == [(DONE, True)]
+
+
+def saved_then_stopped(run):
+    """A guard stops the run while a save is still being written."""
+    admits = run.guard.admits
+
+    def stopping(step, stats, batches):
+        return admits(step, replace(stats, loss=math.nan) if step == 3 else stats, batches)
+
+    run.guard.admits = stopping
+    write = _Writer.write
+    _Writer.write = lambda self: (time.sleep(1), write(self))
+    try:
+        return train_loop(run)
+    finally:
+        _Writer.write = write
+
+
+def test_a_guard_that_stops_the_run_leaves_the_save_before_complete(corpus, tmp_path):
+    wanted = settings(corpus, tmp_path, checkpoint={"every": 2, "async_save": True})
+    assert run_ranks(1, whole_process, wanted, saved_then_stopped) == [(STOPPED_BY_GUARD, True)]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000002"
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(corpus, tmp_path):
