@@ -179,7 +179,9 @@ def build(settings: Settings, groups: Groups, device: torch.device) -> Run:
         chunks,
         groups,
         optimizer_instances=settings.parallel.optimizer_instances,
-        overlap=device.type == "cuda" and groups.dp_size > 1,
+        # On one data-parallel rank, too: megatron-core cuts its buffers into buckets only then, and a save holds two
+        # copies of a bucket in fp32 on the GPU.
+        overlap=device.type == "cuda",
     )
     return Run(
         settings,
