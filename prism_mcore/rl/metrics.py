@@ -63,8 +63,9 @@ class RLMetrics:
         tokens: int,
     ) -> None:
         """Write down a step: what `rollout_metrics` and `update_metrics` say, step, lr, tokens (trained on so far),
-        generation/tokens_per_s (all replicas), generation/idle_share (of rank 0's slots), time/step_s, time/<part>_s,
-        time/overhead_share (of what is no part of WORK) and memory/peak_gb (of rank 0). NaN and Inf become null.
+        generation/tokens_per_s (all replicas, until the slowest is done), generation/idle_share (of rank 0's slots),
+        time/step_s, time/<part>_s, time/overhead_share (of what is no part of WORK) and memory/peak_gb (of rank 0). NaN
+        and Inf become null.
         """
         step_s = self.clock.step_s
         self._step_times.append(step_s)
@@ -78,7 +79,7 @@ class RLMetrics:
             "lr": lr,
             "tokens": tokens,
             **rollout_metrics(groups),
-            "generation/tokens_per_s": generated / self.clock.parts["time/generation_s"],
+            "generation/tokens_per_s": generated / self.roller.generation_s,
             "generation/idle_share": self.roller.idle_share,
             "time/step_s": step_s,
             **self.clock.parts,
@@ -145,7 +146,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """reward/mean and std, reward/<part>, reward/correct/<source>; shares of groups solved by all, by none, and without
     spread; rollout/length percentiles in tokens, rollout/truncated, verifier/<status> counts.
 
-    Rewards are those of valid rollouts; the rest counts them all.
+    Rewards are those of valid rollouts, and a group without any is neither solved by all nor by none; the rest counts
+    them all. Truncated is what neither a stop token nor a stop text ended.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     valid = [rollout for rollout in rollouts if rollout.valid]
@@ -159,13 +161,13 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         **{f"reward/{part}": _mean([r.rewards.get(part, 0.0) for r in valid]) for part in _parts(valid)},
         **{f"reward/{CORRECT}/{source}": value for source, value in _by_source(groups).items()},
         "groups/solve_all": _mean([bool(group) and all(group) for group in solved]),
-        "groups/solve_none": _mean([not any(group) for group in solved]),
+        "groups/solve_none": _mean([bool(group) and not any(group) for group in solved]),
         "groups/no_spread": _mean([not differs for differs in spread]),
         "rollout/count": len(rollouts),
         "rollout/length_mean": _mean(lengths),
         **{f"rollout/length_p{p}": float(np.percentile(lengths, p)) for p in PERCENTILES},
         "rollout/length_max": int(lengths.max()),
-        "rollout/truncated": _mean([not rollout.stop_token for rollout in rollouts]),
+        "rollout/truncated": _mean([rollout.finish != "stop" for rollout in rollouts]),
         **{f"verifier/{status}": sum(r.verifier == status for r in rollouts) for status in ("timeout", "crash")},
     }
 

@@ -1,5 +1,6 @@
 """Prompts to verified rollouts: generated on this replica's weights, verified as each finishes, known to every rank."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from prism_mcore.batch import Prompt, Rollout, RolloutGroup
 from prism_mcore.generate.engine import Engine
-from prism_mcore.generate.requests import Completion, Request
+from prism_mcore.generate.requests import Completion, Key, Request
 from prism_mcore.generate.settings import Sampling
 from prism_mcore.parallel import Groups
 from prism_mcore.rl.rewards.settings import RewardSettings
@@ -36,18 +37,17 @@ class Roller:
     clock: StepClock = field(default_factory=StepClock)
     tickets: int = 0  # given out so far
     idle_share: float = 0.0  # of the engine's slots in the last roll
+    generation_s: float = 0.0  # of the slowest replica since the clock was started
 
     def roll(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int, version: int) -> list[RolloutGroup]:
         """A group of sampling.samples rollouts for each prompt, in their order, the same on every rank.
 
         version: optimizer updates that the weights have seen. Marks the clock: generation, rewards, gather.
         """
+        keys = self._keys(prompts, sampling.samples, step)
         mine = list(enumerate(prompts))[self.groups.dp_rank :: self.groups.dp_size]
-        keys = [
-            tuple((self.seed, step, prompt.index, sample) for sample in range(sampling.samples)) for _, prompt in mine
-        ]
         before = self.engine.statistics
-        requests = [Request(prompt.tokens, of_prompt) for (_, prompt), of_prompt in zip(mine, keys, strict=True)]
+        requests = [Request(prompt.tokens, keys[place]) for place, prompt in mine]
         finished: list[tuple[int, str, Completion]] = []
         for completion in self.engine.stream(requests, sampling):
             if self.verifier is not None:
@@ -61,14 +61,15 @@ class Roller:
         self.clock.mark("generation")
         verdicts = {verdict.ticket: verdict for verdict in self.verifier.results(block=True)} if self.verifier else {}
         rollouts = [
-            self._rollout(*mine[completion.request], completion, verdicts[ticket], text, sampling, step, version)
+            self._rollout(*mine[completion.request], keys, completion, verdicts[ticket], text, sampling, version)
             for ticket, text, completion in finished
         ]
         self.clock.mark("rewards")
-        everyone: list[list[Rollout]] = [[] for _ in range(self.groups.tp_dp_cp.size())]
-        dist.all_gather_object(everyone, rollouts, group=self.groups.tp_dp_cp)
+        everyone: list[tuple[list[Rollout], float]] = [([], 0.0)] * self.groups.tp_dp_cp.size()
+        dist.all_gather_object(everyone, (rollouts, self.clock.parts["time/generation_s"]), group=self.groups.tp_dp_cp)
+        self.generation_s = max(seconds for _, seconds in everyone)
         self.clock.mark("gather")
-        ordered = sorted((r for of_rank in everyone for r in of_rank), key=lambda r: (r.group, r.sample))
+        ordered = sorted((r for of_rank, _ in everyone for r in of_rank), key=lambda r: (r.group, r.sample))
         by_group = {group: tuple(members) for group, members in groupby(ordered, key=lambda r: r.group)}
         return [RolloutGroup(prompt, by_group[place]) for place, prompt in enumerate(prompts)]
 
@@ -78,15 +79,25 @@ class Roller:
         ends = [text.index(mark) for mark in self.stop if mark in text]
         return text[: min(ends)] if ends else text
 
+    def _keys(self, prompts: Sequence[Prompt], samples: int, step: int) -> list[tuple[Key, ...]]:
+        """Of each prompt's samples; a prompt that is asked again in the step goes on counting: they are to differ."""
+        asked: Counter[int] = Counter()
+        keys: list[tuple[Key, ...]] = []
+        for prompt in prompts:
+            first = asked[prompt.index]
+            keys.append(tuple((self.seed, step, prompt.index, first + sample) for sample in range(samples)))
+            asked[prompt.index] += samples
+        return keys
+
     def _rollout(
         self,
         group: int,
         prompt: Prompt,
+        keys: Sequence[tuple[Key, ...]],
         completion: Completion,
         verdict: Verdict,
         text: str,
         sampling: Sampling,
-        step: int,
         version: int,
     ) -> Rollout:
         tokens, stop_token = completion.tokens, completion.stop_token
@@ -97,7 +108,7 @@ class Roller:
             prompt=prompt.index,
             group=group,
             sample=completion.sample,
-            key=(self.seed, step, prompt.index, completion.sample),
+            key=keys[group][completion.sample],
             prompt_tokens=prompt.tokens,
             tokens=tokens,
             logprobs=completion.logprobs,

@@ -1,5 +1,6 @@
 """The RL loop on real ranks: it learns, it goes on to the bit, in any layout; what cannot work is refused."""
 
+import itertools
 import json
 import os
 import signal
@@ -217,6 +218,33 @@ def test_generation_waits_for_overlapped_parameters(files, tmp_path):
     assert untimed(tmp_path / "plain") == untimed(tmp_path / "overlapped")
     (_, want, _), (_, got, _) = results[0][0], results[1][0]
     assert all(torch.equal(want[name], got[name]) for name in want)
+def test_a_prompt_that_comes_twice_in_a_step_is_answered_anew(files, tmp_path):
+    """Seven prompts, fourteen groups."""
+    run_ranks(2, train, settings(files, tmp_path, rl={"prompts_per_step": 14}, train={"steps": 1}))
+    answers = {}
+    for line in map(json.loads, rollouts(tmp_path, 1).splitlines()):
+        answers.setdefault(line["prompt_index"], []).append(line["response"])
+    assert len(answers) == 7 and all(len(of_prompt) == 8 for of_prompt in answers.values())
+    assert all(of_prompt[:4] != of_prompt[4:] for of_prompt in answers.values())
+
+
+def timed(groups, settings):
+    """What each rank says of the time of generation where the second one's clock runs five times as fast."""
+    from prism_mcore.rl import loop
+    from prism_mcore.train.metrics import StepClock
+
+    with ExitStack() as opened:
+        run = loop.build(settings, open_prompts(settings, resolve_spec(settings)), groups, torch.device("cpu"), opened)
+        ticks = itertools.count(0.0, 1.0 + 4.0 * groups.rank)
+        run.roller.clock = StepClock(lambda: next(ticks))
+        loop.rolled(run, 1)
+        return run.roller.clock.parts["time/generation_s"], run.roller.generation_s
+
+
+def test_tokens_per_second_are_those_until_the_slowest_replica_is_done(files, tmp_path):
+    assert run_ranks(2, timed, settings(files, tmp_path)) == [(1.0, 5.0), (5.0, 5.0)]
+
+
 
 
 def faulty_reward(groups, settings, folder):
