@@ -155,7 +155,7 @@ def updates_of(run: Run, step: int, groups: Sequence[RolloutGroup]) -> list[list
     settings, ranks = run.settings, run.groups
     per_update = len(groups) // settings.rl.updates
     multiple = ranks.tp_size if settings.parallel.sequence_parallel else 1
-    updates = []
+    updates: list[list[PolicyBatch]] = []
     for number in range(settings.rl.updates):
         first = number * per_update
         samples = samples_of(groups[first : first + per_update], settings.rl, first * settings.sampling.samples)
@@ -163,7 +163,7 @@ def updates_of(run: Run, step: int, groups: Sequence[RolloutGroup]) -> list[list
         batches = [
             pack(
                 [samples[place] for place in places],
-                version=version(settings, step) + number,
+                version=version(settings, step) + len(updates),
                 temperature=settings.sampling.temperature or 1.0,  # greedy log-probs are those at 1
                 multiple=multiple,
             )
@@ -254,6 +254,11 @@ def resume(run: Run) -> int:
     if newest is None:
         return 0
     record = read_state(newest)["state"]
+    if "kept" not in record:
+        raise SettingsError(
+            f"{newest} is of a mid-training run; to start from it give run.name another value, and"
+            f" model.init={newest.parent.parent}"
+        )
     if record["spec"] != spec_record(run.spec):
         raise SettingsError(f"{newest} is of another model; give run.name another value, or model.spec the one it had")
     for name, now in kept(run.settings).items():

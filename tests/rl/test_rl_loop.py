@@ -3,16 +3,18 @@
 import itertools
 import json
 import os
-import signal
 import shutil
+import signal
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import CONFIGS
 from prompt_files import write_prompts
 from ranks import RankError, run_ranks
+from rollouts import group_of, rollout
 
 from prism_mcore.config import Settings, SettingsError, resolve_spec, validate_rl
 from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
@@ -178,9 +180,23 @@ def test_another_run_is_not_continued(files, tmp_path_factory, change, message):
         run_ranks(1, train, settings(files, runs, **{"train": {"steps": 2}, **change}))
 
 
-def overlapped(groups, settings):
-    """The same run with gradients and parameters travelling while the model computes."""
+def midtrained(groups, settings):
+    """A checkpoint as mid-training leaves it."""
     from prism_mcore.rl import loop
+
+    with ExitStack() as opened:
+        run = loop.build(settings, open_prompts(settings, resolve_spec(settings)), groups, torch.device("cpu"), opened)
+        state = {"samples": 8, "spec": loop.spec_record(run.spec)}
+        run.checkpoints.save(1, loop.models(run.chunks), run.optimizer, state)
+
+
+def test_rl_does_not_take_a_mid_training_run_for_its_own(files, tmp_path):
+    wanted = settings(files, tmp_path)
+    run_ranks(1, midtrained, wanted)
+    with pytest.raises(RankError, match=r"step_00000001 is of a mid-training run; to start from it give run\.name"):
+        run_ranks(1, train, wanted)
+
+
 def test_a_model_without_positions_is_sampled_as_far_as_the_context(files, tmp_path):
     """Nemotron-H names 8,192 positions and has no position embedding; the paper's context is 16,384."""
     sections = {
@@ -202,22 +218,6 @@ def test_a_response_ends_with_any_token_that_the_models_folder_names(files, tmp_
     assert {json.loads(line)["tokens"] for line in rollouts(tmp_path, 1).splitlines()} == {1}
 
 
-
-    plain = loop.wrap
-    loop.wrap = lambda chunks, groups, **options: plain(chunks, groups, **(options | {"overlap": True}))
-    try:
-        return train(groups, settings)
-    finally:
-        loop.wrap = plain
-
-
-def test_generation_waits_for_overlapped_parameters(files, tmp_path):
-    results = []
-    for name, function in (("plain", train), ("overlapped", overlapped)):
-        results.append(run_ranks(2, function, settings(files, tmp_path / name, train={"steps": 3})))
-    assert untimed(tmp_path / "plain") == untimed(tmp_path / "overlapped")
-    (_, want, _), (_, got, _) = results[0][0], results[1][0]
-    assert all(torch.equal(want[name], got[name]) for name in want)
 def test_a_prompt_that_comes_twice_in_a_step_is_answered_anew(files, tmp_path):
     """Seven prompts, fourteen groups."""
     run_ranks(2, train, settings(files, tmp_path, rl={"prompts_per_step": 14}, train={"steps": 1}))
@@ -245,6 +245,37 @@ def test_tokens_per_second_are_those_until_the_slowest_replica_is_done(files, tm
     assert run_ranks(2, timed, settings(files, tmp_path)) == [(1.0, 5.0), (5.0, 5.0)]
 
 
+def test_where_the_first_part_of_a_step_has_no_samples_the_second_is_on_policy(files, tmp_path):
+    from prism_mcore.rl.loop import updates_of
+
+    wanted = settings(files, tmp_path, rl={"updates": 2, "drop_zero_spread": True, "kl_coefficient": 0.0})
+    equal, unequal = (group_of(rollout([9], 1.0), rollout([8], reward)) for reward in (1.0, 0.0))
+    run = SimpleNamespace(settings=wanted, groups=SimpleNamespace(tp_size=1, dp_size=1, dp_rank=0))
+    ((batch,),) = updates_of(run, 1, [equal, unequal])
+    assert batch.on_policy.all()
+    _, (second,) = updates_of(run, 1, [unequal, unequal])
+    assert not second.on_policy[second.loss_mask].any()
+
+
+def overlapped(groups, settings):
+    """The same run with gradients and parameters travelling while the model computes."""
+    from prism_mcore.rl import loop
+
+    plain = loop.wrap
+    loop.wrap = lambda chunks, groups, **options: plain(chunks, groups, **(options | {"overlap": True}))
+    try:
+        return train(groups, settings)
+    finally:
+        loop.wrap = plain
+
+
+def test_generation_waits_for_overlapped_parameters(files, tmp_path):
+    results = []
+    for name, function in (("plain", train), ("overlapped", overlapped)):
+        results.append(run_ranks(2, function, settings(files, tmp_path / name, train={"steps": 3})))
+    assert untimed(tmp_path / "plain") == untimed(tmp_path / "overlapped")
+    (_, want, _), (_, got, _) = results[0][0], results[1][0]
+    assert all(torch.equal(want[name], got[name]) for name in want)
 
 
 def faulty_reward(groups, settings, folder):
