@@ -155,10 +155,7 @@ def render(record: Mapping[str, Any]) -> str:
 
     No space at the end: tokenizers join it to the word that comes.
     """
-    messages = record.get("messages")
-    if messages is None:
-        messages = [{"role": "user", "content": record["prompt"]}]
-    return render_chat([*messages, {"role": "assistant", "content": ""}]).text.rstrip(" ")
+    return render_chat([*_turns(record), {"role": "assistant", "content": ""}]).text.rstrip(" ")
 
 
 def _read(source: PromptSource, tokenizer: Any, longest: int) -> PromptFile:
@@ -223,13 +220,23 @@ def _checked(path: Path, number: int, record: dict[str, Any]) -> str:
     missing = [key for key in reward.needs if record.get(key) in (None, "")]
     if missing:
         raise PromptError(f"{where}: reward {name} needs {missing[0]!r}; the record has {', '.join(sorted(record))}")
-    if "messages" not in record and not isinstance(record.get("prompt"), str):
+    if record.get("messages") is None and not isinstance(record.get("prompt"), str):
         raise PromptError(f"{where}: no text under 'prompt' and no 'messages'; the record has {sorted(record)}")
-    turns = record["messages"] if "messages" in record else [{"role": "user", "content": record["prompt"]}]
     try:
         text = render(record)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise PromptError(f"{where}: {error}") from error
+    turns = _turns(record)
     if not turns or not turns[-1]["content"].strip():
         raise PromptError(f"{where}: the prompt is empty")
+    if turns[-1]["role"] == "assistant":
+        raise PromptError(
+            f"{where}: the last message is the assistant's, the answer perhaps; needed: the question last"
+        )
     return text
+
+
+def _turns(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The messages of a record; a file of both kinds of records has null under the other's key."""
+    messages = record.get("messages")
+    return [{"role": "user", "content": record["prompt"]}] if messages is None else messages

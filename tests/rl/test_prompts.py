@@ -36,7 +36,8 @@ def load(*sources, tokenizer, vocab_size=64, longest=32, seed=0):
 def test_a_prompt_is_rendered_as_user_and_assistant_with_bos_and_without_eos(tmp_path, tokenizer):
     messages = [{"role": "system", "content": "add"}, {"role": "user", "content": "two and three"}]
     chat = {"messages": messages, "reward": "math", "answer": "5"}
-    prompts = load(write(tmp_path / "p.jsonl", record(), "", chat), tokenizer=tokenizer).first(5)
+    both_kinds = record() | {"messages": None}
+    prompts = load(write(tmp_path / "p.jsonl", both_kinds, "", chat), tokenizer=tokenizer).first(5)
     assert [prompt.text for prompt in prompts] == ["User: add two\nAssistant:", "add\nUser: two and three\nAssistant:"]
     assert [WORDS[i] for i in prompts[0].tokens] == ["<s>", "User", ":", "add", "two", "Assistant", ":"]
     assert prompts[1].record == chat and prompts[1].source == "p"
@@ -70,6 +71,11 @@ def test_every_step_has_its_prompts_in_their_shares_and_no_pass_repeats_one(tmp_
         (record("  "), r"p.jsonl, line 2: the prompt is empty"),
         ({"reward": "math", "answer": "1"}, r"p.jsonl, line 2: no text under 'prompt' and no 'messages'"),
         (record() | {"messages": [{"role": "bot"}]}, r"p.jsonl, line 2: message .* needs a role"),
+        ({"messages": None, "reward": "math", "answer": "1"}, r"p.jsonl, line 2: no text under 'prompt'"),
+        (
+            record() | {"messages": [{"role": "user", "content": "add"}, {"role": "assistant", "content": "5"}]},
+            r"p.jsonl, line 2: the last message is the assistant's",
+        ),
         (record(" and" * 40), r"p.jsonl, line 2: the prompt has 45 tokens; at most 32 fit"),
     ],
 )
