@@ -63,6 +63,11 @@ def test_mathematics_compares_expressions(answer, response, correct):
         ("A cat sat", None),
         ("answer: because", None),
         (r"\boxed{AB}", None),
+        ("The answer is: B", "B"),
+        ("The correct answer is: b.", "B"),
+        ("Answer A is right", "A"),
+        ("The answer is a prime number. (D)", "D"),
+        ("The answer I found is (C).", "C"),
     ],
 )
 def test_a_choice_is_the_letter_settled_on(answer, letter):

@@ -6,7 +6,8 @@ from typing import Any
 
 from prism_mcore.rl.rewards.format import boxed, final_answer
 
-_ANSWER = re.compile(r"answer\s*(?:is|:)?\s*\**\s*\(?([A-J])\b\)?", re.IGNORECASE)
+# A small letter, or I, that a word follows is English: "the answer is a prime number", "the answer I found".
+_ANSWER = re.compile(r"(?i:answer\s*(?:is)?)\s*:?\s*\**\s*\(?((?!I\s+\w)[A-J]|[a-j](?!\s+\w))\b")
 _LONE = re.compile(r"^\W*([A-J])\W*$|\(([A-J])\)|^([A-J])[.):]", re.MULTILINE)
 
 
