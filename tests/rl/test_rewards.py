@@ -139,6 +139,23 @@ def test_workers_that_cannot_start_say_what_to_install(monkeypatch):
     monkeypatch.setitem(REWARDS, "missing", Reward(misbehave, (), "no_such_package"))
     with Verifier(workers=1, timeout_s=1.0, rewards=["missing"]) as verifier:
         verifier.submit(0, {"reward": "missing"}, "x")
-        with pytest.raises(RuntimeError, match="stopped") as error:
-            verifier.results(block=True)
-    assert "no_such_package: pip install" in str(error.value.__cause__)
+        for again in (verifier.results, verifier.results, lambda block: verifier.submit(1, {"reward": "missing"}, "x")):
+            with pytest.raises(RuntimeError, match="the verifier has stopped") as error:
+                again(block=True)
+            assert "no_such_package: pip install" in str(error.value.__cause__)
+
+
+def test_a_worker_that_does_not_start_again_at_once_costs_nothing(misbehaving, tmp_path):
+    """What was killed is started again; where that fails, too, for want of memory perhaps, it is tried once more."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\nplaces = {str(tmp_path / 'starts')!r}\n"
+        "number = os.open(places, os.O_CREAT | os.O_APPEND | os.O_WRONLY)\n"
+        "os.write(number, b'.')\n"
+        "if os.fstat(number).st_size in (2, 3): os._exit(1)\n" + (tmp_path / "sitecustomize.py").read_text()
+    )
+    with Verifier(workers=1, timeout_s=5.0, rewards=["misbehave"]) as verifier:
+        for ticket, response in enumerate(["fine", "die", "fine"]):
+            verifier.submit(ticket, {"reward": "misbehave"}, response)
+        verdicts = {verdict.ticket: verdict.status for verdict in verifier.results(block=True)}
+    assert verdicts == {0: "ok", 1: "crash", 2: "ok"}
+    assert (tmp_path / "starts").stat().st_size == 4

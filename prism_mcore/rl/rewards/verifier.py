@@ -23,6 +23,7 @@ from prism_mcore.rl.rewards.settings import RewardSettings
 log = logging.getLogger(__name__)
 
 START_S = 120.0  # a worker may take this long to import its packages
+MOST_FAILED_STARTS = 10  # in a row, after the first that was ready
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Verifier:
         self.packages = sorted({REWARDS[name].package for name in rewards} - {""})
         self.outstanding = 0
         self._failure: BaseException | None = None
+        self._started, self._failed_starts = False, 0
         self._waiting: deque[tuple[int, bytes]] = deque()
         self._submitted: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
         self._verdicts: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
@@ -75,9 +77,12 @@ class Verifier:
     def submit(self, ticket: int, record: Mapping[str, Any], response: str) -> None:
         """Verify a response by record["reward"]; its verdict will carry the ticket, which must be of no other."""
         task = {"ticket": ticket, "reward": record["reward"], "record": dict(record), "response": response}
+        if self._failure is not None:
+            raise RuntimeError("the verifier has stopped") from self._failure
         self.outstanding += 1
         self._submitted.put((ticket, json.dumps(task).encode() + b"\n"))
-        os.write(self._wake_in, b".")
+        with contextlib.suppress(BrokenPipeError):  # it stopped just now; `results` says so
+            os.write(self._wake_in, b".")
 
     def results(self, block: bool = False) -> list[Verdict]:
         """Verdicts that are there; with `block`, all those still outstanding."""
@@ -88,6 +93,7 @@ class Verifier:
             except queue.Empty:
                 break
             if verdict is None:
+                self._verdicts.put(None)  # for whoever asks again
                 raise RuntimeError("the verifier has stopped") from self._failure
             found.append(verdict)
             self.outstanding -= 1
@@ -157,6 +163,7 @@ class Verifier:
             if line:
                 self._answer(json.loads(line))
             worker.ready, worker.ticket = True, None
+            self._started, self._failed_starts = True, 0
 
     def _answer(self, answer: dict[str, Any]) -> None:
         if answer["error"]:
@@ -171,11 +178,19 @@ class Verifier:
     def _lose(self, worker: _Worker, status: str) -> None:
         self._stop(worker)
         if not worker.ready:
-            packages = " and ".join(self.packages) or "the rewards"
-            raise RuntimeError(f"a verifier process could not import {packages}: pip install 'prism_mcore[rl]'")
+            self._count_failed_start()
         if worker.ticket is not None:
             self._verdicts.put(Verdict(worker.ticket, status))
         self._workers[self._workers.index(worker)] = self._start()
+
+    def _count_failed_start(self) -> None:
+        self._failed_starts += 1
+        if not self._started or self._failed_starts > MOST_FAILED_STARTS:
+            packages = " ".join(self.packages)
+            raise RuntimeError(
+                f"a verifier process was not ready after {START_S:.0f} s, or ended before; to see why, run `python -m"
+                f" prism_mcore.rl.rewards.worker {packages}`; to install {packages}: pip install 'prism_mcore[rl]'"
+            )
 
     def _start(self) -> _Worker:
         process = subprocess.Popen(
