@@ -61,13 +61,14 @@ class PagedCache:
     def allocate(
         blocks: int, block_len: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> "PagedCache":
-        """On a CPU a head's block lies in one piece: [blocks, hk, block_len, p] in memory."""
+        """On a CPU a head's block lies in one piece of memory, of keys [p, block_len], of values [block_len, p]: what a
+        decode step adds up, weighted by a query or by scores, are whole rows."""
         if torch.device(device).type != "cpu":
             both = torch.zeros(2, blocks, block_len, heads, head_dim, dtype=dtype, device=device)
             return PagedCache(both[0], both[1])
-        shape = (blocks, heads, block_len, head_dim)
-        keys, values = (torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(2))
-        return PagedCache(keys, values)
+        keys = torch.zeros(blocks, heads, head_dim, block_len, dtype=dtype, device=device)
+        values = torch.zeros(blocks, heads, block_len, head_dim, dtype=dtype, device=device)
+        return PagedCache(keys.permute(0, 3, 1, 2), values.transpose(1, 2))
 
     @property
     def block_len(self) -> int:
