@@ -38,6 +38,7 @@ HERE = Path(__file__).parent
 PEAK_FLOPS = 990e12  # bf16, dense
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes per second
 BYTES_ALLOWED = 1.3  # times the minimum, for memory-bound ops
+SHARED_BYTES = 227 * 1024  # that a program on sm_90 may have; a kernel that takes more cannot be launched
 
 
 @dataclass
@@ -103,12 +104,17 @@ class PassReport:
         return max(self.minimum_bytes / BANDWIDTH[gpu], self.needed_flops / PEAK_FLOPS)
 
     def faults(self) -> list[str]:
-        """What must not be: spills, products off the fast path, bytes moved for nothing. Decode may use small tiles."""
+        """What must not be: too much shared memory, spills, products off the fast path, bytes moved for nothing.
+
+        Decode may use small tiles.
+        """
         where = f"{self.case} {self.direction}"
         found = []
         for kernel in self.kernels:
             if kernel.compiled is None:
                 continue
+            if kernel.compiled.shared_bytes > SHARED_BYTES:
+                found.append(f"{where}: {kernel.name} takes {kernel.compiled.shared_bytes / 1024:.0f} KB shared memory")
             if kernel.compiled.spills:
                 found.append(f"{where}: {kernel.name} spills ({kernel.compiled.spills})")
             if kernel.compiled.other_products and self.phase != "decode":

@@ -15,7 +15,6 @@ from prism_kernels.caches import ScanCache
 from prism_kernels.ssd_scan_backward import Slots, launch_group_grads, launch_inner_grads, launch_step_grads
 from prism_kernels.ssd_scan_forward import Decays, Shape, launch_decays, launch_outputs, launch_states
 
-LONGEST_CHUNK = {torch.bfloat16: 128, torch.float32: 32}  # fp32: no tensor cores, and tiles are twice as large
 WIDEST = 128  # head_dim and state
 WALKS = 256  # programs that walk over chunks: about two per multiprocessor of an H100
 
@@ -34,7 +33,7 @@ def ssd_scan(
     initial_state: Tensor | None = None,
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`reference.ssd_scan`; of chunk_len at most 128 is taken, in fp32 at most 32.
+    """`reference.ssd_scan`; of chunk_len at most 128 is taken, of heads wider than 64 at most 64, in fp32 at most 32.
 
     Covered: x, B and C alike bf16 or fp32, head_dim and state up to 128.
     """
@@ -44,7 +43,7 @@ def ssd_scan(
         raise ValueError(f"ssd_scan: {heads} heads are not a multiple of {groups} groups")
     if chunk_len < 1:
         raise ValueError(f"chunk_len={chunk_len}; needs at least 1")
-    if x.dtype not in LONGEST_CHUNK or not x.dtype == B.dtype == C.dtype:
+    if x.dtype not in (torch.bfloat16, torch.float32) or not x.dtype == B.dtype == C.dtype:
         raise Uncovered(f"x {x.dtype}, B {B.dtype}, C {C.dtype}: needs all bfloat16 or all float32")
     if max(x.shape[2], B.shape[2]) > WIDEST:
         raise Uncovered(f"head_dim {x.shape[2]}, state {B.shape[2]}: needs at most {WIDEST}")
@@ -94,6 +93,13 @@ def _rows(x: Tensor) -> Tensor:
     return x if together and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
+def _longest_chunk(x: Tensor) -> int:
+    """Tokens whose tiles a program holds; of 128 with heads of 128 they would take 290 KB of shared memory."""
+    if x.dtype == torch.float32:
+        return 32  # no tensor cores, and tiles are twice as large
+    return 64 if x.shape[2] > 64 else 128
+
+
 def _tables(boundaries: Boundaries, chunk_len: int, heads: int, device: torch.device) -> ScanTables:
     """Chunks, and segments just short enough that WALKS programs, each one head and half of n, have one."""
     chunks = -(-boundaries.num_tokens // chunk_len)
@@ -105,7 +111,7 @@ class _Scan(torch.autograd.Function):
     def forward(ctx, x, dt, A_log, B, C, D, dt_bias, initial, boundaries, chunk_len, limit, want_final):
         longest = max(end - start for _, start, end in boundaries.documents)
         # A power of two where documents are shorter than a chunk: kernels are compiled for few lengths.
-        chunk_len = min(chunk_len, LONGEST_CHUNK[x.dtype], max(16, triton.next_power_of_2(longest)))
+        chunk_len = min(chunk_len, _longest_chunk(x), max(16, triton.next_power_of_2(longest)))
         shape, tables = Shape.of(x, B, chunk_len), _tables(boundaries, chunk_len, x.shape[1], x.device)
         if 4 * tables.num_chunks * shape.num_heads * shape.Q >= 2**31:  # kernels' offsets into four [C, h, Q] are int32
             raise Uncovered(f"{tables.num_chunks} chunks of {shape.num_heads} heads: needs fewer than 2^29 rows in all")

@@ -74,6 +74,41 @@ launches = [compile_launch(launch) for launch in record.launches]
 print(json.dumps([[x.spills, x.wgmma, x.other_products, x.wide_loads] for x in launches]))
 """
 
+WIDE_HEADS = """
+import json
+import sys
+
+import torch
+
+sys.path.insert(0, sys.argv[1])
+from compile_kernels import KernelReport, PassReport
+from launches import compile_launch, recorded
+
+from prism_kernels.boundaries import Boundaries
+from prism_kernels.ssd_scan import ssd_scan
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, device="meta", dtype=dtype).requires_grad_()
+
+
+boundaries = Boundaries(torch.tensor([0, 1024], dtype=torch.int32))
+inputs = [meta(1024, 4, 128), meta(1024, 4), *(meta(4, dtype=torch.float32) for _ in range(3))]
+x, dt, A_log, D, dt_bias = inputs
+with recorded() as record:
+    y = ssd_scan(x, dt, A_log, meta(1024, 1, 128), meta(1024, 1, 128), D, dt_bias, boundaries, 128)
+with recorded() as backward:
+    torch.autograd.grad(y, inputs, torch.empty_like(y))
+found = {}
+for launch in record.launches + backward.launches:
+    kernel = KernelReport(launch.name, 1, {}, compile_launch(launch))
+    report = PassReport("scan", "ssd_scan", "train", "", "ours", {}, [], False, 0, 0.0, [kernel])
+    found[launch.name] = kernel.compiled.shared_bytes, [x for x in report.faults() if "shared memory" in x]
+    kernel.compiled = type(kernel.compiled)(**{**vars(kernel.compiled), "shared_bytes": 300 * 1024})
+    assert "takes 300 KB shared memory" in report.faults()[0]
+print(json.dumps(found))
+"""
+
 
 def run(*command: str, interpret: str = "0") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": interpret}
@@ -91,6 +126,16 @@ def test_spills_slow_products_and_narrow_accesses_are_seen(tmp_path: Path):
     assert crowded[0] > 0
     assert aligned[3] == 1.0  # 16 bytes a thread, as Triton specialises whole pointers and sizes
     assert offset[3] == 0.0  # and as it does for a view that starts at an odd element
+
+
+def test_the_scan_of_the_widest_heads_fits_a_gpus_shared_memory(tmp_path: Path):
+    script = tmp_path / "wide.py"
+    script.write_text(WIDE_HEADS)
+    done = run(str(script), str(BENCHMARKS))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"outputs_kernel", "inner_grads_kernel", "group_grads_kernel"} <= set(found)
+    assert all(size <= 227 * 1024 and not faults for size, faults in found.values()), found
 
 
 def test_no_kernel_spills_misses_wgmma_or_moves_more_than_it_must(tmp_path: Path):

@@ -99,6 +99,11 @@ def test_widths_that_are_no_power_of_two():
     assert_as_exact_as_reference([*inputs, randn(1, 2, 24, 40, dtype=torch.float32).to(DEVICE)], documents(20), 11)
 
 
+def test_heads_wider_than_64_take_shorter_chunks():
+    torch.manual_seed(0)
+    assert_as_exact_as_reference(scan_inputs(80, torch.bfloat16, head_dim=80), documents(80), 128)
+
+
 def test_a_chunk_of_128_with_states_of_128():
     torch.manual_seed(0)
     inputs = scan_inputs(150, torch.bfloat16, head_dim=64, state=128)
