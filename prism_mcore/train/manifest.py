@@ -47,12 +47,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_manifest(folder: Path, known: dict[str, FileRecord]) -> None:
-    """Write `folder`/manifest.json over every file in it; known: records already computed, by name."""
-    files = {path.name: path for path in sorted(folder.iterdir()) if path.name != MANIFEST}
-    for name, path in files.items():
-        if name not in known:
-            sync_file(path)
-    records = {name: known.get(name) or describe(path) for name, path in files.items()}
+    """Write `folder`/manifest.json over every file in it; known: records already computed, by name.
+
+    A network file system may not list yet what another node has just written: those files are known.
+    """
+    listed = {path.name for path in folder.iterdir()} - {MANIFEST}
+    for name in listed - known.keys():
+        sync_file(folder / name)
+    records = {name: known.get(name) or describe(folder / name) for name in sorted(listed | known.keys())}
     write_atomically(folder / MANIFEST, json.dumps({"version": MANIFEST_VERSION, "files": records}, indent=1))
 
 

@@ -199,6 +199,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_loaded(two_checkpoi
     assert [step for step, _ in run_ranks(2, load_step, folder, tp=2)] == [1, 1]
 
 
+def test_a_file_of_another_node_is_in_the_manifest_though_not_listed_yet(tmp_path):
+    from prism_mcore.train.manifest import describe, write_manifest
+
+    ours, theirs = tmp_path / "__0_0.distcp", tmp_path / "__9_0.distcp"
+    ours.write_bytes(b"ours")
+    theirs.write_bytes(b"theirs")
+    known = {path.name: describe(path) for path in (ours, theirs)}
+    content = theirs.read_bytes()
+    theirs.unlink()
+    write_manifest(tmp_path, known)
+    theirs.write_bytes(content)
+    assert damage(tmp_path) == []
+
+
 def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(two_checkpoints, tmp_path):
     folder = shutil.copytree(two_checkpoints, tmp_path / "run")
     for step in folder.glob("step_*"):
