@@ -95,7 +95,8 @@ def _loss(output: tuple[Tensor, Tensor], batch: PackedBatch) -> tuple[Tensor, Te
     assert batch.loss_mask is not None
     nats = -(logprobs.view_as(batch.loss_mask) * batch.loss_mask).sum(-1, dtype=torch.float64)
     rows = torch.stack([nats, batch.loss_mask.sum(-1, dtype=torch.float64)], dim=-1)
-    return loss_sum, torch.tensor(batch.num_tokens, dtype=torch.int, device=nats.device), rows
+    # Filled on the device: copying a number there would wait for all that was started before it.
+    return loss_sum, torch.full((), batch.num_tokens, dtype=torch.int, device=nats.device), rows
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
