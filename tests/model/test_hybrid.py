@@ -5,6 +5,8 @@ import torch
 from models import SPECS, packed_batch, packed_batches, random_documents
 from ranks import run_ranks
 
+from prism_kernels.boundaries import Boundaries
+from prism_mcore.model.attention import document_ends
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.parameters import draw, gather, parameters, shard
@@ -127,6 +129,12 @@ def test_the_meta_device_allocates_nothing():
     (chunk,) = run_ranks(1, shapes_on_meta, "granite hybrid")[0]
     table = parameters(SPECS["granite hybrid"])
     assert chunk == {name: ("meta", parameter.shape) for name, parameter in table.items()}
+
+
+def test_transformer_engine_is_given_documents_and_no_padding():
+    boundaries = Boundaries(torch.tensor([0, 3, 3, 8, 8, 8, 8, 8, 8], dtype=torch.int32))
+    ends = document_ends(boundaries)
+    assert ends.tolist() == [0, 3, 8] and ends.dtype == torch.int32
 
 
 def modules_of_a_gpu(groups):
