@@ -109,8 +109,9 @@ def load(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Settings:
     raw = _read_recipe(Path(recipe), ()) if recipe else {}
     for override in overrides:
         _apply_override(raw, override)
-    if recipe and not raw.setdefault("run", {}).get("name"):
-        raw["run"]["name"] = Path(recipe).stem
+    run = raw.setdefault("run", {})
+    if recipe and isinstance(run, dict) and not run.get("name"):
+        run["name"] = Path(recipe).stem
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:

@@ -84,6 +84,7 @@ def test_a_mistake_is_named(tmp_path, override):
         ("base: nowhere.yaml", "nowhere.yaml: No such file"),
         ("base: {a: b}", "needed: a recipe's path"),
         ("data: {sources: [{weight: 1}]}", "data.sources.0.path is not set"),
+        ("run:\ntrain:", "run=None: input should be a valid dictionary"),
     ],
 )
 def test_a_bad_recipe_is_named(tmp_path, text, message):
