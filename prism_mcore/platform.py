@@ -81,7 +81,13 @@ def _be_deterministic() -> None:
 
 
 def _cuda_device() -> torch.device:
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= count:
+        raise RuntimeError(
+            f"rank {local_rank} of this node has no GPU: there are {count}; start torchrun with"
+            f" --nproc-per-node={count}, or with CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
@@ -115,6 +121,8 @@ def patch_megatron() -> None:
     _keep_freed_memory()
     _redirect_device_arguments()
     _make_torch_cuda_inert()
+    for package in ("transformer_engine", "apex"):  # megatron-core takes them where it finds them; they need a GPU
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # not importable
     with warnings.catch_warnings():
         # "Transformer Engine and Apex are not installed": true, expected, and printed a dozen times per rank.
         warnings.simplefilter("ignore")

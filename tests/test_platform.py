@@ -99,6 +99,23 @@ def test_one_process_needs_no_launcher():
     assert run.stdout == "alone\n", run.stderr
 
 
+def test_gpu_packages_are_not_imported_on_a_cpu(tmp_path):
+    (tmp_path / "transformer_engine.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    code = "from prism_mcore import platform; platform.patch_megatron(); import megatron.core.optimizer"
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+def test_more_ranks_than_gpus_are_told_how_many_there_are(monkeypatch):
+    from prism_mcore import platform
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(RuntimeError, match="there are 1; start torchrun with --nproc-per-node=1"):
+        platform._cuda_device()
+
+
 def die_on_rank_1(groups):
     if groups.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -49,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", action="store_true", help="go on with an earlier demo run instead of starting anew")
     arguments = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same demo everywhere: two ranks do not fit on a single GPU
     begun = time.monotonic()
     make_corpus()
     settings = load(RECIPE)

@@ -6,9 +6,12 @@ all are within the tolerance, 1 where one is not, 2 where they could not be comp
 """
 
 import argparse
+import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -80,9 +83,22 @@ def verify(options: argparse.Namespace, console: Console) -> list[Difference]:
         reference = Path(folder) / "reference.safetensors"
         with console.status("running transformers"), ProcessPoolExecutor(1, get_context("spawn")) as process:
             process.submit(write_reference, options.hf, spec, tokens, reference).result()
-        with console.status(f"running prism_mcore, tp {options.tp} x pp {options.pp}"):
+        with console.status(f"running prism_mcore, tp {options.tp} x pp {options.pp}"), gpus_hidden():
             found = {d.output: d for d in _run_ranks(settings, tokens, reference)}
     return [found[name] for name in output_names(spec)]
+
+
+@contextmanager
+def gpus_hidden() -> Iterator[None]:
+    """Processes started inside compute on the CPU, as transformers does here."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def random_tokens(spec: ModelSpec, length: int) -> Tensor:
