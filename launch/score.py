@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from prism_mcore.config import Settings, SettingsError
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
+from prism_mcore.launching import complain
 from prism_mcore.model.spec import ModelSpec, read_spec
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def main() -> int:
     try:
         settings, spec, tokens = _read(arguments)
     except (SettingsError, ValueError, OSError) as error:
-        return _complain(error, BAD_SETTINGS)
+        return complain(error, BAD_SETTINGS)
     if arguments.dry_run:
         _print_plan(arguments, settings, spec, tokens)
         return DONE
@@ -37,7 +38,7 @@ def main() -> int:
     try:
         _score(arguments, settings, spec, tokens)
     except ExchangeError as error:  # the same on every rank
-        return _complain(error, BAD_SETTINGS)
+        return complain(error, BAD_SETTINGS)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
@@ -143,12 +144,6 @@ def _print_plan(arguments: argparse.Namespace, settings: Settings, spec: ModelSp
     table.add_row("sequences", f"{len(tokens):,} of {tokens.shape[1]:,} tokens, {arguments.micro_batch} at a time")
     table.add_row("output", f"{size / 1e9:.3g} GB")
     Console().print(table)
-
-
-def _complain(error: Exception, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr)
-    return code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,6 @@ where every op has a backend, 1 where a required package is missing, 2 where an 
 import argparse
 import os
 import platform
-import shutil
 import sys
 from importlib import metadata
 
@@ -32,7 +31,6 @@ REQUIRED = {
     "rich": "the console",
     "tensorboard": "curves",
     "matplotlib": "pictures",
-    "jinja2": "reports",
     "einops": "the distributed optimizer with several instances",
     "pyarrow": "parquet corpora",
     "zstandard": ".jsonl.zst corpora",
@@ -40,17 +38,14 @@ REQUIRED = {
 # distribution -> (what it is for, what happens without it)
 OPTIONAL = {
     "triton": ("our kernels", "plain torch"),
-    "transformer-engine": ("FP8, fused attention, FusedAdam", "megatron-core's linears, bf16"),
+    "transformer-engine": ("linears, norms, attention, FusedAdam", "megatron-core's linears, our kernels"),
     "flash-attn": ("attention where Transformer Engine is absent", "our kernel"),
     "mamba-ssm": ("another scan", "our kernel"),
     "causal-conv1d": ("another convolution", "our kernel"),
     "apex": ("FusedAdam where Transformer Engine is absent", "our kernel"),
-    "nvidia-dali-cuda120": ("input pipeline that feeds the GPU", "torch's loader"),
     "math-verify": ("math rewards", "they are refused"),
     "reasoning-gym": ("demo tasks", "they are refused"),
-    "wandb": ("a sink of metrics", "it is off"),
 }
-PROGRAMS = {"bwrap": ("sandbox of code rewards", "they are refused: install bubblewrap")}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,8 +103,6 @@ def _packages() -> Table:
         table.add_row(name, _version(name) or "[red]missing[/red]", purpose, "nothing works")
     for name, (purpose, without) in OPTIONAL.items():
         table.add_row(name, _version(name) or "[dim]-[/dim]", purpose, without)
-    for name, (purpose, without) in PROGRAMS.items():
-        table.add_row(name, "found" if shutil.which(name) else "[dim]-[/dim]", purpose, without)
     return table
 
 

@@ -233,9 +233,3 @@ class _Rooms:
     def smallest_at_least(self, x: int) -> int | None:
         above = self._bits >> x
         return x + (above & -above).bit_length() - 1 if above else None
-
-
-def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """first[0], first[0] + 1, ... (count[0] of them), first[1], ..."""
-    offsets = np.concatenate([[0], np.cumsum(count)[:-1]]) if len(count) else np.empty(0, np.int64)
-    return np.arange(int(count.sum())) + np.repeat(first - offsets, count)
