@@ -13,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prism_kernels.attention import DTYPES, HEAD_DIMS, LOG2_E, MULTIPROCESSORS
+from prism_kernels.attention import HEAD_DIMS, LOG2_E, MULTIPROCESSORS
 from prism_kernels.backends import Uncovered
 from prism_kernels.caches import PagedCache
 
+# fp32, too: within a CUDA graph there is no way back to the reference, which reads the lengths on the host.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Keys in a step of the loop; five stages hold two tiles of keys and two of values (a block's number is loaded first).
 # 72 KB at head_dim 128: three programs a multiprocessor. What fits, not measured.
 KEYS, NUM_WARPS, NUM_STAGES = 64, 4, 5
@@ -58,13 +60,13 @@ def _decode_kernel(
         block = tl.load(block_table + place // BLOCK_LEN, mask=seen, other=0).to(tl.int64)
         at = (block * BLOCK_LEN + place % BLOCK_LEN) * (KEY_HEADS * P)
         k = tl.load(keys + at[:, None], mask=seen[:, None], other=0.0)
-        scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k)), float("-inf"))
+        scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
         new = tl.maximum(highest, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - new[:, None])
         shrink = tl.exp2(highest - new)
         total = total * shrink + tl.sum(weights, 1)
         v = tl.load(values + at[:, None], mask=seen[:, None], other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         highest = new
     total = tl.where(total == 0.0, 1.0, total)  # a part, or a row, of no tokens: zeros, at level -inf
     at = (part.to(tl.int64) * rows + row) * (KEY_HEADS * GROUP) + heads
@@ -97,7 +99,9 @@ def _check(q: Tensor, cache: PagedCache) -> None:
     if q.shape[2] not in HEAD_DIMS:
         raise Uncovered(f"head_dim {q.shape[2]}: needs one of {', '.join(map(str, HEAD_DIMS))}")
     if q.dtype not in DTYPES or cache.keys.dtype != q.dtype or cache.values.dtype != q.dtype:
-        raise Uncovered(f"q in {q.dtype}, cache in {cache.keys.dtype}: needs bfloat16 or float16, one for both")
+        raise Uncovered(
+            f"q in {q.dtype}, cache in {cache.keys.dtype}: needs bfloat16, float16 or float32, one for both"
+        )
     if not (cache.keys.is_contiguous() and cache.values.is_contiguous()):
         raise Uncovered("a cache that is not contiguous")
 

@@ -113,20 +113,23 @@ def test_what_is_not_covered_is_said():
 
 @pytest.mark.parametrize("most_parts", [1, 64])  # a program for all of a context, and contexts cut into parts
 @pytest.mark.parametrize("window", [None, 70])
-def test_decoding_over_pages(monkeypatch, window, most_parts):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_decoding_over_pages(monkeypatch, dtype, window, most_parts):
     torch.manual_seed(0)
     monkeypatch.setattr("prism_kernels.attention_decode.MOST_PARTS", most_parts)
     monkeypatch.setattr("prism_kernels.attention_decode.SHORTEST_PART", 30)
     lengths = torch.tensor([1, 65, 160], dtype=torch.int32, device=DEVICE)
-    keys, values = (randn(40, 16, 2, 32, dtype=torch.bfloat16).to(DEVICE) for _ in range(2))
+    keys, values = (randn(40, 16, 2, 32, dtype=dtype).to(DEVICE) for _ in range(2))
     block_table = torch.randperm(40)[:30].view(3, 10).to(torch.int32).to(DEVICE)  # of 16 tokens each
-    q = randn(3, 8, 48, dtype=torch.bfloat16).to(DEVICE)[:, :6, :32]
+    q = randn(3, 8, 48, dtype=dtype).to(DEVICE)[:, :6, :32]
     cache, wide = PagedCache(keys, values), PagedCache(keys.double(), values.double())
     ours = attention_decode(q, cache, block_table, lengths, 0.3, window)
     plain = reference.attention_decode(q, cache, block_table, lengths, 0.3, window)
     exact = reference.attention_decode(q.double(), wide, block_table, lengths, 0.3, window)
     for row in range(3):
-        assert relative_error(ours[row], exact[row]) <= 2 * relative_error(plain[row], exact[row]) + 2**-8
+        assert (
+            relative_error(ours[row], exact[row]) <= 2 * relative_error(plain[row], exact[row]) + torch.finfo(dtype).eps
+        )
 
 
 def test_decoding_nothing_gives_zeros_and_other_rows_their_own():
