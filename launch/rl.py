@@ -3,6 +3,7 @@
 Rollouts are generated in the same process, on the weights that are trained. Exit codes as in launch/midtrain.py.
 """
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
 from prism_mcore.launching import complain, planned_ranks, rank, recipe_parser, record_exit_code
 
 if TYPE_CHECKING:
-    from prism_mcore.rl.prompts import Prompts
+    from prism_mcore.model.spec import ModelSpec
 
 
 def main() -> int:
@@ -27,6 +28,7 @@ def main() -> int:
     except SettingsError as error:
         if rank() == 0:
             print(f"{arguments.recipe}: the settings do not work:\n{error}", file=sys.stderr)
+        record_exit_code(BAD_SETTINGS)
         return BAD_SETTINGS
     if arguments.dry_run:
         from rich.console import Console
@@ -38,24 +40,24 @@ def main() -> int:
     if rank() == 0:
         for note in notes:
             print(f"note: {note}")
-    from prism_mcore.rl.prompts import PromptError, open_prompts
-
-    try:
-        prompts = open_prompts(settings, spec)  # before any process group, and before any GPU is touched
-    except PromptError as error:
-        return complain(error, BAD_SETTINGS)
-    code = _train(settings, prompts)
+    code = _train(settings, spec)
     record_exit_code(code)
     return code
 
 
-def _train(settings: Settings, prompts: "Prompts") -> int:
+def _train(settings: Settings, spec: "ModelSpec") -> int:
+    from prism_mcore.convert.names import ExchangeError
     from prism_mcore.rl.loop import run
+    from prism_mcore.rl.prompts import PromptError, open_prompts
     from prism_mcore.train.checkpoint import CheckpointError
 
     try:
-        return run(settings, prompts)
-    except SettingsError as error:
+        return run(settings, open_prompts(settings, spec))  # prompts before any process group or GPU
+    except PromptError as error:  # of this node's files, perhaps
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return BAD_SETTINGS
+    except (SettingsError, ExchangeError) as error:  # these are the same on every rank
         return complain(error, BAD_SETTINGS)
     except CheckpointError as error:
         return complain(error, FAILED)

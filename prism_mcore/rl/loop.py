@@ -20,7 +20,7 @@ from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
 from prism_mcore.generate.engine import Engine
 from prism_mcore.model.build import chunks_of
 from prism_mcore.model.spec import ModelSpec
-from prism_mcore.parallel import Groups, destroy_groups, init_groups
+from prism_mcore.parallel import Groups, init_groups
 from prism_mcore.rl import parity
 from prism_mcore.rl.metrics import RLMetrics
 from prism_mcore.rl.packing import micro_batches, pack, samples_of
@@ -49,14 +49,21 @@ def run(settings: Settings, prompts: Prompts) -> int:
     groups = init_groups(settings.parallel, settings.run.seed, LONGEST_WAIT)
     logging.basicConfig(level=logging.INFO if groups.rank == 0 else logging.ERROR, format="%(message)s")
     logging.getLogger("megatron").setLevel(logging.WARNING)
-    try:
-        with ExitStack() as opened:
-            return train(build(settings, prompts, groups, device, opened))
-    except (GuardStop, FloatingPointError) as stop:  # the latter from generation
-        log.error("%s", stop)
-        return STOPPED_BY_GUARD
-    finally:
-        destroy_groups()
+    with ExitStack() as opened:
+        started = build(settings, prompts, groups, device, opened)
+        try:
+            code = train(started)
+        except GuardStop as stop:  # the same on every rank
+            if groups.rank == 0:
+                log.error("%s", stop)
+            code = STOPPED_BY_GUARD
+            started.checkpoints.wait()
+        except FloatingPointError as error:  # from generation, perhaps of this replica alone
+            log.error("rank %d: %s", groups.rank, error)
+            return STOPPED_BY_GUARD
+    # Not after another error: NCCL would first wait for what this rank has begun and other ranks may never join.
+    platform.shutdown()
+    return code
 
 
 @dataclass
@@ -254,7 +261,7 @@ def resume(run: Run) -> int:
     if newest is None:
         return 0
     record = read_state(newest)["state"]
-    if "kept" not in record:
+    if "prompts" not in record:
         raise SettingsError(
             f"{newest} is of a mid-training run; to start from it give run.name another value, and"
             f" model.init={newest.parent.parent}"

@@ -65,10 +65,27 @@ def test_a_mistake_in_a_prompt_file_is_one_message_with_its_place(recipe):
     assert "broken.jsonl, line 8: not JSON" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_mistake_in_the_settings_is_one_message(recipe):
+def test_a_mistake_in_the_settings_is_one_message(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("EXIT_CODE_FILE", str(tmp_path / "exit_code"))  # or the run would be started again
     done = run("launch/rl.py", "--recipe", recipe, "parallel.pp=2", "rl.updates=3")
-    assert done.returncode == BAD_SETTINGS
+    assert done.returncode == BAD_SETTINGS and (tmp_path / "exit_code").read_text() == f"{BAD_SETTINGS}\n"
     assert "parallel.pp=2" in done.stderr and "rl.updates=3" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_prompts_and_weights_that_are_not_there_are_one_message_of_each_node(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("EXIT_CODE_FILE", str(tmp_path / "exit_code"))
+    monkeypatch.setenv("RANK", "1")  # the first of its node, whose disk lacks the file
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    environment = os.environ | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "launch/rl.py", "--recipe", str(recipe), "rl.prompts=[{path: /nowhere.jsonl}]"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == BAD_SETTINGS and (tmp_path / "exit_code").read_text() == f"{BAD_SETTINGS}\n"
+    assert done.stderr.count("cannot read /nowhere.jsonl") == 1 and "Traceback" not in done.stderr
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(HYBRID))
+    done = run("launch/rl.py", "--recipe", recipe, f"model.init={tmp_path / 'hf'}")
+    assert done.returncode == BAD_SETTINGS
+    assert "has neither model.safetensors nor" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

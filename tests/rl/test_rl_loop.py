@@ -2,10 +2,14 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
+import time
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +21,7 @@ from ranks import RankError, run_ranks
 from rollouts import group_of, rollout
 
 from prism_mcore.config import Settings, SettingsError, resolve_spec, validate_rl
-from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
+from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
 from prism_mcore.rl.prompts import open_prompts
 
 
@@ -186,7 +190,7 @@ def midtrained(groups, settings):
 
     with ExitStack() as opened:
         run = loop.build(settings, open_prompts(settings, resolve_spec(settings)), groups, torch.device("cpu"), opened)
-        state = {"samples": 8, "spec": loop.spec_record(run.spec)}
+        state = {"samples": 8, "spec": loop.spec_record(run.spec), "kept": {}}
         run.checkpoints.save(1, loop.models(run.chunks), run.optimizer, state)
 
 
@@ -364,6 +368,60 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_rollouts(files, tmp_p
     with pytest.raises(RankError, match=r"step 2: the loss is nan. Suspects: rank 1: rollout \d+ of the step"):
         run_ranks(2, poisoned, wanted)
     assert len(rollouts(tmp_path, 2).splitlines()) == 16
+
+
+def whole_process(groups, settings, replaced):
+    """`loop.run` in ranks that go on to live; was their process group to be ended? The exit code, or the error."""
+    from prism_mcore import platform
+    from prism_mcore.parallel import destroy_groups
+    from prism_mcore.rl import loop
+
+    ended, originals = [], (platform.shutdown, loop.train)
+    platform.shutdown = lambda: ended.append(True)
+    loop.train = partial(replaced, loop.train)
+    destroy_groups()
+    try:
+        return loop.run(settings, open_prompts(settings, resolve_spec(settings))), bool(ended)
+    except RuntimeError as error:
+        return str(error), bool(ended)
+    finally:
+        platform.shutdown, loop.train = originals
+
+
+def failing(train, run):
+    raise RuntimeError("out of memory")
+
+
+def generating_nan(train, run):
+    with torch.no_grad():
+        run.chunks[0].module.final_norm.weight[0] = torch.nan
+    return train(run)
+
+
+def saved_then_stopped(train, run):
+    """A guard stops the run while a save is still being written."""
+    from prism_mcore.train.checkpoint import _Writer
+
+    admits, write = run.guard.admits, _Writer.write
+
+    def stopping(step, stats, batches):
+        return admits(step, replace(stats, loss=math.nan) if step == 3 else stats, batches)
+
+    run.guard.admits = stopping
+    _Writer.write = lambda self: (time.sleep(1), write(self))
+    try:
+        return train(run)
+    finally:
+        _Writer.write = write
+
+
+def test_how_a_run_ends_that_cannot_go_on(files, tmp_path):
+    """After an error of one rank nothing is waited for; a guard's stop leaves the save before complete."""
+    wanted = settings(files, tmp_path, checkpoint={"every": 2, "async_save": True})
+    assert run_ranks(1, whole_process, wanted, failing) == [("out of memory", False)]
+    assert run_ranks(1, whole_process, wanted, generating_nan) == [(STOPPED_BY_GUARD, False)]
+    assert run_ranks(1, whole_process, wanted, saved_then_stopped) == [(STOPPED_BY_GUARD, True)]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000002"
 
 
 @pytest.mark.parametrize(
