@@ -22,17 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from prism_kernels.backends import Uncovered
-from prism_kernels.reference_loss import Shard, check_inputs, chunks, join_shards
+from prism_kernels.reference_loss import CHUNK_BYTES, MOST_ROUNDED_SUMS, Shard, check_inputs, chunks, join_shards
 
 LOG2_E = math.log2(math.e)
 LOG_2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(-1e30)  # less than any logit; finite, so that differences of two are 0 and not nan
-CHUNK_BYTES = 2**30  # of logits: 4,096 tokens at 128k, two chunks of a training step's 8,192
 TILE_TOKENS = 128  # chunks are multiples of it: the height of cuBLAS's tiles
-
-# Sums over more chunks than this are fp32. Rounding partial sums to bf16 adds little to what rounded logits and their
-# gradients already cost: over 8 chunks the error is 1.07x that of fp32 sums (24 wide, 64 tokens, against fp64).
-MOST_ROUNDED_SUMS = 8
 
 # A compile-time choice, not yet a measurement. 16 warps with eight 16-byte loads a thread: 64 KB in flight (Hopper
 # needs some 20 of an SM for 3.35 TB/s) and 88 to 106 registers, so that one row per SM is at work and the rows at work

@@ -10,13 +10,12 @@ an MLP keeps what is planned, attention up to 1.4 times and a Mamba mixer 2 (fp3
 import math
 from dataclasses import dataclass
 
+from prism_kernels.reference_loss import CHUNK_BYTES, MOST_ROUNDED_SUMS
 from prism_mcore.config import Settings, num_micro_batches
 from prism_mcore.model.parameters import Parameter, padded_vocabulary, parameters
 from prism_mcore.model.spec import ATTENTION, LAYER_NAMES, MAMBA, MLP, ModelSpec
 from prism_mcore.parallel import data_parallel_size
 from prism_mcore.plan.split import split_layers
-
-LOSS_CHUNK_TOKENS = 512  # tokens whose logits exist at one time, the default of prism_kernels' linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class StageMemory:
     """What one rank of a pipeline stage holds; sizes in bytes.
 
     Llama-3.1-8B, TP 2 + SP, 128 GPUs, optimizer cut over 4: StageMemory(stage=0, layers=64, parameters=4015263744,
-    weights=8.0e9, gradients=16.1e9, optimizer=12.0e9, activations=18.7e9, loss=1.3e9)
+    weights=8.0e9, gradients=16.1e9, optimizer=12.0e9, activations=20.0e9, loss=1.6e9)
     """
 
     stage: int
@@ -34,7 +33,7 @@ class StageMemory:
     gradients: int  # fp32, summed over micro-batches
     optimizer: int  # this rank's share of fp32 master weights and two moments
     activations: int  # of all micro-batches in flight, and the working set of one sub-layer
-    loss: int  # a chunk of logits and the gradient of the output layer
+    loss: int  # a chunk of logits, and the gradients of the output layer and of its input
 
     @property
     def total(self) -> int:
@@ -158,8 +157,12 @@ def _micro_batches_in_flight(pp: int, vpp: int, stage: int, micro_batches: int) 
 
 
 def _loss(settings: Settings, spec: ModelSpec) -> int:
-    """A chunk of logits in the model's format and in fp32, and the fp32 gradient of the output layer."""
+    """A chunk of logits, and the gradients of the output layer and of its input, as prism_kernels' fused loss has them.
+
+    The first is summed in the model's format, over many chunks in fp32 and then cast.
+    """
     tp, element = settings.parallel.tp, 2 if settings.precision.dtype == "bf16" else 4
-    rows = padded_vocabulary(spec, tp) // tp
-    tokens = min(LOSS_CHUNK_TOKENS, settings.train.micro_batch * settings.data.seq_len)
-    return rows * (tokens * (element + 4) + spec.hidden_size * 4)
+    rows, tokens = padded_vocabulary(spec, tp) // tp, settings.train.micro_batch * settings.data.seq_len
+    logits = rows * tokens * element
+    summed = element if logits <= MOST_ROUNDED_SUMS * CHUNK_BYTES else 4 + element
+    return min(logits, CHUNK_BYTES) + spec.hidden_size * (rows * summed + tokens * element)

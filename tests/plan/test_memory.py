@@ -111,3 +111,22 @@ def test_one_ssm_group_is_on_every_rank():
         outer = 2 * spec.hidden_size * 2
         whole, half = (kept_bytes_per_token(spec, "M", tp, False, 2)[1] - outer for tp in (1, 2))
         assert 2 * half - whole == replicated  # [B|C] before and after the convolution, bf16
+
+
+@pytest.mark.parametrize(("tp", "micro_batch"), [(1, 1), (2, 1), (1, 6)])
+def test_the_loss_is_planned_as_its_kernel_allocates(tp, micro_batch):
+    from prism_kernels.linear_cross_entropy import _Chunk, _Plan, _WeightGradient
+    from prism_kernels.reference_loss import Shard
+
+    spec, tokens = read_spec("llama-3.1-8b"), 8192 * micro_batch
+    rows = spec.vocab_size // tp
+    train = {"micro_batch": micro_batch, "global_batch": micro_batch}
+    (stage,) = plan_memory(settings(data={"seq_len": 8192}, train=train, parallel={"tp": tp}), spec, tp)
+    hidden, weight = (torch.empty(n, spec.hidden_size, dtype=torch.bfloat16, device="meta") for n in (tokens, rows))
+    kernel = _Plan(Shard(0, rows, None), 1.0, None, False, False)
+    chunk = _Chunk(kernel.tokens(hidden), rows, hidden, kernel)
+    gradient = _WeightGradient(weight, rows, -(-tokens // kernel.tokens(hidden)))
+    allocated = [hidden, chunk.logits, gradient.total]
+    if gradient.total.dtype != weight.dtype:
+        allocated.append(gradient.result())
+    assert stage.loss == pytest.approx(sum(tensor.nbytes for tensor in allocated), rel=0.03)
