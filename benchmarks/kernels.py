@@ -13,12 +13,13 @@ reference op in fp64 (fp32 where products are large). Peers and how to install t
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -170,19 +171,20 @@ def measure_case(case: Case, sides: Sequence[str], rounds: int, timer: Timer, ce
     """Every side of one op at one shape, taking turns."""
     exact = exact_results(case, "cuda", case.tokens)
     work = case.build("cuda")
+    prepared: dict[str, Prepared] = {}
     ready: dict[str, tuple[Callable, tuple, list[Tensor]]] = {}
     found = {side: Measurement(case.name, side) for side in sides}
-    for side in sides:
+    for side in sides:  # all before any of them runs: a decode step changes the state it is given
+        with noted(found[side]):
+            prepared[side] = prepare_side(case, work, side)
+    for side, (call, leaves) in prepared.items():
         upstream: list[Tensor] = []
-        try:
-            call, leaves = prepare_side(case, work, side)
+        with noted(found[side]):
             outputs, grads = run_once(call, leaves, upstream)
             found[side].error = largest_error(comparable(outputs if work.returns else work.args[0][0], grads), exact)
             del outputs, grads
             found[side].peak_bytes = peak_memory(call, leaves, upstream)
             ready[side] = call, leaves, upstream
-        except Exception as error:
-            found[side].note = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     times: dict[str, list[tuple[float, float]]] = {side: [] for side in ready}
     for _ in range(rounds):
         for side, (call, leaves, upstream) in ready.items():
@@ -191,6 +193,15 @@ def measure_case(case: Case, sides: Sequence[str], rounds: int, timer: Timer, ce
         summarise(found[side], times[side], work, ceilings)
     missing = ("ImportError", "ModuleNotFoundError")
     return [m for m in found.values() if m.side == "ours" or not m.note.startswith(missing)]
+
+
+@contextlib.contextmanager
+def noted(found: Measurement) -> Iterator[None]:
+    """An error ends a side, not the run: it becomes the side's note."""
+    try:
+        yield
+    except Exception as error:
+        found.note = f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def peak_memory(call: Callable, leaves: tuple, upstream: list[Tensor]) -> int:
@@ -367,6 +378,9 @@ def measure(args: argparse.Namespace, selected: Sequence[Case], console: Console
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
         "ceilings": ceilings,
     }
+    if args.tests:
+        result["tests"] = test_counts(args.tests)
+    out = args.out or HERE / "results" / f"kernels_{gpu.lower().replace(' ', '_')}"
     measurements: list[Measurement] = []
     for case in track(selected, "measuring", console=console):
         with torch.set_grad_enabled(case.phase == "train"):
@@ -374,22 +388,22 @@ def measure(args: argparse.Namespace, selected: Sequence[Case], console: Console
                 measurements += measure_case(case, sides_of(case, not args.quick), rounds, timer, ceilings)
             except Exception as error:  # one op must not cost the others' numbers
                 measurements.append(Measurement(case.name, "ours", note=f"{type(error).__name__}: {error}"[:200]))
+        write(out, result, measurements)  # after every op: what ends the run early leaves what it had
         torch.cuda.empty_cache()
-    result["measurements"] = [asdict(m) for m in measurements]
-    if args.tests:
-        result["tests"] = test_counts(args.tests)
-    rows = table_rows(measurements)
     table = Table(title=f"Measured on {gpu}")
     for column in HEADER:
         table.add_column(column, overflow="fold")
-    for row in rows:
+    for row in table_rows(measurements):
         table.add_row(*row)
     console.print(table)
-    out = args.out or HERE / "results" / f"kernels_{gpu.lower().replace(' ', '_')}"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    out.with_suffix(".md").write_text(as_markdown(rows, result))
     console.print(f"wrote {out}.json and .md")
+
+
+def write(out: Path, result: dict[str, Any], measurements: Sequence[Measurement]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    complete = result | {"measurements": [asdict(m) for m in measurements]}
+    out.with_suffix(".json").write_text(json.dumps(complete, indent=1) + "\n")
+    out.with_suffix(".md").write_text(as_markdown(table_rows(measurements), result))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,9 @@ def torch_rms_norm(work: Work) -> Prepared:
 def liger_add_rms_norm(work: Work) -> Prepared:
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 
-    x, branch, _, weight, eps = work.args
+    x, branch, alpha, weight, eps = work.args
+    if alpha != 1:
+        raise NotImplementedError("Liger's sum has no multiplier")
     return lambda: LigerFusedAddRMSNormFunction.apply(x, branch, weight, eps, 0.0, "llama", False), work.leaves
 
 
@@ -150,7 +152,7 @@ def liger_rope(work: Work) -> Prepared:
     q, k, cos, sin = work.args
     half = sin.shape[-1] // 2
     sin = torch.cat([sin[:, half:], sin[:, half:]], -1)
-    q, k = (_leaf(x.detach().contiguous()[None].transpose(1, 2), x) for x in (q, k))
+    q, k = (_leaf(x.detach().clone(memory_format=torch.contiguous_format)[None].transpose(1, 2), x) for x in (q, k))
 
     def call() -> tuple[Tensor, Tensor]:
         rotated = LigerRopeFunction.apply(q, k, cos[None], sin[None])
@@ -296,13 +298,15 @@ def liger_linear_cross_entropy(work: Work) -> Prepared:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     hidden, weight, labels = work.args
+    if work.kwargs["logits_divisor"] != 1:
+        raise NotImplementedError("Liger's loss has no divisor")
     return lambda: LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels)[0], work.leaves
 
 
 def torch_linear_cross_entropy(work: Work) -> Prepared:
     """What a model without a fused loss does: all logits, then their log-softmax in fp32."""
-    hidden, weight, labels = work.args
-    return lambda: F.cross_entropy(F.linear(hidden, weight).float(), labels), work.leaves
+    (hidden, weight, labels), divisor = work.args, work.kwargs["logits_divisor"]
+    return lambda: F.cross_entropy(F.linear(hidden, weight).float() / divisor, labels), work.leaves
 
 
 PEERS: dict[str, dict[str, Callable[[Work], Prepared]]] = {
