@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.nemotron_h import modeling_nemotron_h as nemotron
 
-from prism_kernels import matmul, reference
+from prism_kernels import reference
 from prism_kernels.boundaries import Boundaries
+from prism_mcore.platform import _ParallelLinear
 
 BATCH, LENGTH, HIDDEN, HEADS, HEAD_DIM, VOCAB = 4, 512, 256, 8, 64, 8192
 TOKENS, INNER = BATCH * LENGTH, HEADS * HEAD_DIM
@@ -139,7 +140,9 @@ def cross_entropy(dtype: torch.dtype, fused: bool) -> Sides:
 
 def linear(dtype: torch.dtype) -> Sides:
     x, weight = leaf(TOKENS, HIDDEN, dtype=dtype), leaf(1024, HIDDEN, dtype=dtype)
-    return both_ways(matmul.linear, x, weight), both_ways(F.linear, x, weight)
+    no_parallelism = (None, None, False, False, None, None, None)
+    ours = both_ways(lambda x, weight: _ParallelLinear.apply(x, weight, *no_parallelism), x, weight)
+    return ours, both_ways(F.linear, x, weight)
 
 
 def cases(dtype: torch.dtype) -> dict[str, Callable[[], Sides]]:

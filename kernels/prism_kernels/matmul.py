@@ -18,23 +18,3 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     if ONEDNN is not None and large and a.dtype == torch.float32 and a.device.type == "cpu":
         return ONEDNN(a, b.t(), None, "none", [], "")
     return torch.mm(a, b)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return mm(x.reshape(-1, x.shape[-1]), weight.t()).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = mm(rows, weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        grad_weight = mm(rows.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., k] @ weight [n, k].T, differentiable, all three products through `mm`."""
-    return _Linear.apply(x, weight)

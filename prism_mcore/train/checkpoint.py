@@ -126,14 +126,6 @@ class Checkpoints:
             with deadline(self.settings.save_deadline_s - pending.age_s, f"saving {pending.path}"):
                 pending.finish()
 
-    def load(self, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> Loaded | None:
-        """Load the newest undamaged checkpoint into the model and optimizer; None where the run has none.
-
-        A damaged one is named in the log and passed over for the one before; CheckpointError when all are damaged.
-        """
-        path = newest_undamaged(self.folder)
-        return None if path is None else load(path, chunks, optimizer, self.groups)
-
 
 def step_name(step: int) -> str:
     """The folder of the checkpoint after `step` steps."""
