@@ -126,10 +126,12 @@ class RLMetrics:
 
     def _line(self, record: dict[str, Any]) -> str:
         step = record["step"]
+        lost = record["verifier/timeout"] + record["verifier/crash"]
         parts = [
             f"step {step:>{len(str(self.steps))}}/{self.steps}",
             f"reward {record['reward/mean']:.3f}",
             f"correct {record[f'reward/{CORRECT}']:.3f}" if f"reward/{CORRECT}" in record else "",
+            f"not verified {lost} of {record['rollout/count']}" if lost else "",
             f"length {record['rollout/length_mean']:.0f}",
             f"entropy {record['entropy']:.3f}",
             f"KL {record['kl']:.2e}" if record["kl"] else "",
@@ -174,12 +176,13 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 def update_metrics(updates: Sequence[PolicyStats]) -> dict[str, float]:
     """loss, grad_norm, entropy, kl, clip/low and high, ratio_max, the importance weights and the gap, over the updates
-    of a step: means weighted by tokens, and the largest of maxima; grad_norm is the last one's.
+    of a step: means weighted by tokens, the gap's by on-policy tokens, and the largest of maxima; grad_norm is the last
+    one's.
     """
-    tokens = sum(stats.tokens for stats in updates)
 
-    def mean(value: Callable[[PolicyStats], float]) -> float:
-        return sum(value(s) * s.tokens for s in updates if s.tokens) / tokens if tokens else math.nan
+    def mean(value: Callable[[PolicyStats], float], tokens: Callable[[PolicyStats], int] = lambda s: s.tokens) -> float:
+        total = sum(tokens(s) for s in updates)
+        return sum(value(s) * tokens(s) for s in updates if tokens(s)) / total if total else math.nan
 
     return {
         "loss": _mean([stats.loss for stats in updates]),
@@ -191,7 +194,7 @@ def update_metrics(updates: Sequence[PolicyStats]) -> dict[str, float]:
         "ratio_max": max((s.ratio_max for s in updates), default=math.nan),
         "importance/mean": mean(lambda s: s.correction),
         "importance/capped": mean(lambda s: s.capped),
-        "rl/logprob_gap_mean": mean(lambda s: s.gap_mean),
+        "rl/logprob_gap_mean": mean(lambda s: s.gap_mean, lambda s: s.on_policy),
         "rl/logprob_gap_max": max((s.gap.size for s in updates), default=math.nan),
     }
 

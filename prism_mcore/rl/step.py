@@ -38,6 +38,7 @@ class PolicyStats:
     loss: float
     grad_norm: float
     tokens: int  # in the loss
+    on_policy: int  # of them, sampled with the weights that the update starts from
     entropy: float  # of the policy at the sampler's temperature, nats per token
     kl: float  # to the reference, by the estimator in use; 0 without one
     clipped_low: float  # share of tokens
@@ -162,6 +163,7 @@ def _reduced(seen: list[_Seen], groups: Groups) -> PolicyStats:
         loss=loss,
         grad_norm=math.nan,
         tokens=int(tokens),
+        on_policy=int(on_policy),
         entropy=mean(entropy),
         kl=mean(kl),
         clipped_low=mean(low),

@@ -1,11 +1,13 @@
-"""What the metrics of rollouts mean."""
+"""What the metrics of rollouts and updates mean."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from rollouts import group_of, rollout
 
-from prism_mcore.rl.metrics import rollout_metrics
+from prism_mcore.rl.metrics import RLMetrics, rollout_metrics, update_metrics
+from prism_mcore.rl.step import Gap, PolicyStats
 
 
 def test_a_group_without_a_verdict_is_solved_neither_by_all_nor_by_none():
@@ -20,3 +22,37 @@ def test_a_response_that_a_stop_text_ends_is_not_truncated():
     ends = [("stop", True), ("stop", False), ("length", False), ("context", False)]
     group = group_of(*(replace(rollout([9]), finish=finish, stop_token=token) for finish, token in ends))
     assert rollout_metrics([group])["rollout/truncated"] == 0.5
+
+
+STATS = PolicyStats(
+    loss=0.5,
+    grad_norm=1.0,
+    tokens=100,
+    on_policy=100,
+    entropy=2.0,
+    kl=0.0,
+    clipped_low=0.0,
+    clipped_high=0.1,
+    ratio_max=1.5,
+    correction=1.0,
+    capped=0.0,
+    gap_mean=0.02,
+    gap=Gap(0.1, 3, 1),
+    row_losses=[],
+)
+
+
+def test_means_of_a_step_are_over_its_updates_tokens_the_gaps_over_those_that_have_one():
+    second = replace(STATS, tokens=300, on_policy=0, entropy=1.0, gap_mean=0.0, gap=Gap(0.0, -1, -1), ratio_max=2.0)
+    found = update_metrics([STATS, second])
+    assert found["entropy"] == pytest.approx(1.25) and found["ratio_max"] == 2.0
+    assert found["rl/logprob_gap_mean"] == pytest.approx(0.02) and found["rl/logprob_gap_max"] == 0.1
+
+
+def test_the_console_says_how_many_responses_could_not_be_verified():
+    lost = replace(rollout([9], valid=False), verifier="crash")
+    for group, shown in ((group_of(rollout([9]), lost), True), (group_of(rollout([9]), rollout([9])), False)):
+        record = {"step": 1, "lr": 0.1, "generation/tokens_per_s": 10.0}
+        record |= rollout_metrics([group]) | update_metrics([STATS])
+        line = RLMetrics._line(SimpleNamespace(steps=2, _step_times=[1.0]), record)
+        assert ("| not verified 1 of 2 |" in line) == shown
