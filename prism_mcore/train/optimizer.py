@@ -36,16 +36,10 @@ def wrap(
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
     )
+    # Without `disable_bucketing`, by which Megatron-LM gathers bf16 and fp32 weights of an interleaved schedule's later
+    # chunks in one collective: gloo then returns garbage (torch 2.13).
     wrapped = [
-        DistributedDataParallel(
-            chunk.config,
-            config,
-            chunk,
-            # Chunks after the first of an interleaved schedule communicate off the critical path: one bucket each.
-            disable_bucketing=i > 0,
-            pg_collection=groups.collection,
-        )
-        for i, chunk in enumerate(chunks)
+        DistributedDataParallel(chunk.config, config, chunk, pg_collection=groups.collection) for chunk in chunks
     ]
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_gradients

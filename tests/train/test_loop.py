@@ -156,6 +156,15 @@ def test_steps_of_torchs_adamw_are_saved_beside_transformer_engine(corpus, tmp_p
     assert_halves_equal_the_whole(corpus, tmp_path, beside_transformer_engine, 2)
 
 
+def test_an_interleaved_pipeline_updates_bf16_and_fp32_weights_as_a_plain_one(corpus, tmp_path):
+    curves = []
+    for name, degrees in (("plain", {"pp": 2}), ("interleaved", {"pp": 2, "vpp": 2})):
+        (runs := tmp_path / name).mkdir()
+        run_ranks(2, train, settings(corpus, runs, parallel=degrees, precision={"dtype": "bf16"}), **degrees)
+        curves.append(curve(runs))
+    assert curves[1] == [pytest.approx(step, rel=1e-3) for step in curves[0]]
+
+
 @pytest.mark.parametrize("spec", ["hybrid", "granite hybrid"])
 def test_a_run_goes_on_in_another_layout(corpus, tmp_path, spec):
     through, moved = tmp_path / "through", tmp_path / "moved"
