@@ -7,8 +7,8 @@ On a CPU a decode step is bound by reading the caches: each op reads its cache o
 # L longest context in blocks, N (row, block) pairs in use, u blocks that rows share, r rows of one of them
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -158,7 +158,8 @@ def lm_logits(hidden: Tensor, weight: Tensor, divisor: float) -> Tensor:
     return logits if divisor == 1 else logits.div_(divisor)
 
 
-class _Pairs(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Pairs:
     """(row, block) for every block a row sees, in an order in which blocks are read from memory as they lie.
 
     First the blocks that one row sees, span by span: consecutive blocks, a few of them seen by nobody (their pair has
@@ -167,9 +168,10 @@ class _Pairs(NamedTuple):
     """
 
     rows: Tensor  # [N] int64
+    blocks: Tensor  # [N] int64
     hidden: Tensor  # [N, 1, block_len] fp32: -inf where the row does not see the key, else 0
     in_order: tuple[Tensor, Tensor]  # real pairs by row and position, and their rows: exact sums need one order
-    spans: tuple[tuple[int, int, int], ...]  # (first pair, first block, number of blocks)
+    spans: list[tuple[int, int, int]]  # (first pair, first block, number of blocks)
     num_exclusive: int  # pairs before those of shared blocks
     shared: slice | Tensor  # u blocks of several rows
     sharers: Tensor  # [u, r] int64: pairs of each, the last one repeated where there are fewer than r
@@ -183,43 +185,34 @@ class _Pairs(NamedTuple):
         for pair, block, count in self.spans:
             mine, theirs = left[pair : pair + count].flatten(0, 1), blocks[block : block + count].flatten(0, 1)
             torch.bmm(mine, theirs, out=out[pair : pair + count].flatten(0, 1))
-        return self._shared_product(left, blocks, out)
+        if len(self.sharers):
+            (u, r), (key_heads, m) = self.sharers.shape, left.shape[1:3]
+            mine = left[self.num_exclusive :] if self.place is None else left[self.sharers]
+            mine = mine.reshape(u, r, key_heads, m, -1).transpose(1, 2).reshape(u * key_heads, r * m, -1)
+            both = torch.bmm(mine, blocks[self.shared].flatten(0, 1)).view(u, key_heads, r, m, -1).transpose(1, 2)
+            if self.place is None:
+                out[self.num_exclusive :].view(both.shape).copy_(both)
+            else:
+                out[self.num_exclusive :] = both.flatten(0, 1)[self.place]
+        return out
 
     def fast_product(self, left: Tensor, blocks: Tensor) -> Tensor:
         """`product`, its sums in another order: where a cache is laid out for it, an embedding bag takes half the time
         of so many small products on a CPU."""
         if left.dtype != torch.float32 or left.device.type != "cpu" or not blocks.is_contiguous():
             return self.product(left, blocks)
-        out = left.new_empty(*left.shape[:3], blocks.shape[3])
-        rows, starts = _bags(self.spans, *left.shape[1:])
-        mine = left[: self.num_exclusive].flatten()
-        sums = F.embedding_bag(rows, blocks.flatten(0, 2), starts, mode="sum", per_sample_weights=mine)
-        out[: self.num_exclusive] = sums.view(-1, *out.shape[1:])
-        return self._shared_product(left, blocks, out)
-
-    def _shared_product(self, left: Tensor, blocks: Tensor, out: Tensor) -> Tensor:
-        """`product` of the pairs of shared blocks, into out."""
-        if not len(self.sharers):
-            return out
-        (u, r), (key_heads, m) = self.sharers.shape, left.shape[1:3]
-        mine = left[self.num_exclusive :] if self.place is None else left[self.sharers]
-        mine = mine.reshape(u, r, key_heads, m, -1).transpose(1, 2).reshape(u * key_heads, r * m, -1)
-        both = torch.bmm(mine, blocks[self.shared].flatten(0, 1)).view(u, key_heads, r, m, -1).transpose(1, 2)
-        if self.place is None:
-            out[self.num_exclusive :].view(both.shape).copy_(both)
-        else:
-            out[self.num_exclusive :] = both.flatten(0, 1)[self.place]
-        return out
+        rows, starts = _bags(self, *left.shape[1:])
+        out = F.embedding_bag(rows, blocks.flatten(0, 2), starts, mode="sum", per_sample_weights=left.flatten())
+        return out.view(*left.shape[:3], -1)
 
 
 @lru_cache(maxsize=2)  # keys and values; the layers of a decode step ask one after another
-def _bags(spans: tuple[tuple[int, int, int], ...], key_heads: int, m: int, i: int) -> tuple[Tensor, Tensor]:
-    """Rows of the flattened blocks [. * hk * i, j] that each (pair of a span, query head) adds up, one after the other,
-    and where each of them begins; int64."""
-    blocks = np.concatenate([np.arange(block, block + count) for _, block, count in spans] or [np.arange(0)])
-    heads = (blocks[:, None] * key_heads + np.arange(key_heads)).repeat(m)
-    rows = (heads[:, None] * i + np.arange(i)).ravel()
-    return torch.from_numpy(rows), torch.arange(0, len(rows), i)
+def _bags(pairs: _Pairs, key_heads: int, m: int, i: int) -> tuple[Tensor, Tensor]:
+    """Rows of the flattened blocks [. * hk * i, j] that each (pair, query head) adds up, one after the other, and where
+    each of them begins; int64."""
+    heads = (pairs.blocks[:, None] * key_heads + torch.arange(key_heads)).flatten().repeat_interleave(m)
+    rows = (heads[:, None] * i + torch.arange(i)).flatten()
+    return rows, torch.arange(0, len(rows), i)
 
 
 SPAN_GAP = 4  # blocks seen by nobody that are read along: cheaper than starting another product
@@ -266,6 +259,7 @@ def _find_pairs(block_table: Tensor, lengths: Tensor, block_len: int, window: in
     total = num_exclusive + len(order) - num_alone
     pair_rows, hidden = np.zeros(total, np.int64), np.full((total, 1, block_len), -np.inf, np.float32)
     pair_rows[where] = rows
+    pair_blocks = [np.arange(block, block + count) for _, block, count in spans] + [shared.repeat(counts)]
     tokens = starts[numbers, None] + np.arange(block_len)
     visible = tokens < ends[rows, None]
     if window is not None:
@@ -279,6 +273,7 @@ def _find_pairs(block_table: Tensor, lengths: Tensor, block_len: int, window: in
     in_a_row = u > 0 and shared[-1] - shared[0] == u - 1
     return _Pairs(
         rows=tensor(pair_rows),
+        blocks=tensor(np.concatenate(pair_blocks)),
         hidden=tensor(hidden),
         in_order=(tensor(where), tensor(rows)),
         spans=spans,
@@ -289,13 +284,13 @@ def _find_pairs(block_table: Tensor, lengths: Tensor, block_len: int, window: in
     )
 
 
-def _spans(blocks: np.ndarray) -> tuple[tuple[tuple[int, int, int], ...], np.ndarray]:
+def _spans(blocks: np.ndarray) -> tuple[list[tuple[int, int, int]], np.ndarray]:
     """Rising blocks [n] -> spans (first pair, first block, blocks) with gaps of up to SPAN_GAP, and each one's pair."""
     if not len(blocks):
-        return (), blocks
+        return [], blocks
     cuts = np.flatnonzero(np.diff(blocks) > SPAN_GAP + 1) + 1
     starts, lasts = blocks[np.r_[0, cuts]], blocks[np.r_[cuts - 1, len(blocks) - 1]]
     sizes = lasts - starts + 1
     firsts = np.cumsum(sizes) - sizes
     pairs = blocks + np.repeat(firsts - starts, np.diff(np.r_[0, cuts, len(blocks)]))
-    return tuple(zip(firsts.tolist(), starts.tolist(), sizes.tolist(), strict=True)), pairs
+    return list(zip(firsts.tolist(), starts.tolist(), sizes.tolist(), strict=True)), pairs
