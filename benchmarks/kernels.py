@@ -39,7 +39,7 @@ from prism_kernels.caches import PagedCache, SlotCache
 
 HERE = Path(__file__).parent
 DEFAULT_MODELS = ["llama-3.1-8b", "nemotron-h-8b", "granite-4.0-h-micro"]
-PAUSE_CYCLES = 2_000_000  # about a millisecond: the host queues a whole call meanwhile
+PAUSE_CYCLES = 10_000_000  # about five milliseconds: the host queues a whole call meanwhile; the scan takes it two
 SMOKE_TOKENS = 32
 
 
