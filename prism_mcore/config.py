@@ -379,9 +379,25 @@ def num_micro_batches(settings: Settings, world_size: int) -> int:
 def _check_model(settings: Settings, spec: ModelSpec, problems: list[str], notes: list[str]) -> None:
     if settings.precision.fp8 != "off":
         problems.append(f"precision.fp8={settings.precision.fp8} is not supported yet; use precision.fp8=off")
+    _check_initial_weights(settings, spec, problems, notes)
     unused = [kind for kind in settings.train.recompute if kind not in {LAYER_NAMES[c] for c in spec.pattern}]
     if unused:
         notes.append(f"train.recompute names {', '.join(unused)}: the model has no such sub-layer")
+
+
+def _check_initial_weights(settings: Settings, spec: ModelSpec, problems: list[str], notes: list[str]) -> None:
+    """Where model.spec and the config.json beside the weights say different things, a run computes the first."""
+    init = Path(settings.model.init)
+    if settings.model.spec is None or not (init / "config.json").is_file():
+        return
+    try:
+        differences = spec.differences(read_spec(init))
+    except ValueError as error:
+        problems.append(str(error))
+    else:
+        listed = ", ".join(f"{name}={ours} (there {theirs})" for name, (ours, theirs) in differences.items())
+        if listed:
+            notes.append(f"model.spec is not {init}/config.json, which exports of the run will have: {listed}")
 
 
 def _check_ranks(settings: Settings, world_size: int, problems: list[str]) -> int | None:

@@ -1,5 +1,6 @@
 """Recipes and overrides become settings, mistakes are named, and what cannot work is refused with what would."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +186,15 @@ def test_notes_say_what_is_unusual_but_works(tmp_path):
     for part in ("padded by 1 rows", "no position embedding", "lr is never reached", "normalised"):
         assert sum(part in note for note in notes) == 1, notes
     assert "no such sub-layer" in check("train.recompute=[mamba]", spec="demo-dense", tmp_path=tmp_path)[0]
+
+
+def test_a_shape_that_is_not_that_of_the_weights_is_noted(tmp_path):
+    shape = read_config("demo-dense")
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"rope_theta": 123.0, "initializer_range": 0.5}))
+    (note,) = check("model.spec=demo-dense", f"model.init={tmp_path}", spec="demo-dense", tmp_path=tmp_path)
+    assert f"rope_theta={shape['rope_theta']} (there 123.0)" in note and "initializer_range" not in note
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    assert check("model.spec=demo-dense", f"model.init={tmp_path}", spec="demo-dense", tmp_path=tmp_path) == []
 
 
 def test_the_shape_comes_from_the_spec_or_the_hugging_face_directory(tmp_path):

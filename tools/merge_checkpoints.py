@@ -10,7 +10,6 @@ import math
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -22,8 +21,6 @@ from torch import Tensor
 from prism_mcore.convert.export import write_directory
 from prism_mcore.convert.names import ExchangeError
 from prism_mcore.convert.source import Source, read_source
-
-INITIAL_VALUES = {"initializer_range", "dt_min", "dt_max", "dt_floor"}  # of a spec: change no number of a forward pass
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,13 +72,8 @@ def parse(checkpoints: list[str]) -> tuple[list[Path], list[float]]:
 
 def check_same_model(source: Source, layout: Source) -> None:
     """Raise ExchangeError, naming the first difference, unless both are checkpoints of one architecture."""
-    ours, theirs = asdict(source.spec()), asdict(layout.spec())
-    for field in ours:
-        if ours[field] != theirs[field] and field not in INITIAL_VALUES:
-            raise ExchangeError(
-                f"{source.folder} and {layout.folder} are different models:"
-                f" {field} is {ours[field]} and {theirs[field]}"
-            )
+    for field, (ours, theirs) in source.spec().differences(layout.spec()).items():
+        raise ExchangeError(f"{source.folder} and {layout.folder} are different models: {field} is {ours} and {theirs}")
     if lacking := sorted(layout.names - source.names):
         raise ExchangeError(f"{source.folder} has no {lacking[0]}, which {layout.folder} has")
     if extra := sorted(source.names - layout.names):

@@ -7,7 +7,7 @@ none of these is an error that names it, so that nothing about a model is silent
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -15,6 +15,8 @@ SHIPPED = Path(__file__).parent / "configs"
 
 MAMBA, ATTENTION, MLP = "M", "*", "-"
 LAYER_NAMES = {MAMBA: "mamba", ATTENTION: "attention", MLP: "mlp"}
+
+INITIAL_VALUES = {"initializer_range", "dt_min", "dt_max", "dt_floor"}  # of a spec: only random weights depend on them
 
 Family = Literal["llama", "mistral", "granite", "granitemoehybrid", "nemotron_h"]
 
@@ -90,6 +92,11 @@ class ModelSpec:
     def mamba_inner_size(self) -> int:
         """Width of z, x and y inside a Mamba mixer."""
         return self.mamba_num_heads * self.mamba_head_dim
+
+    def differences(self, other: "ModelSpec") -> dict[str, tuple[Any, Any]]:
+        """(ours, the other's) value by field, where they differ and it changes a number of a forward pass."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in INITIAL_VALUES}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
