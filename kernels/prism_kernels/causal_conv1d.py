@@ -227,7 +227,7 @@ def _sum_kernel(
     value = tl.sum(total, 0)
     if tap < 4:
         tl.store(grad_weight + channels * 4 + tap, value.to(grad_weight.dtype.element_ty), mask=inside)
-    else:
+    elif grad_bias is not None:
         tl.store(grad_bias + channels, value.to(grad_bias.dtype.element_ty), mask=inside)
 
 

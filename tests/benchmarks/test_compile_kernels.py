@@ -109,6 +109,27 @@ for launch in record.launches + backward.launches:
 print(json.dumps(found))
 """
 
+WITHOUT_BIAS = """
+import sys
+
+import torch
+
+sys.path.insert(0, sys.argv[1])
+from launches import compile_launch, recorded
+
+from prism_kernels.boundaries import Boundaries
+from prism_kernels.causal_conv1d import causal_conv1d
+
+x, weight = (torch.empty(shape, device="meta").requires_grad_() for shape in ((64, 32), (32, 4)))
+boundaries = Boundaries(torch.tensor([0, 64], dtype=torch.int32))
+with recorded() as record:
+    y = causal_conv1d(x, weight, None, boundaries)
+with recorded() as backward:
+    torch.autograd.grad(y, (x, weight), torch.empty_like(y))
+for launch in record.launches + backward.launches:
+    compile_launch(launch)
+"""
+
 
 def run(*command: str, interpret: str = "0") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": interpret}
@@ -136,6 +157,14 @@ def test_the_scan_of_the_widest_heads_fits_a_gpus_shared_memory(tmp_path: Path):
     found = json.loads(done.stdout)
     assert {"outputs_kernel", "inner_grads_kernel", "group_grads_kernel"} <= set(found)
     assert all(size <= 227 * 1024 and not faults for size, faults in found.values()), found
+
+
+def test_the_convolution_compiles_without_a_bias(tmp_path: Path):
+    """The interpreter does not look at branches it does not take."""
+    script = tmp_path / "without_bias.py"
+    script.write_text(WITHOUT_BIAS)
+    done = run(str(script), str(BENCHMARKS))
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_kernel_spills_misses_wgmma_or_moves_more_than_it_must(tmp_path: Path):
