@@ -1,5 +1,7 @@
 """How tokens are drawn, and what generation may use. Nothing here imports torch."""
 
+from typing import Annotated
+
 from pydantic import Field
 
 from prism_mcore.train.settings import Section
@@ -19,8 +21,8 @@ class Sampling(Section):
     samples: int = Field(default=1, ge=1, description="Responses to each prompt; its group in RL")
     seed: int = Field(default=0, ge=0, lt=2**64, description="Seed of the uniform numbers")
     ignore_eos: bool = Field(default=False, description="Go on after an end-of-sequence token")
-    stop: list[str] = Field(default=[], description="Texts that end a response")
-    stop_ids: list[int] = Field(
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[], description="Texts that end a response")
+    stop_ids: list[Annotated[int, Field(ge=0)]] = Field(
         default=[], description="Tokens that end a response, beside the tokenizer's end-of-sequence token"
     )
 

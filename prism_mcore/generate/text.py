@@ -5,21 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-SLACK_TOKENS = 4  # that may add no byte to a text: special tokens, the first piece of a sequence
+SLACK_TOKENS = 4  # that may add no byte to a text, as the first piece of a sequence
 
 
 class StopTexts:
     """Does a response end with one of these texts, whatever tokens they are made of?"""
 
     def __init__(self, tokenizer: Any, texts: Sequence[str]):
-        if any(not text for text in texts):
-            raise ValueError("sampling.stop holds an empty text; needed: texts of at least one character")
         self.tokenizer, self.texts = tokenizer, list(texts)
         self.window = max(len(text.encode()) for text in texts) + SLACK_TOKENS  # tokens: each is at least one byte
 
     def reached(self, tokens: Sequence[int]) -> bool:
-        """Is one of the texts complete? Asked after every token, so only the end of the response is looked at."""
-        tail = decode(self.tokenizer, tokens[-self.window :])
+        """Is a text complete, special tokens included? Asked after every token, it looks at the end alone."""
+        tail = self.tokenizer.decode(list(tokens[-self.window :]), clean_up_tokenization_spaces=False)
         return any(text in tail for text in self.texts)
 
 

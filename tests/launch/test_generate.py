@@ -14,7 +14,9 @@ from engines import engine_on
 from hf_models import save_hf
 from ranks import run_ranks
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from prism_mcore.generate.text import StopTexts, response_text
 
 ROOT = Path(__file__).parents[2]
 WORDS = [
@@ -105,6 +107,15 @@ def test_a_stop_text_ends_a_response_and_is_not_part_of_it(case):
     assert fewer == tokens[: len(fewer)] and len(fewer) < 12
 
 
+def test_a_special_token_may_be_a_stop_text():
+    """Responses are shown without special tokens; where they end is looked for with them."""
+    words = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2, "<end>": 3}, unk_token="<eos>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=["<end>"])
+    stop = StopTexts(tokenizer, ["<end>"])
+    assert stop.reached([1, 3]) and not stop.reached([1, 2])
+    assert response_text(tokenizer, [1, 2, 3], ["<end>"]) == "a b"
+
+
 def costs_of(groups, hf):
     return engine_on(groups, hf).costs
 
@@ -149,6 +160,11 @@ WRONG = {
     "a pipeline": ('{"prompt": "a"}\n', ["parallel.vpp=2"], "generated on one stage; use pp=1"),
     "a setting of another kind": ('{"prompt": "a"}\n', ["train.steps=3"], "train.steps=3 changes nothing here"),
     "a misspelt setting": ('{"prompt": "a"}\n', ["sampling.temprature=1"], "nearest: sampling.temperature"),
+    "an empty stop text": (
+        '{"prompt": "a"}\n',
+        ['sampling.stop=[""]'],
+        "sampling.stop.0='': string should have at least 1",
+    ),
     "a stop token of another vocabulary": ('{"prompt": "a"}\n', ["sampling.stop_ids=[99]"], "stop_ids holds 99"),
 }
 
