@@ -156,8 +156,8 @@ class Metrics:
             print(self._line(record, domains), file=sys.stderr, flush=True)
 
     def log_validation(self, step: int, losses: dict[str, float]) -> None:
-        """Write down the validation after a step: nats per token by domain."""
-        if not self.records:
+        """Write down the validation after a step: nats per token by domain; nothing where nothing is held out."""
+        if not (self.records and losses):
             return
         record = {"step": step, **{f"validation/loss/{domain}": loss for domain, loss in losses.items()}}
         self.records.write(VALIDATION_FILE, record)

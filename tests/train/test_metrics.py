@@ -74,6 +74,14 @@ def test_nan_becomes_null(tmp_path):
     assert records(tmp_path)[0]["loss"] is None
 
 
+def test_without_held_out_data_there_is_no_validation(tmp_path, capsys):
+    from prism_mcore.train.metrics import Metrics
+
+    with Metrics(fake_run(tmp_path), 0) as metrics:
+        metrics.log_validation(0, {})
+    assert records(tmp_path, "validation.jsonl") == [] and "validation" not in capsys.readouterr().err
+
+
 def test_other_ranks_write_nothing(tmp_path):
     write_steps(fake_run(tmp_path, rank=1), 0, 4)
     assert list(tmp_path.iterdir()) == []
