@@ -1,8 +1,11 @@
 """Rewards on responses whose verdict is plain, and the pool that survives those whose verification is not."""
 
 import os
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
 from prism_mcore.rl.rewards import REWARDS, Reward
@@ -133,6 +136,23 @@ def test_a_response_that_hangs_dies_or_raises_costs_itself_alone(misbehaving):
     assert [verdicts[i].status for i in range(len(responses))] == [expected[r] for r in responses]
     assert all(verdict.parts == ({"correct": 1.0} if verdict.status == "ok" else {}) for verdict in verdicts.values())
     assert not any(worker.process.poll() is None for worker in verifier._workers)
+
+
+def test_a_hanging_worker_does_not_outlive_a_killed_run(misbehaving):
+    program = (
+        "import time\n"
+        "from prism_mcore.rl.rewards.verifier import Verifier\n"
+        "verifier = Verifier(workers=1, timeout_s=60.0)\n"
+        "verifier.submit(0, {'reward': 'misbehave'}, 'hang')\n"
+        "while verifier._workers[0].ticket is None: time.sleep(0.01)\n"
+        "print(verifier._workers[0].process.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as run:
+        worker = psutil.Process(int(run.stdout.readline()))
+        time.sleep(0.2)  # until it hangs
+        run.kill()
+    assert not psutil.wait_procs([worker], timeout=10)[1]
 
 
 def test_workers_that_cannot_start_say_what_to_install(monkeypatch):

@@ -1,12 +1,16 @@
 """The process that verifies responses: one JSON object per line in, one out. Started and killed by verifier.py."""
 
+import contextlib
+import ctypes
 import importlib
 import json
 import os
 import resource
+import signal
 import sys
 
 MEMORY_BYTES = 4 << 30  # an expression that explodes ends this process, not the machine
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
@@ -16,6 +20,8 @@ def main() -> None:
     """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not be taken for an answer
+    with contextlib.suppress(AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a response that hangs must not outlive a killed run
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     from prism_mcore.rl.rewards import REWARDS
 
