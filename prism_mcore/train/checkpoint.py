@@ -429,9 +429,10 @@ def load(
     record = read_state(path)
     index = read_index(path)
     wanted = _sharded_tensors(chunks, optimizer, groups, is_loading=True)
-    random_state = _sharded_random_state(groups.rank)
-    same_layout = record["layout"] == _layout(groups)
-    if same_layout and all(sharded.key in index.state_dict_metadata for sharded in random_state.values()):
+    random_state, known = _sharded_random_state(groups.rank), index.state_dict_metadata
+    # A GPU's generators have states of another size than a CPU's.
+    same = all(s.key in known and known[s.key].size == s.data.shape for s in random_state.values())
+    if same and record["layout"] == _layout(groups):
         wanted["random"] = random_state
     elif groups.rank == 0:
         log.warning("%s was saved in the layout %s; random numbers start anew", path, record["layout"])

@@ -166,6 +166,23 @@ def test_a_run_without_a_checkpoint_has_none_to_load(tmp_path):
     assert run_ranks(1, load_step, tmp_path) == [None]
 
 
+def load_on_another_device(groups, folder):
+    """The states of its generators have another size."""
+    from prism_mcore.train import checkpoint
+
+    plain = checkpoint.get_random_state
+    checkpoint.get_random_state = lambda: {name: state[:16] for name, state in plain().items()}
+    try:
+        return load_step(groups, folder)[0]
+    finally:
+        checkpoint.get_random_state = plain
+
+
+def test_generators_of_another_device_start_anew(tmp_path):
+    run_ranks(1, save_steps, tmp_path, [1])
+    assert run_ranks(1, load_on_another_device, tmp_path) == [1]
+
+
 def change_one_byte(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
