@@ -29,7 +29,7 @@ from prism_mcore.rl.reference import Reference
 from prism_mcore.rl.rewards.verifier import Verifier
 from prism_mcore.rl.rollout import Roller
 from prism_mcore.rl.step import PolicyStats, policy_step, score
-from prism_mcore.train.checkpoint import Checkpoints, load, newest_undamaged, read_state
+from prism_mcore.train.checkpoint import Checkpoints, _initialise_state, load, newest_undamaged, read_state
 from prism_mcore.train.guards import Guard, GuardStop, Stats
 from prism_mcore.train.loop import due, models, set_initial_weights, spec_record
 from prism_mcore.train.optimizer import build_optimizer, finish_parameter_gather, gathered_parameters, update, wrap
@@ -298,6 +298,7 @@ def build(settings: Settings, prompts: Prompts, groups: Groups, device: torch.de
         overlap=device.type == "cuda" and groups.dp_size > 1,
     )
     optimizer = build_optimizer(wrapped, settings.optimizer, groups)
+    _initialise_state(optimizer)  # else the first update makes its moments, in memory that the caches leave free
     reference = Reference(wrapped, optimizer, groups) if settings.rl.kl_coefficient else None
     verifier = None
     if groups.tp_rank == 0:

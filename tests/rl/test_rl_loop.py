@@ -22,6 +22,7 @@ from rollouts import group_of, rollout
 
 from prism_mcore.config import Settings, SettingsError, resolve_spec, validate_rl
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
+from prism_mcore.plan.memory import num_parameters
 from prism_mcore.rl.prompts import open_prompts
 
 
@@ -327,6 +328,21 @@ def test_a_step_without_anything_to_learn_changes_nothing(files, tmp_path):
     ] * 2
     ((_, start, _),) = run_ranks(1, untouched, settings(files, tmp_path / "start", **sections))
     assert all(torch.equal(weights[name], start[name]) for name in start)
+
+
+def moments(groups, settings):
+    from prism_mcore.rl import loop
+
+    with ExitStack() as opened:
+        run = loop.build(settings, open_prompts(settings, resolve_spec(settings)), groups, torch.device("cpu"), opened)
+        states = run.optimizer.chained_optimizers[0].optimizer.state.values()
+        return sum(state["exp_avg"].numel() + state["exp_avg_sq"].numel() for state in states)
+
+
+def test_the_optimizers_memory_is_taken_before_caches_take_half_of_what_is_free(files, tmp_path):
+    """Of 24 billion parameters on eight GPUs of 80 GB, moments are 24 GB, and half of what was free without them 19."""
+    wanted = settings(files, tmp_path)
+    assert sum(run_ranks(2, moments, wanted)) >= 2 * num_parameters(resolve_spec(wanted))
 
 
 def untouched(groups, settings):
