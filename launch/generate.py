@@ -3,13 +3,15 @@
 The prompts are JSONL: objects with `prompt` (text) or `tokens` (ids). The output has the same objects with `response`,
 `response_tokens`, `logprobs` and `finish_reason` ("stop", "length" or "context"), one line per sample, in the order of
 the prompts. The layout is set by parallel.tp=2 and the like; ranks that are left over share out the prompts. What is
-drawn depends on sampling.seed, the prompt's place in the file and the sample's number alone.
+drawn depends on sampling.seed, the prompt's place in the file and the sample's number alone. Samples are written to
+OUT.samples as they finish: the same command, in any layout, goes on from there.
 """
 
 import argparse
 import os
 import sys
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,11 @@ from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
 from prism_mcore.model.spec import ModelSpec
 
 if TYPE_CHECKING:
+    from prism_mcore.generate.engine import Engine
     from prism_mcore.generate.files import PromptLine
-    from prism_mcore.generate.requests import Completion
+    from prism_mcore.generate.finished import Writer
+    from prism_mcore.generate.requests import Completion, Request
+    from prism_mcore.generate.settings import Sampling
 
 SECTIONS = ("sampling", "generate", "parallel", "precision", "kernels")
 
@@ -35,7 +40,7 @@ def main() -> int:
     except (SettingsError, ValueError, OSError) as error:
         return _complain(error, BAD_SETTINGS)
     if arguments.dry_run:
-        _print_plan(settings, spec, lines)
+        _print_plan(settings, spec, lines, arguments)
         return DONE
     from prism_mcore.convert.names import ExchangeError
 
@@ -56,18 +61,24 @@ def _read(arguments: argparse.Namespace) -> tuple[Settings, ModelSpec, Any, list
             raise SettingsError(f"{override} changes nothing here; what can be set is {', '.join(SECTIONS)}.<name>")
     if not arguments.out.parent.is_dir():
         raise ValueError(f"--out {arguments.out}: there is no folder {arguments.out.parent}; make it first")
-    from prism_mcore.generate.files import generation_settings, load_tokenizer, read_prompts  # torch takes seconds
+    from prism_mcore.generate import finished  # torch takes seconds
+    from prism_mcore.generate.files import generation_settings, load_tokenizer, read_prompts
 
     world_size = None if arguments.dry_run else int(os.environ.get("WORLD_SIZE", "1"))
     settings, spec = generation_settings(arguments.hf, arguments.overrides, world_size)
     tokenizer = load_tokenizer(arguments.hf, spec)
     if settings.sampling.stop and tokenizer is None:
         raise SettingsError(f"sampling.stop needs a tokenizer.json in {arguments.hf}; use sampling.stop_ids")
-    return settings, spec, tokenizer, read_prompts(arguments.prompts, tokenizer, spec)
+    lines = read_prompts(arguments.prompts, tokenizer, spec)
+    finished.check(arguments.out, finished.case_of(arguments.hf, arguments.prompts, settings))
+    return settings, spec, tokenizer, lines
 
 
 def _generate(arguments: argparse.Namespace, settings: Settings, tokenizer: Any, lines: list["PromptLine"]) -> None:
+    import torch.distributed as dist
+
     from prism_mcore import platform
+    from prism_mcore.generate import finished
     from prism_mcore.generate.engine import Engine
     from prism_mcore.generate.files import requests_of, response_lines
     from prism_mcore.generate.text import read_eos
@@ -76,34 +87,60 @@ def _generate(arguments: argparse.Namespace, settings: Settings, tokenizer: Any,
 
     device = platform.start(timeout=LONGEST_WAIT)
     groups = init_groups(settings.parallel)
+    case = finished.case_of(arguments.hf, arguments.prompts, settings)
+    completions = finished.take_over(arguments.out, case) if groups.rank == 0 else {}
+    earlier = [set(completions)]
+    dist.broadcast_object_list(earlier)  # before any rank writes
+    requests = requests_of(lines, settings.sampling, earlier[0], groups.dp_rank, groups.dp_size)
     (model,) = model_from_hf(settings, groups, device)
     engine = Engine(model, tokenizer, settings=settings.generate, eos=read_eos(arguments.hf))
-    mine = range(groups.dp_rank, len(lines), groups.dp_size)
-    requests = requests_of(lines, settings.sampling, mine)
 
     started = time.monotonic()
-    completions: dict[tuple[int, int], Completion] = {}
-    with _progress(len(requests) * settings.sampling.samples, groups.rank == 0) as advance:
+    with finished.Writer(arguments.out, groups.rank, case) if groups.tp_rank == 0 else nullcontext() as writer:
+        completions |= _stream(engine, requests, settings.sampling, writer, groups)
+        everyone = _gathered(completions, groups)
+        if groups.rank == 0:
+            part = Path(f"{arguments.out}.part")
+            with part.open("w", encoding="utf-8") as file:
+                file.writelines(response_lines(lines, everyone, tokenizer, settings.sampling))
+            part.replace(arguments.out)
+            _report(arguments.out, everyone, earlier[0], time.monotonic() - started)
+        dist.barrier()  # the file is there: what it was made from can go
+        if writer is not None:
+            writer.remove()
+    platform.shutdown()
+
+
+def _stream(
+    engine: "Engine", requests: list["Request"], sampling: "Sampling", writer: "Writer | None", groups: Any
+) -> dict[tuple[int, int], "Completion"]:
+    """This replica's samples by (line, sample), each written when it is done."""
+    completions = {}
+    with _progress(sum(len(request.keys) for request in requests), groups.rank == 0) as advance:
         try:
-            for completion in engine.stream(requests, settings.sampling):
-                completions[mine[completion.request], completion.sample] = completion
+            for completion in engine.stream(requests, sampling):
+                _, _, line, sample = requests[completion.request].keys[completion.sample]
+                completions[line, sample] = completion
+                if writer is not None:
+                    writer.add(line, sample, completion)
                 advance()
         except (ValueError, FloatingPointError) as error:  # of this replica's prompts alone
             if groups.rank > 0 and groups.tp_rank == 0:
                 print(f"error: rank {groups.rank}: {error}", file=sys.stderr)
             raise
-    everyone = _gathered(completions, groups)
-    if groups.rank == 0:
-        part = Path(f"{arguments.out}.part")
-        with part.open("w", encoding="utf-8") as file:
-            file.writelines(response_lines(lines, everyone, tokenizer, settings.sampling))
-        part.replace(arguments.out)
-        seconds, tokens = time.monotonic() - started, sum(len(c.tokens) for c in everyone.values())
-        print(
-            f"{arguments.out}: {len(everyone):,} responses of {tokens / len(everyone):,.1f} tokens on average"
-            f" in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)"
-        )
-    platform.shutdown()
+    return completions
+
+
+def _report(
+    out: Path, everyone: dict[tuple[int, int], "Completion"], earlier: set[tuple[int, int]], seconds: float
+) -> None:
+    lengths = [len(completion.tokens) for completion in everyone.values()]
+    new = sum(len(completion.tokens) for place, completion in everyone.items() if place not in earlier)
+    before = f", {len(earlier):,} of them from before," if earlier else ""
+    print(
+        f"{out}: {len(everyone):,} responses{before} of {sum(lengths) / len(lengths):,.1f} tokens on average"
+        f" in {seconds:.1f} s ({new / seconds:,.0f} tokens/s)"
+    )
 
 
 def _gathered(mine: dict[tuple[int, int], "Completion"], groups: Any) -> dict[tuple[int, int], "Completion"]:
@@ -132,12 +169,14 @@ def _progress(total: int, shown: bool) -> Any:
     return bar()
 
 
-def _print_plan(settings: Settings, spec: ModelSpec, lines: list["PromptLine"]) -> None:
+def _print_plan(settings: Settings, spec: ModelSpec, lines: list["PromptLine"], arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from prism_mcore.generate import finished
     from prism_mcore.plan.memory import num_parameters
 
+    done = len(finished.read(arguments.out, finished.case_of(arguments.hf, arguments.prompts, settings)))
     lengths = [len(line.tokens) for line in lines]
     how = settings.sampling
     table = Table(show_header=False, title="Generation", title_justify="left")
@@ -145,6 +184,8 @@ def _print_plan(settings: Settings, spec: ModelSpec, lines: list["PromptLine"]) 
     table.add_row("ranks of one replica", f"{settings.parallel.tp}")
     table.add_row("prompts", f"{len(lines):,} of {min(lengths):,} to {max(lengths):,} tokens")
     table.add_row("samples", f"{len(lines) * how.samples:,} of at most {how.max_tokens:,} tokens")
+    if done:
+        table.add_row("done before", f"{done:,} samples, in {arguments.out}.samples*")
     table.add_row("running at once", f"at most {settings.generate.slots:,} per replica")
     Console().print(table)
 

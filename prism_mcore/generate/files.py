@@ -1,7 +1,7 @@
 """Prompt files in, response files out: what launch/generate.py reads, checks and writes."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,12 +101,16 @@ def _tokens(record: dict[str, Any], tokenizer: Any | None) -> tuple[int, ...]:
     return tuple(without_eos(tokenizer(text).input_ids, tokenizer)) if text else ()
 
 
-def requests_of(lines: Sequence[PromptLine], sampling: Sampling, numbers: Sequence[int]) -> list[Request]:
-    """The requests of these lines; their place in the file is part of each sample's key."""
-    return [
-        Request(lines[n].tokens, tuple((sampling.seed, 0, n, sample) for sample in range(sampling.samples)))
-        for n in numbers
+def requests_of(
+    lines: Sequence[PromptLine], sampling: Sampling, done: Collection[tuple[int, int]], replica: int, replicas: int
+) -> list[Request]:
+    """This replica's requests for all samples but those done; the line and the sample's number are in their keys."""
+    keys = [
+        [(sampling.seed, 0, n, sample) for sample in range(sampling.samples) if (n, sample) not in done]
+        for n in range(len(lines))
     ]
+    left = [n for n in range(len(lines)) if keys[n]]
+    return [Request(lines[n].tokens, tuple(keys[n])) for n in left[replica::replicas]]
 
 
 def response_lines(

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -64,11 +65,41 @@ def launched(ranks, folder, name, *more):
     how = ["precision.dtype=fp32", "sampling.max_tokens=9", "sampling.ignore_eos=true", "sampling.samples=2"]
     done = generate(ranks, *files, "--out", out, *how, *more)
     assert done.returncode == 0, done.stderr
-    assert not list(folder.glob("*.part"))
+    assert not list(folder.glob("*.part")) and not list(folder.glob("*.samples*"))
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line.get("answer") for line in lines] == [5, 5, None, None, None, None]  # the prompts' own keys and order
     assert all(len(line["logprobs"]) == 9 and line["finish_reason"] == "length" for line in lines)
     return lines
+
+
+def test_a_killed_generation_goes_on_from_its_samples_in_another_layout(case, tmp_path, capsys, monkeypatch):
+    """Each sample is written when it is done; a line that the kill tears is drawn again."""
+    prompts, out, written = [[n, 7] for n in range(60)], tmp_path / "out.jsonl", tmp_path / "out.jsonl.samples"
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"tokens": {prompt}}}\n' for prompt in prompts))
+    files = ["--hf", case[0] / "hf", "--prompts", tmp_path / "prompts.jsonl", "--out", out]
+    how = ["precision.dtype=fp32", "sampling.max_tokens=9", "sampling.ignore_eos=true", "sampling.samples=4"]
+    command = [sys.executable, "launch/generate.py", *map(str, files), *how, "generate.slots=1"]
+    slow = subprocess.Popen(command, cwd=ROOT)
+    while not written.exists() or written.read_text().count("\n") < 5:
+        assert slow.poll() is None
+        time.sleep(0.02)
+    slow.kill()
+    slow.wait()
+    lines = written.read_text().splitlines(keepends=True)
+    assert len(lines) < 240 and not out.exists()
+    written.write_text("".join(lines)[:-20])
+    (tmp_path / "out.jsonl.samples.7").write_text(lines[0] + lines[1])  # of a rank that there is no more
+
+    assert run_here(monkeypatch, case[0] / "hf", tmp_path, *how, "sampling.temperature=0.5") == 2
+    assert "an unfinished generation with sampling.temperature=1.0, not 0.5; go on" in capsys.readouterr().err
+    done = generate(2, *files, *how)
+    assert done.returncode == 0, done.stderr
+    assert f"240 responses, {len(lines) - 2} of them from before," in done.stdout
+    sampling = {"samples": 4, "max_tokens": 9, "ignore_eos": True}
+    answers = run_ranks(1, responses, case[0], prompts, sampling)[0]
+    found = [json.loads(line)["response_tokens"] for line in out.read_text().splitlines()]
+    assert found == [list(tokens) for _, tokens, _ in answers]
+    assert {file.name for file in tmp_path.iterdir()} == {"prompts.jsonl", "out.jsonl"}
 
 
 def test_two_replicas_answer_as_transformers_does(case):

@@ -1,0 +1,133 @@
+"""Samples as they finish, beside the file they are for: a generation that ends early goes on from them.
+
+OUT.samples holds those of earlier tries and of rank 0, OUT.samples.3 those of rank 3, one JSON line each after a first
+line that says what they are samples of.
+"""
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prism_mcore.config import Settings
+from prism_mcore.generate.requests import Completion
+
+Place = tuple[int, int]  # (line of the prompt file, sample)
+Case = dict[str, Any]  # everything that samples depend on
+
+
+def case_of(hf: Path, prompts: Path, settings: Settings) -> Case:
+    """What the samples of one generation have in common: model, prompts, sampling, numerics; not layout or slots."""
+    weights = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(hf.glob("*.safetensors"))}
+    used = settings.model_dump(mode="json", include={"sampling", "precision", "kernels"})
+    return {
+        "prompts": hashlib.sha256(prompts.read_bytes()).hexdigest(),
+        "weights": weights,
+        **{f"{section}.{name}": value for section, values in used.items() for name, value in values.items()},
+    }
+
+
+def check(out: Path, case: Case) -> None:
+    """A ValueError where samples of another case lie beside `out`."""
+    for file in _files(out):
+        with file.open(encoding="utf-8") as lines:
+            _check_case(file, lines.readline(), out, case)
+
+
+def read(out: Path, case: Case) -> dict[Place, Completion]:
+    """All samples that earlier tries finished. Raises ValueError as `check`, and for a broken line."""
+    return {place: sample for file in _files(out) for place, sample in _samples(file, out, case)}
+
+
+def take_over(out: Path, case: Case) -> dict[Place, Completion]:
+    """`read`, then all of them in one file: for one process, while no other writes."""
+    files, samples = _files(out), read(out, case)
+    with Writer(out, 0, case, Path(f"{out}.samples.new")) as writer:
+        for (line, sample), completion in samples.items():
+            writer.add(line, sample, completion)
+    os.replace(f"{out}.samples.new", f"{out}.samples")
+    for file in files:
+        if file != Path(f"{out}.samples"):
+            file.unlink()
+    return samples
+
+
+class Writer:
+    """Writes one rank's samples as they finish."""
+
+    def __init__(self, out: Path, rank: int, case: Case, path: Path | None = None):
+        """Rank 0 goes on where `take_over` ended."""
+        self.path = path or Path(f"{out}.samples.{rank}" if rank else f"{out}.samples")
+        goes_on = path is None and rank == 0 and self.path.exists()
+        self.file = self.path.open("a" if goes_on else "w", encoding="utf-8")
+        if not goes_on:
+            self._write(case)
+
+    def add(self, line: int, sample: int, completion: Completion) -> None:
+        self._write(
+            {
+                "line": line,
+                "sample": sample,
+                "tokens": completion.tokens,
+                "logprobs": completion.logprobs.tolist(),
+                "finish": completion.finish,
+                "stop_token": completion.stop_token,
+            }
+        )
+
+    def remove(self) -> None:
+        """Close, and delete what is not needed any more."""
+        self.file.close()
+        self.path.unlink()
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def _files(out: Path) -> list[Path]:
+    name = glob.escape(f"{out}.samples")
+    return [Path(found) for pattern in (name, f"{name}.[0-9]*") for found in sorted(glob.glob(pattern))]
+
+
+def _check_case(file: Path, line: str, out: Path, case: Case) -> None:
+    if not line.endswith("\n"):
+        return  # its writer was stopped at once
+    then = json.loads(line)
+    changed = sorted(name for name in case if then.get(name) != case[name])
+    if changed:
+        name = changed[0]
+        what = f"{name}={json.dumps(then.get(name))}, not {json.dumps(case[name])}"
+        if name in ("prompts", "weights"):
+            what = f"another {'prompt file' if name == 'prompts' else 'model'}"
+        raise ValueError(
+            f"{file} holds samples of an unfinished generation with {what}; go on with that, choose another --out, or"
+            f" delete {out}.samples*"
+        )
+
+
+def _samples(file: Path, out: Path, case: Case) -> Iterator[tuple[Place, Completion]]:
+    with file.open(encoding="utf-8") as lines:
+        _check_case(file, lines.readline(), out, case)
+        for number, line in enumerate(lines, start=2):
+            if not line.endswith("\n"):
+                return  # stopped while it was written
+            try:
+                found = json.loads(line)
+                place = (found["line"], found["sample"])
+                logprobs = np.array(found["logprobs"], np.float32)
+                tokens = tuple(found["tokens"])
+                yield place, Completion(*place, tokens, logprobs, found["finish"], found["stop_token"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file}, line {number}: no sample ({error}); delete {out}.samples*") from error
