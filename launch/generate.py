@@ -61,6 +61,8 @@ def _read(arguments: argparse.Namespace) -> tuple[Settings, ModelSpec, Any, list
             raise SettingsError(f"{override} changes nothing here; what can be set is {', '.join(SECTIONS)}.<name>")
     if not arguments.out.parent.is_dir():
         raise ValueError(f"--out {arguments.out}: there is no folder {arguments.out.parent}; make it first")
+    if not (arguments.hf / "config.json").is_file():
+        raise ValueError(f"--hf {arguments.hf}: there is no config.json; give the model's Hugging Face directory")
     from prism_mcore.generate import finished  # torch takes seconds
     from prism_mcore.generate.files import generation_settings, load_tokenizer, read_prompts
 

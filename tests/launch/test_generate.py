@@ -210,6 +210,11 @@ def test_bad_input_gives_one_message_and_no_file(case, tmp_path, capsys, monkeyp
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_folder_without_a_model_is_named(tmp_path, capsys, monkeypatch):
+    assert run_here(monkeypatch, tmp_path / "hf", tmp_path) == 2
+    assert "hf: there is no config.json; give the model's Hugging Face directory" in capsys.readouterr().err
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path, capsys, monkeypatch):
     save_hf("llama-3.1", tmp_path / "hf")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
