@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ log = logging.getLogger(__name__)
 
 def run(settings: Settings) -> int:
     """Mid-train to `train.steps`, going on from the newest checkpoint of the run; returns one of exit_codes.py."""
-    device = platform.start(deterministic=settings.run.deterministic)
-    groups = init_groups(settings.parallel, settings.run.seed)
+    timeout = longest_wait(settings)
+    device = platform.start(timeout=timeout, deterministic=settings.run.deterministic)
+    groups = init_groups(settings.parallel, settings.run.seed, timeout)
     logging.basicConfig(level=logging.INFO if groups.rank == 0 else logging.ERROR, format="%(message)s")
     logging.getLogger("megatron").setLevel(logging.WARNING)
     started = build(settings, groups, device)
@@ -58,6 +60,13 @@ def run(settings: Settings) -> int:
     # Not after another error: NCCL would first wait for what this rank has begun and other ranks may never join.
     platform.shutdown()
     return code
+
+
+def longest_wait(settings: Settings) -> timedelta:
+    """Time-out of a collective: in one, ranks that have written their part of a checkpoint wait for the others."""
+    checkpoint = settings.checkpoint
+    waits = timedelta(seconds=0 if checkpoint.async_save else checkpoint.save_deadline_s)
+    return max(platform.COLLECTIVE_TIMEOUT, waits)
 
 
 @dataclass(frozen=True)

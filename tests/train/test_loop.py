@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from models import CONFIGS
 from ranks import RankError, run_ranks
 
+from prism_mcore import platform
 from prism_mcore.config import Settings
 from prism_mcore.data.token_file import TokenFileWriter
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
@@ -273,7 +275,6 @@ def test_a_source_that_one_node_lacks_is_named_on_every_rank(corpus, tmp_path):
 
 def whole_process(groups, settings, replaced):
     """`loop.run` in ranks that go on to live; was their process group to be ended? The exit code, or the error."""
-    from prism_mcore import platform
     from prism_mcore.parallel import destroy_groups
 
     ended, originals = [], (platform.shutdown, loop.train)
@@ -286,6 +287,13 @@ def whole_process(groups, settings, replaced):
         return str(error), bool(ended)
     finally:
         platform.shutdown, loop.train = originals
+
+
+def test_a_collective_waits_as_long_as_a_save_may_take(corpus, tmp_path):
+    saving = {"save_deadline_s": 3600}
+    assert loop.longest_wait(settings(corpus, tmp_path, checkpoint=saving)) == timedelta(hours=1)
+    in_the_background = settings(corpus, tmp_path, checkpoint=saving | {"async_save": True})
+    assert loop.longest_wait(in_the_background) == platform.COLLECTIVE_TIMEOUT
 
 
 def failing(run):
