@@ -32,11 +32,6 @@ class Statistics:
     running_steps: int = 0  # slots that ran
     cache_bytes: int = 0  # of the last stream
 
-    @property
-    def idle_share(self) -> float:
-        """Share of slots that stood empty in decoding passes."""
-        return 1 - self.running_steps / self.slot_steps if self.slot_steps else 0.0
-
 
 @dataclass(frozen=True)
 class Response:
