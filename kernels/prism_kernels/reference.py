@@ -8,7 +8,9 @@ fp32 and fp64.
 # t packed tokens, h heads, p head_dim, c channels, k taps
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -196,7 +198,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: dict | None = None) -
     """
     inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     kind = (scaling or {}).get("rope_type", "default")
-    if scaling is None or kind == "default":
+    if not scaling or kind == "default":
         return inv_freq
     if kind != "llama3":
         raise ValueError(f"rope scaling {kind!r} is not supported; supported are default and llama3")
@@ -215,10 +217,17 @@ def rope_table(position_ids: Tensor, head_dim: int, theta: float, scaling: dict 
 
     cos of each angle, twice; sin of each angle, first negated (for the half that is subtracted), then plain.
     """
-    inv_freq = rope_frequencies(head_dim, theta, scaling).to(position_ids.device)
+    inv_freq = _frequencies_on(position_ids.device, head_dim, theta, tuple((scaling or {}).items()))
     angles = position_ids.reshape(-1, 1).float() * inv_freq
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+@lru_cache(maxsize=16)
+def _frequencies_on(device: torch.device, head_dim: int, theta: float, scaling: tuple[tuple[str, Any], ...]) -> Tensor:
+    """Copied to a device once: a copy waits for a GPU, and is refused while a CUDA graph is captured."""
+    with torch.inference_mode(False):  # the first to ask may be generation, the next training
+        return rope_frequencies(head_dim, theta, dict(scaling)).to(device)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:

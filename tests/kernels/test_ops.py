@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_exact_as, documents, randn, value_and_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridRMSNormGated
@@ -138,6 +139,28 @@ def test_rope_gradient_rotates_back():
     rotated = reference.apply_rope(q, k, *table)
     grads = torch.autograd.grad(rotated, (q, k), [x.detach() for x in rotated])
     torch.testing.assert_close(grads, (q, k), rtol=1e-6, atol=1e-6)  # fp32 tables
+
+
+class CopiesFromTheCPU(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if args and isinstance(args[0], torch.Tensor) and args[0].device.type == "cpu" and out.device.type != "cpu":
+            self.names.append(func.overloadpacket.__name__)
+        return out
+
+
+def test_rope_copies_nothing_to_the_device_but_once():
+    """A CUDA graph is captured on the second call."""
+    positions = torch.arange(6, device="meta")
+    for expected in (1, 0):
+        with CopiesFromTheCPU() as copies, torch.inference_mode():
+            reference.rope_table(positions, 16, 1234.0, LLAMA3)
+        assert len(copies.names) == expected
+    assert not reference.rope_table(positions, 16, 1234.0, LLAMA3)[0].is_inference()
 
 
 def test_unknown_rope_scaling_is_refused():
