@@ -5,6 +5,7 @@ Rollouts are generated in the same process, on the weights that are trained. Exi
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prism_mcore.config import Settings, SettingsError, load, resolve_spec, validate_rl
@@ -25,6 +26,7 @@ def main() -> int:
         spec = resolve_spec(settings)
         world_size = planned_ranks(settings, arguments.dry_run, arguments.gpus)
         notes = validate_rl(settings, spec, world_size)
+        notes += _prompt_notes(settings, spec) if arguments.dry_run else []
     except SettingsError as error:
         if rank() == 0:
             print(f"{arguments.recipe}: the settings do not work:\n{error}", file=sys.stderr)
@@ -43,6 +45,25 @@ def main() -> int:
     code = _train(settings, spec)
     record_exit_code(code)
     return code
+
+
+def _prompt_notes(settings: Settings, spec: "ModelSpec") -> list[str]:
+    """What a dry run says of the prompts, once it has read them; a plan can be made where they are not, too."""
+    rl = settings.rl
+    files = [Path(source.path) for source in (*rl.prompts, *rl.held_out)]
+    needed = [Path(rl.tokenizer or settings.model.init) / "tokenizer.json", *files]
+    missing = [file for file in needed if not file.is_file()]
+    if missing:
+        return [f"the prompts are not checked: {missing[0]} is not here"]
+    from prism_mcore.rl.prompts import PromptError, open_prompts
+
+    try:
+        prompts = open_prompts(settings, spec)
+    except PromptError as error:
+        raise SettingsError(str(error)) from error
+    held_out = f" and {len(prompts.held_out):,} held out" if prompts.held_out else ""
+    rewards = ", ".join(sorted(prompts.training.rewards))
+    return [f"{len(prompts.training):,} prompts{held_out} were read and are in order; rewards: {rewards}"]
 
 
 def _train(settings: Settings, spec: "ModelSpec") -> int:

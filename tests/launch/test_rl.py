@@ -50,9 +50,21 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_a_dry_run_plans_without_reading_prompts():
+def test_a_dry_run_reads_the_prompts_where_they_are(recipe):
+    done = run("launch/rl.py", "--recipe", recipe, "--dry-run")
+    assert done.returncode == DONE, done.stderr
+    assert "7 prompts and 4 held out were read and are in order; rewards: choice" in done.stdout
+    broken = recipe.parent / "unknown.jsonl"
+    broken.write_text('{"prompt": "w1", "answer": "A", "reward": "choices"}\n')
+    done = run("launch/rl.py", "--recipe", recipe, "--dry-run", f"rl.prompts=[{{path: {broken}}}]")
+    assert done.returncode == BAD_SETTINGS
+    assert "unknown.jsonl, line 1" in done.stderr and "choices" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_dry_run_plans_without_prompts():
     done = run("launch/rl.py", "--recipe", "launch/recipes/rl-nemotron-h-8b.yaml", "--dry-run", "--gpus", 8)
     assert done.returncode == DONE, done.stderr
+    assert "the prompts are not checked" in done.stdout
     for part in ("64 prompts x 16 = 1,024", "reference policy", "tp 2 x pp 1 x cp 1 x dp 4", "8,100,852,736"):
         assert part in done.stdout
 
