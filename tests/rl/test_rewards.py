@@ -78,6 +78,14 @@ def test_a_choice_is_the_letter_settled_on(answer, letter):
     assert REWARDS["choice"].function({"answer": "B"}, answer)["correct"] == float(letter == "B")
 
 
+@pytest.mark.parametrize("repeated", [" ", "\n", "*", "-\n", "answer is\n", "("])
+def test_a_choice_is_looked_for_in_linear_time(repeated):
+    """Where a model repeats itself for thousands of tokens; what takes seconds would be masked instead of wrong."""
+    begun = time.process_time()
+    assert chosen_letter("answer" + repeated * 10_000 + "x") is None
+    assert time.process_time() - begun < 1.0
+
+
 def test_reasoning_gym_scores_with_its_own_scorers():
     record = {"question": "4 + 3 = ?", "answer": "7", "metadata": {"source_dataset": "chain_sum"}}
     assert REWARDS["gym"].function(record, "<think>4 + 3 = 7</think> 7") == {"correct": 1.0}

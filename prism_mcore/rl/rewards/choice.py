@@ -8,7 +8,7 @@ from prism_mcore.rl.rewards.format import boxed, final_answer
 
 # A small letter, or I, that a word follows is English: "the answer is a prime number", "the answer I found".
 _ANSWER = re.compile(r"(?i:answer\s*(?:is)?)\s*:?\s*\**\s*\(?((?!I\s+\w)[A-J]|[a-j](?!\s+\w))\b")
-_LONE = re.compile(r"^\W*([A-J])\W*$|\(([A-J])\)|^([A-J])[.):]", re.MULTILINE)
+_LONE = re.compile(r"^[^\w\n]*([A-J])[^\w\n]*$|\(([A-J])\)|^([A-J])[.):]", re.MULTILINE)
 
 
 def choice(record: Mapping[str, Any], response: str) -> dict[str, float]:
@@ -23,6 +23,8 @@ def chosen_letter(answer: str) -> str | None:
     if inside is not None:
         letter = re.sub(r"\\text\w*|[{}().\s]", "", inside)
         return letter.upper() if re.fullmatch(r"[A-Ja-j]", letter) else None
+    # A run of white space is one character: the patterns would try every way to share it out.
+    answer = "\n".join(" ".join(line.split()) for line in answer.splitlines() if line.strip())
     if found := _ANSWER.findall(answer):
         return found[-1].upper()
     if found := _LONE.findall(answer):
