@@ -81,8 +81,7 @@ class Verifier:
             raise RuntimeError("the verifier has stopped") from self._failure
         self.outstanding += 1
         self._submitted.put((ticket, json.dumps(task).encode() + b"\n"))
-        with contextlib.suppress(BrokenPipeError):  # it stopped just now; `results` says so
-            os.write(self._wake_in, b".")
+        self._wake()
 
     def results(self, block: bool = False) -> list[Verdict]:
         """Verdicts that are there; with `block`, all those still outstanding."""
@@ -103,9 +102,13 @@ class Verifier:
         """End every process; nothing can be submitted any more."""
         if self._thread.is_alive():
             self._submitted.put(None)
-            os.write(self._wake_in, b".")
+            self._wake()
             self._thread.join()
             os.close(self._wake_in)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the thread has stopped just now; `results` says why
+            os.write(self._wake_in, b".")
 
     # The rest runs in the thread.
 
