@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -450,16 +450,29 @@ def load(
 def load_weights(path: Path, chunks: Sequence[torch.nn.Module], groups: Groups) -> None:
     """Fill only the model from a checkpoint of any layout, as the start of a new run; every rank calls it.
 
-    Raises CheckpointError, naming the file, where one is not as the manifest says.
+    Raises CheckpointError, naming the file, where one is not as the manifest says, and where the model is another one.
     """
     problems = gather_failures("; ".join(damage(path, groups.rank, groups.world_size)))
     if problems:
         raise CheckpointError(f"cannot start from {path}: {'; '.join(problems)}")
     read_state(path)
-    read_index(path)
     wanted = _sharded_tensors(chunks, None, groups, is_loading=True)
+    if problems := gather_failures(_first_difference(wanted["model"], read_index(path))):
+        raise CheckpointError(f"cannot start from {path}, which is of another model: {problems[0]}")
     weights = {name: sharded.data for name, sharded in wanted["model"].items()}
     _fill(weights, dist_checkpointing.load(wanted, str(path))["model"])
+
+
+def _first_difference(model: ShardedStateDict, index: Metadata) -> str:
+    """A tensor that the checkpoint lacks, or has in another shape; empty where there is none."""
+    for sharded in model.values():
+        for piece in sharded.build() if isinstance(sharded, ShardedTensorFactory) else [sharded]:
+            found = index.state_dict_metadata.get(piece.key)
+            if found is None:
+                return f"it has no {piece.key}"
+            if tuple(found.size) != tuple(piece.global_shape) and not piece.allow_shape_mismatch:
+                return f"{piece.key} is {list(found.size)} there, {list(piece.global_shape)} here"
+    return ""
 
 
 class _IndexUnpickler(pickle.Unpickler):

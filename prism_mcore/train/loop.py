@@ -23,6 +23,7 @@ from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups, init_groups
 from prism_mcore.train.checkpoint import (
+    CheckpointError,
     Checkpoints,
     gather_failures,
     latest,
@@ -237,7 +238,10 @@ def set_initial_weights(settings: Settings, chunks: list[HybridModel], groups: G
     elif (Path(init) / "config.json").is_file():
         load_hf(init, chunks, groups)
     else:
-        load_weights(checkpoint_of(init), chunks, groups)
+        try:
+            load_weights(checkpoint_of(init), chunks, groups)
+        except CheckpointError as error:
+            raise SettingsError(f"model.init={init}: {error}") from error
     if groups.rank == 0:  # what an export needs to know
         remember_source(init, settings.model.spec, settings.run_dir / SOURCE)
 

@@ -370,3 +370,21 @@ def test_starting_from_the_weights_of_another_run(corpus, tmp_path):
     run_ranks(1, train, settings(corpus, second, model=model))
     first_losses, second_losses = ([m["loss"] for m in metrics(runs)] for runs in (tmp_path, second))
     assert second_losses[0] < first_losses[0] - 0.02
+
+
+OTHERS = {
+    "another family": (CONFIGS["dense"], "it has no "),
+    "wider": (CONFIGS["hybrid"] | {"intermediate_size": 96}, r"up.weight is \[80, 48\] there, \[96, 48\] here"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_weights_of_another_model_are_no_start(corpus, tmp_path, name):
+    config, message = OTHERS[name]
+    run_ranks(1, train, settings(corpus, tmp_path), 1)
+    (other := tmp_path / "other.json").write_text(json.dumps(config))
+    (second := tmp_path / "second").mkdir()
+    wanted = settings(corpus, second, model={"spec": str(other), "init": str(tmp_path / "run")})
+    with pytest.raises(RankError, match=f"SettingsError: model.init=.*of another model: .*{message}") as error:
+        run_ranks(2, train, wanted, pp=2)
+    assert set(error.value.reports) == {0, 1}
