@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -182,6 +184,7 @@ def build(settings: Settings, groups: Groups, device: torch.device) -> Run:
         log.info("%s", line)
     chunks = chunks_of(settings, spec, groups, device)
     checkpoints = Checkpoints(settings.run_dir / "checkpoints", settings.checkpoint, groups)
+    require_shared(checkpoints.folder, groups)
     resume_from = newest_undamaged(checkpoints.folder) if settings.checkpoint.resume else None
     if resume_from is None:
         set_initial_weights(settings, chunks, groups)
@@ -204,6 +207,25 @@ def build(settings: Settings, groups: Groups, device: torch.device) -> Run:
         Guard(settings.guards, settings.run_dir, groups),
         resume_from,
     )
+
+
+def require_shared(folder: Path, groups: Groups) -> None:
+    """A SettingsError on every rank where one does not see what rank 0 puts into the folder: no save would succeed."""
+    failure, mark = "", folder / f".tmp_{uuid4().hex}"
+    if groups.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as error:
+            failure = str(error)
+    marks = [mark]
+    dist.broadcast_object_list(marks, src=0)
+    if not failure and not (folder / marks[0].name).exists():
+        failure = f"rank {groups.rank} does not see {marks[0]}, which rank 0 has written; put it where all nodes see it"
+    failures = gather_failures(failure)
+    mark.unlink(missing_ok=True)
+    if failures:
+        raise SettingsError(f"run.dir: {failures[0]}")
 
 
 def open_data(settings: Settings, spec: ModelSpec, groups: Groups) -> DataLoader:

@@ -273,6 +273,19 @@ def test_a_source_that_one_node_lacks_is_named_on_every_rank(corpus, tmp_path):
         assert "SettingsError: /nowhere.idx: no such file" in error.value.reports[rank]
 
 
+def with_a_folder_of_its_own_on_rank_1(groups, settings):
+    own = settings.run.model_copy(update={"dir": settings.run.dir + "/node1"})
+    loop.build(settings.model_copy(update={"run": own}) if groups.rank == 1 else settings, groups, torch.device("cpu"))
+
+
+def test_a_folder_that_nodes_do_not_share_is_refused_before_the_first_step(corpus, tmp_path):
+    with pytest.raises(RankError) as error:
+        run_ranks(2, with_a_folder_of_its_own_on_rank_1, settings(corpus, tmp_path))
+    for rank in range(2):
+        assert "SettingsError: run.dir: rank 1 does not see" in error.value.reports[rank]
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
 def whole_process(groups, settings, replaced):
     """`loop.run` in ranks that go on to live; was their process group to be ended? The exit code, or the error."""
     from prism_mcore.parallel import destroy_groups
