@@ -45,8 +45,6 @@ class Stream:
         self.caches = engine.caches(room)
         self.schedule = Schedule(requests, self.limits, room, engine.settings.prefill_tokens)
         self.held_logits: Tensor | None = None
-        # Of every position: making it takes numbers from the CPU, which a graph cannot wait for.
-        self.rope = self.model.rope(torch.arange(int((prompt_lens + self.limits).max()), device=engine.device))
         self.graphs: DecodeGraphs | None = None
         if capturable(self.model.build.ops, engine.device):
             width, slot, block = (
@@ -118,9 +116,8 @@ class Stream:
         tokens, slots, positions, places = rows
         each = Boundaries(torch.arange(len(tokens) + 1, dtype=torch.int32))
         step = Decode(slots, positions, places, table, (positions + 1).to(torch.int32))
-        rope = None if self.rope is None else (self.rope[0][positions], self.rope[1][positions])
         with self.model.whole_sequences():
-            hidden = self.model.advance(tokens, Tokens(each, 1, rope), step, self.caches.layers)
+            hidden = self.model.advance(tokens, Tokens(each, 1, self.model.rope(positions)), step, self.caches.layers)
             return self.model.next_logits(hidden, self.temperature)
 
     def _sample(self, slots: np.ndarray, logits: Tensor) -> Iterator[Completion]:

@@ -222,20 +222,6 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_text(temperature):
         run_ranks(1, broken, temperature)
 
 
-def tables(groups):
-    """How often the rotary table is made in a stream of several decoding passes."""
-    engine = engine_on(groups, "dense")
-    made, rope = [], engine.model.rope
-    engine.model.rope = lambda positions: made.append(len(positions)) or rope(positions)
-    list(engine.stream(random_requests(2, longest=20), Sampling(max_tokens=9)))
-    return len(made), engine.statistics.steps
-
-
-def test_a_decoding_pass_makes_no_rotary_table():
-    """What it is made of comes from the CPU, and a CUDA graph cannot capture a copy from there."""
-    assert run_ranks(1, tables) == [(2, 8)]
-
-
 class EndsTexts:
     """A tokenizer that puts its end-of-sequence token after every text."""
 
