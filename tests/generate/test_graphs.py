@@ -1,15 +1,60 @@
-"""CUDA graphs of decoding passes; needs a GPU."""
+"""CUDA graphs of decoding passes: what must hold to capture one, and, on a GPU, that they decode as single launches."""
 
 import pytest
 import torch
-from engines import by_sample, random_requests
-from models import CONFIGS
+from engines import CPU, by_sample, random_requests
+from models import CONFIGS, SPECS
 from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from prism_kernels.boundaries import Boundaries
 from prism_mcore.generate import Engine, GenerateSettings, Sampling
+from prism_mcore.model.attention import Attention
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
+from prism_mcore.model.sequence import Sequence
 from prism_mcore.model.spec import spec_from_config
+from prism_mcore.model.state import Decode
+
+
+class CopiesFromTheCPU(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.device.type == "meta":
+            # a scalar is an argument of the kernel
+            self.found += [
+                str(func) for x in args if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.dim()
+            ]
+        return out
+
+
+def copies_in_a_second_pass(groups, name):
+    """A decoding pass on tensors without values, all but the attention, which is a kernel of its own."""
+    spec, device = SPECS[name], torch.device("meta")
+    layers = [list(range(len(spec.pattern)))]
+    (model,) = build_chunks(spec, layers, groups, Ops({}, CPU), dtype=torch.bfloat16, device=device)
+    for layer in model.layers.values():
+        if isinstance(layer.mixer, Attention):
+            layer.mixer.attention_decode = lambda q, *_: torch.empty_like(q)
+    caches = model.caches(8, 8, 64)
+    tokens, slots, positions, rows = torch.zeros(4, 3, dtype=torch.int64, device=device)
+    step = Decode(slots, positions, rows, torch.zeros(3, 2, dtype=torch.int32, device=device), positions.int())
+    for _ in range(2):
+        with CopiesFromTheCPU() as copies, torch.inference_mode():
+            seq = Sequence(Boundaries(torch.arange(4, dtype=torch.int32)), 1, model.rope(positions))
+            model.next_logits(model.advance(tokens, seq, step, caches), 0.7)
+    return copies.found
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_decoding_pass_neither_copies_from_the_cpu_nor_asks_the_device(name):
+    """A graph can hold neither; tensors without values raise an error where one is asked for."""
+    assert run_ranks(1, copies_in_a_second_pass, name) == [[]]
+
 
 # Widths that the kernels cover.
 WIDTHS = {
