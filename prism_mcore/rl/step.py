@@ -71,7 +71,8 @@ def policy_step(
         # megatron-core divides the gradient by the number of tokens on all ranks. The weights already hold every
         # denominator, so the count is 1: one rank's first micro-batch has it, the others 0.
         counted = int(groups.dp_rank == 0 and len(seen) == 1)
-        return total, torch.tensor(counted, dtype=torch.int, device=total.device), total.detach()
+        # torch.tensor would copy the number from the CPU, and wait for the device.
+        return total, torch.full((), counted, dtype=torch.int, device=total.device), total.detach()
 
     _run(chunks, batches, loss, forward_only=False)
     return replace(_reduced(seen, groups), grad_norm=gradient_norm(optimizer))
@@ -135,12 +136,13 @@ class _Seen:
         sums = torch.stack([column.sum(dtype=torch.float64) for column in columns])
         # NaN is the largest gap of all
         gaps = torch.where(on_policy, terms.gap.double().nan_to_num(nan=math.inf), -1.0)
-        largest, token = gaps.max(0)
-        ratio = torch.where(mask, terms.ratio, 0.0).max().double()
-        document = batch.seq_idx.flatten()[token].long()
-        first = batch.loss_mask.flatten().logical_and(batch.seq_idx.flatten() == document).int().argmax()
-        place = torch.stack([batch.rollout_ids[document], token - first])
-        return _Seen(sums, torch.stack([ratio, largest]), place)
+        largest, token = gaps.max(0, keepdim=True)  # [1] each: an index without dimensions is read by the CPU
+        ratio = torch.where(mask, terms.ratio, 0.0).max(0, keepdim=True).values.double()
+        documents = batch.seq_idx.flatten().long()
+        document = documents[token]
+        first = (mask & (documents == document)).int().argmax()
+        place = torch.cat([batch.rollout_ids[document], token - first])
+        return _Seen(sums, torch.cat([ratio, largest]), place)
 
 
 def _reduced(seen: list[_Seen], groups: Groups) -> PolicyStats:

@@ -99,6 +99,34 @@ def test_the_gradient_is_that_of_the_formula():
     run_ranks(1, plainly, RLSettings(kl_coefficient=0.0))
 
 
+def without_values(groups, spec):
+    """A micro-batch's forward pass, its loss and what is seen of it, on tensors without values."""
+    from prism_mcore.model.build import build_chunks
+    from prism_mcore.model.ops import Ops
+    from prism_mcore.rl.packing import pack
+    from prism_mcore.rl.policy_loss import policy_loss
+    from prism_mcore.rl.step import _Seen
+    from prism_mcore.train.step import to_device
+
+    settings, device = RLSettings(kl_coefficient=0.0), torch.device("meta")
+    layers = [list(range(len(SPECS[spec].pattern)))]
+    (model,) = build_chunks(
+        SPECS[spec], layers, groups, Ops({}, torch.device("cpu")), dtype=torch.bfloat16, device=device
+    )
+    samples = samples_of(random_groups(SPECS[spec].vocab_size), settings)
+    batch = to_device(pack(samples, version=0, temperature=1.0), device)
+    logprobs, entropy = model(batch, temperature=1.0)
+    loss, terms = policy_loss(logprobs, batch, settings)
+    seen = _Seen.of(terms, entropy, batch, settings)
+    return {x.device.type for x in (loss, seen.sums, seen.highest, seen.place)}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_cpu_waits_for_nothing_between_forward_and_backward(spec):
+    """Tensors without values raise an error where one is asked for."""
+    assert run_ranks(1, without_values, spec) == [{"meta"}]
+
+
 def nothing_to_learn(groups):
     from prism_mcore.rl.packing import pack
     from prism_mcore.rl.step import policy_step
