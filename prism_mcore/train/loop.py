@@ -165,8 +165,9 @@ def resume(run: Run) -> int:
         raise SettingsError(f"{newest} is of another kind of run; give run.name another value")
     if state["spec"] != spec_record(run.spec):
         raise SettingsError(f"{newest} is of another model; give run.name another value, or model.spec the one it had")
+    before = state.get("kept", {})  # runs of an earlier version have none
     for name, now in kept(run.settings).items():
-        if (then := state["kept"][name]) != now:
+        if (then := before.get(name, now)) != now:
             raise SettingsError(
                 f"{newest} was trained with {name}={then}, not {now}; go on with {then}, or give run.name another value"
             )
