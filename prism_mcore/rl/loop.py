@@ -29,9 +29,9 @@ from prism_mcore.rl.reference import Reference
 from prism_mcore.rl.rewards.verifier import Verifier
 from prism_mcore.rl.rollout import Roller
 from prism_mcore.rl.step import PolicyStats, policy_step, score
-from prism_mcore.train.checkpoint import Checkpoints, _initialise_state, load, newest_undamaged, read_state
+from prism_mcore.train.checkpoint import Checkpoints, initialise_state, load, newest_undamaged, read_state
 from prism_mcore.train.guards import Guard, GuardStop, Stats
-from prism_mcore.train.loop import due, models, set_initial_weights, spec_record
+from prism_mcore.train.loop import due, longest_wait, models, require_shared, set_initial_weights, spec_record
 from prism_mcore.train.optimizer import build_optimizer, finish_parameter_gather, gathered_parameters, update, wrap
 from prism_mcore.train.schedule import learning_rate
 from prism_mcore.train.signals import Signals
@@ -45,8 +45,9 @@ LONGEST_WAIT = timedelta(hours=1)
 def run(settings: Settings, prompts: Prompts) -> int:
     """Improve a policy for `train.steps`, going on from the newest checkpoint; returns one of exit_codes.py."""
     with_parity(settings)  # refuses what cannot be exact, before anything starts
-    device = platform.start(timeout=LONGEST_WAIT, deterministic=settings.run.deterministic)
-    groups = init_groups(settings.parallel, settings.run.seed, LONGEST_WAIT)
+    timeout = max(LONGEST_WAIT, longest_wait(settings))
+    device = platform.start(timeout=timeout, deterministic=settings.run.deterministic)
+    groups = init_groups(settings.parallel, settings.run.seed, timeout)
     logging.basicConfig(level=logging.INFO if groups.rank == 0 else logging.ERROR, format="%(message)s")
     logging.getLogger("megatron").setLevel(logging.WARNING)
     with ExitStack() as opened:
@@ -288,6 +289,7 @@ def build(settings: Settings, prompts: Prompts, groups: Groups, device: torch.de
     spec = resolve_spec(settings)
     chunks = chunks_of(with_parity(settings), spec, groups, device)
     checkpoints = Checkpoints(settings.run_dir / "checkpoints", settings.checkpoint, groups)
+    require_shared(checkpoints.folder, groups)
     resume_from = newest_undamaged(checkpoints.folder) if settings.checkpoint.resume else None
     if resume_from is None:
         set_initial_weights(settings, chunks, groups)
@@ -295,10 +297,10 @@ def build(settings: Settings, prompts: Prompts, groups: Groups, device: torch.de
         chunks,
         groups,
         optimizer_instances=settings.parallel.optimizer_instances,
-        overlap=device.type == "cuda" and groups.dp_size > 1,
+        overlap=device.type == "cuda",
     )
     optimizer = build_optimizer(wrapped, settings.optimizer, groups)
-    _initialise_state(optimizer)  # else the first update makes its moments, in memory that the caches leave free
+    initialise_state(optimizer)  # else the first update makes its moments, in memory that the caches leave free
     reference = Reference(wrapped, optimizer, groups) if settings.rl.kl_coefficient else None
     verifier = None
     if groups.tp_rank == 0:

@@ -517,7 +517,7 @@ def _sharded_tensors(
         model.update(chunk.sharded_state_dict(metadata=metadata))
     tensors: dict[str, Any] = {"model": model}
     if optimizer is not None:
-        _initialise_state(optimizer)
+        initialise_state(optimizer)
         state = _only(optimizer).sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         # The rest of it is hyper-parameters, which come from the settings, and the step, which is in state.json.
         tensors["optimizer"] = state["param_state"]
@@ -548,7 +548,7 @@ def _only(optimizer: MegatronOptimizer) -> Any:
     return optimizer
 
 
-def _initialise_state(optimizer: MegatronOptimizer) -> None:
+def initialise_state(optimizer: MegatronOptimizer) -> None:
     """Zero moments where no step was taken yet: megatron-core cannot describe the state of an untouched optimizer."""
     distributed = _only(optimizer)
     inner = distributed.optimizer
