@@ -289,3 +289,12 @@ class ScanTables:
     @property
     def num_segments(self) -> int:
         return len(self.segments)
+
+
+def document_ends(boundaries: Boundaries) -> Tensor:
+    """[documents with a token + 1] int32: cu_seqlens without its padding.
+
+    The loader pads them to one length, which a kernel with a grid of documents takes for thousands of empty ones.
+    """
+    ends = torch.tensor([0, *(end for _, _, end in boundaries.documents)], dtype=torch.int32)
+    return copied(ends, boundaries.cu_seqlens.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prism_kernels.backends import Uncovered
-from prism_kernels.boundaries import Boundaries, copied
+from prism_kernels.boundaries import Boundaries, copied, document_ends
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -40,7 +40,7 @@ def flash_attn_attention(
         raise Uncovered(f"head_dim {q.shape[-1]}: flash-attn needs a multiple of 8 up to 256")
     from flash_attn import flash_attn_varlen_func
 
-    ends, longest = boundaries.cu_seqlens, boundaries.derive(_longest)
+    ends, longest = boundaries.derive(document_ends), boundaries.derive(_longest)
     return flash_attn_varlen_func(
         q,
         k,

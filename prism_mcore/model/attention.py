@@ -5,20 +5,11 @@
 import torch
 from torch import Tensor, nn
 
-from prism_kernels.boundaries import Boundaries, copied
+from prism_kernels.boundaries import document_ends
 from prism_kernels.caches import PagedCache
 from prism_mcore.model.linear import Build, column_linear, decoded, row_linear
 from prism_mcore.model.sequence import Sequence
 from prism_mcore.model.state import Decode, State
-
-
-def document_ends(boundaries: Boundaries) -> Tensor:
-    """[documents with a token + 1] int32: cu_seqlens without its padding.
-
-    The loader pads them to one length, which a kernel with a grid of documents takes for thousands of empty ones.
-    """
-    ends = torch.tensor([0, *(end for _, _, end in boundaries.documents)], dtype=torch.int32)
-    return copied(ends, boundaries.cu_seqlens.device)
 
 
 class TransformerEngineAttention(nn.Module):

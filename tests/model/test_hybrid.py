@@ -5,8 +5,7 @@ import torch
 from models import SPECS, packed_batch, packed_batches, random_documents
 from ranks import run_ranks
 
-from prism_kernels.boundaries import Boundaries
-from prism_mcore.model.attention import document_ends
+from prism_kernels.boundaries import Boundaries, document_ends
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.parameters import draw, gather, parameters, shard
