@@ -29,9 +29,13 @@ class _Graph(NamedTuple):
     logits: Tensor  # [b, v]
 
 
-def capturable(ops: Ops, device: torch.device) -> bool:
+def capturable(ops: Ops, head_dim: int, device: torch.device) -> bool:
     """On a GPU, with kernels that never ask the device how long a sequence is: the reference of attention does."""
-    return device.type == "cuda" and ops.choices["attention_decode"].backend == "triton"
+    if device.type != "cuda" or ops.choices["attention_decode"].backend != "triton":
+        return False
+    from prism_kernels.attention_decode import HEAD_DIMS  # triton
+
+    return head_dim in HEAD_DIMS
 
 
 class DecodeGraphs:

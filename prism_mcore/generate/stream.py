@@ -46,7 +46,7 @@ class Stream:
         self.schedule = Schedule(requests, self.limits, room, engine.settings.prefill_tokens)
         self.held_logits: Tensor | None = None
         self.graphs: DecodeGraphs | None = None
-        if capturable(self.model.build.ops, engine.device):
+        if capturable(self.model.build.ops, self.model.build.spec.head_dim, engine.device):
             width, slot, block = (
                 self.schedule.block_table.shape[1],
                 self.schedule.scratch_slot,

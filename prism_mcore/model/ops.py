@@ -13,6 +13,7 @@ class Ops:
 
     def __init__(self, overrides: Mapping[str, str], device: torch.device):
         self.choices: dict[str, Choice] = select(overrides, device)
+        self._functions: dict[str, Callable[..., Any]] = {}  # one each: it warns once that inputs are not covered
 
     def uses_te(self, op: str) -> bool:
         """Is this op one of Transformer Engine's modules? It then has no function here."""
@@ -23,4 +24,6 @@ class Ops:
         return self.choices[op].backend == "exact"
 
     def __getitem__(self, op: str) -> Callable[..., Any]:
-        return function(op, self.choices[op].backend)
+        if op not in self._functions:
+            self._functions[op] = function(op, self.choices[op].backend)
+        return self._functions[op]
