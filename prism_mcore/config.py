@@ -349,6 +349,7 @@ def validate_rl(settings: Settings, spec: ModelSpec, world_size: int) -> list[st
     _check_no_pipeline(settings, problems)
     _check_context(settings, spec, problems, notes)
     _check_rollouts(settings, problems, notes)
+    _check_stop_ids(settings, spec, problems)
     _check_schedule(settings, notes)
     _check_model(settings, spec, problems, notes)
     if problems:
@@ -363,6 +364,7 @@ def validate_generation(settings: Settings, spec: ModelSpec, world_size: int) ->
     _check_ranks(settings, world_size, problems)
     _check_tensor_parallel(settings, spec, problems, notes)
     _check_no_pipeline(settings, problems)
+    _check_stop_ids(settings, spec, problems)
     _check_model(settings, spec, problems, notes)
     if problems:
         raise SettingsError("\n".join(problems))
@@ -544,6 +546,14 @@ def _check_rollouts(settings: Settings, problems: list[str], notes: list[str]) -
         notes.append("sampling.top_k and top_p: log-probs are those before them, so the policy gradient is biased")
     if rl.reference_every and not rl.kl_coefficient:
         notes.append("rl.reference_every changes nothing: without rl.kl_coefficient there is no reference")
+
+
+def _check_stop_ids(settings: Settings, spec: ModelSpec, problems: list[str]) -> None:
+    unknown = [token for token in settings.sampling.stop_ids if not 0 <= token < spec.vocab_size]
+    if unknown:
+        problems.append(
+            f"sampling.stop_ids holds {unknown[0]}; needed: ids from 0 to {spec.vocab_size - 1}, the model's vocabulary"
+        )
 
 
 def _check_schedule(settings: Settings, notes: list[str]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prism_mcore.config import Settings, SettingsError, load, resolve_spec, validate_generation
+from prism_mcore.config import Settings, load, resolve_spec, validate_generation
 from prism_mcore.generate.engine import prompt_problem
 from prism_mcore.generate.requests import Completion, Request
 from prism_mcore.generate.settings import Sampling
@@ -30,11 +30,6 @@ def generation_settings(hf: str | Path, overrides: Sequence[str], world_size: in
     settings = load(None, [*overrides, f"model.init={json.dumps(str(hf))}"])
     spec = resolve_spec(settings)
     validate_generation(settings, spec, settings.parallel.tp if world_size is None else world_size)
-    for token in settings.sampling.stop_ids:
-        if not 0 <= token < spec.vocab_size:
-            raise SettingsError(
-                f"sampling.stop_ids holds {token}; needed: ids from 0 to {spec.vocab_size - 1}, the model's vocabulary"
-            )
     return settings, spec
 
 

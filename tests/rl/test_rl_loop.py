@@ -450,6 +450,7 @@ def test_how_a_run_ends_that_cannot_go_on(files, tmp_path):
         ({"rl": {"prompts": []}}, "rl.prompts is empty"),
         ({"sampling": {"samples": 1}}, "needs at least 2"),
         ({"sampling": {"temperature": 0}}, "sampling.temperature=0 gives a group of equal rollouts"),
+        ({"sampling": {"stop_ids": [3, 999]}}, "sampling.stop_ids holds 999; needed: ids from 0 to"),
         ({"guards": {"spike_threshold": 2.0}}, "guards.spike_threshold=2.0"),
     ],
 )
