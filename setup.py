@@ -5,7 +5,6 @@ from setuptools import setup
 EXTRAS = {
     # With a GPU: the kernels' compiler and Transformer Engine's FP8, attention and fused layers.
     "gpu": ["triton", "transformer-engine[pytorch]"],
-    "dali": ["nvidia-dali-cuda120"],
     # Verifiable rewards.
     "rl": ["math-verify", "reasoning-gym"],
     # What the demo corpus is made of.
@@ -47,7 +46,6 @@ setup(
         "rich",
         "tensorboard",
         "matplotlib",
-        "jinja2",
         "pyarrow",  # parquet corpora
         "zstandard",  # .jsonl.zst corpora
     ],
