@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from prism_mcore.config import Settings, SettingsError
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
+from prism_mcore.launching import leave
 from prism_mcore.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -219,4 +220,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -8,7 +8,7 @@ import sys
 
 from prism_mcore.config import Settings, SettingsError, load, resolve_spec, validate
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
-from prism_mcore.launching import complain, planned_ranks, rank, recipe_parser, record_exit_code
+from prism_mcore.launching import complain, leave, planned_ranks, rank, recipe_parser, record_exit_code
 
 
 def main() -> int:
@@ -58,4 +58,4 @@ def _train(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from prism_mcore.config import Settings, SettingsError, load, resolve_spec, validate_rl
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
-from prism_mcore.launching import complain, planned_ranks, rank, recipe_parser, record_exit_code
+from prism_mcore.launching import complain, leave, planned_ranks, rank, recipe_parser, record_exit_code
 
 if TYPE_CHECKING:
     from prism_mcore.model.spec import ModelSpec
@@ -85,4 +85,4 @@ def _train(settings: Settings, spec: "ModelSpec") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

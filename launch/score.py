@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from prism_mcore.config import Settings, SettingsError
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
-from prism_mcore.launching import complain
+from prism_mcore.launching import complain, leave
 from prism_mcore.model.spec import ModelSpec, read_spec
 
 if TYPE_CHECKING:
@@ -178,4 +178,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

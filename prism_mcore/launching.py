@@ -1,11 +1,14 @@
-"""What the launchers of runs share: arguments, the number of ranks, one message for all ranks, the exit code's file."""
+"""What the launchers share: arguments, the number of ranks, one message for all ranks, the exit code and its file."""
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from prism_mcore.config import Settings, help_text
+from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
 
 
 def recipe_parser(usage: str, description: str) -> argparse.ArgumentParser:
@@ -66,3 +69,16 @@ def record_exit_code(code: int) -> None:
         part = file.with_name(f"{file.name}.{rank()}")
         part.write_text(f"{code}\n")
         part.replace(file)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with the code.
+
+    After an error at once: threads of process groups that nobody could close turn an orderly end into an abort (-6).
+    """
+    if code not in (DONE, STOPPED_BY_SIGNAL):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

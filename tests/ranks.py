@@ -200,6 +200,8 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, log: s
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    import torch
+
     from prism_mcore import platform
 
     platform.start(threads=1)
@@ -210,6 +212,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, log: s
         except (EOFError, OSError):
             os._exit(0)  # the test session is over: nobody is left to close groups with
         connection.send_bytes(_answer(message))
+        torch.set_num_threads(1)  # a whole run in a test takes as many as there are cores
 
 
 def _answer(message: bytes) -> bytes:
