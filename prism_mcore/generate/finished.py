@@ -17,19 +17,30 @@ import numpy as np
 from prism_mcore.config import Settings
 from prism_mcore.generate.requests import Completion
 
+PIECE = 1 << 20  # bytes
 Place = tuple[int, int]  # (line of the prompt file, sample)
 Case = dict[str, Any]  # everything that samples depend on
 
 
 def case_of(hf: Path, prompts: Path, settings: Settings) -> Case:
     """What the samples of one generation have in common: model, prompts, sampling, numerics; not layout or slots."""
-    weights = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(hf.glob("*.safetensors"))}
+    weights = {file.name: _fingerprint(file) for file in sorted(hf.glob("*.safetensors"))}
     used = settings.model_dump(mode="json", include={"sampling", "precision", "kernels"})
     return {
         "prompts": hashlib.sha256(prompts.read_bytes()).hexdigest(),
         "weights": weights,
         **{f"{section}.{name}": value for section, values in used.items() for name, value in values.items()},
     }
+
+
+def _fingerprint(file: Path) -> str:
+    """Of its size and three pieces: a copy on another node's disk has the same, training on changes it."""
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as opened:
+        for start in (0, size // 2, max(0, size - PIECE)):
+            opened.seek(start)
+            digest.update(opened.read(PIECE))
+    return f"{size} bytes, {digest.hexdigest()}"
 
 
 def check(out: Path, case: Case) -> None:
