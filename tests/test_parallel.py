@@ -21,7 +21,7 @@ def merge(of_ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def gradients(groups, sequence_parallel):
-    from toy import Toy  # here, not above: only the ranks import megatron-core
+    from tiny.toy import Toy  # here, not above: only the ranks import megatron-core
 
     toy = Toy(groups, sequence_parallel)
     loss = torch.tensor(toy.gradients(step=0))
@@ -37,7 +37,7 @@ def gradients(groups, sequence_parallel):
 
 
 def updated_weights(groups, steps, bf16):
-    from toy import Toy
+    from tiny.toy import Toy
 
     toy = Toy(groups, bf16=bf16)
     norms = [toy.step(step)[1] for step in range(steps)]

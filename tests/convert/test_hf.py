@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hf_models import FAMILIES, save_hf
-from oracle import our_weights
 from ranks import RankError, run_ranks
 from safetensors.torch import load_file, save_file
+from tiny.hf_models import FAMILIES, save_hf
+from tiny.oracle import our_weights
 
 from prism_mcore.convert.names import ExchangeError
 from prism_mcore.convert.source import keep_source, kept_source, read_source

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from hf_models import save_hf
 from safetensors.torch import load_file
+from tiny.hf_models import save_hf
 
 from prism_mcore.convert.export import write_directory
 from prism_mcore.convert.manifest import verify

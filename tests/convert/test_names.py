@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from hf_models import FAMILIES, save_hf
+from tiny.hf_models import FAMILIES, save_hf
 
 from prism_mcore.convert.layout import Places, held_columns, held_rows, runs_within
 from prism_mcore.convert.names import Run, hf_tensors, keys

@@ -3,13 +3,13 @@
 import json
 import shutil
 
-import oracle
 import pytest
 import torch
-from gradients import close, whole_gradients
-from hf_models import FAMILIES, SEQ_LEN, save_hf
-from models import packed_batch
 from ranks import run_ranks
+from tiny import oracle
+from tiny.gradients import close, whole_gradients
+from tiny.hf_models import FAMILIES, SEQ_LEN, save_hf
+from tiny.models import packed_batch
 
 from prism_mcore.convert.hf import load_hf
 from prism_mcore.model.build import build_chunks

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from token_files import random_lengths, write_tokens
+from tiny.token_files import random_lengths, write_tokens
 
 from prism_mcore.batch import PackedBatch
 from prism_mcore.data.loader import DataLoader

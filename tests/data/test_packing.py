@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from token_files import random_lengths, write_tokens
+from tiny.token_files import random_lengths, write_tokens
 
 from prism_mcore.data import packing
 from prism_mcore.data.packing import BestFit, Concat, Spans, pack_best_fit, split_documents

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-from token_files import random_lengths, write_tokens
+from tiny.token_files import random_lengths, write_tokens
 
 from prism_mcore.data.token_file import TokenFile, TokenFileError, TokenFileWriter, token_dtype
 

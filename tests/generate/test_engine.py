@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from engines import by_sample, engine_on, random_requests
-from models import SPECS, packed_batch
 from ranks import RankError, run_ranks
+from tiny.engines import by_sample, engine_on, random_requests
+from tiny.models import SPECS, packed_batch
 
 from prism_kernels.caches import PagedCache
 from prism_mcore.generate import Request, Sampling
@@ -241,7 +241,7 @@ def test_a_prompt_of_text_does_not_end_with_the_end_of_a_sequence():
 
 def after_a_step(groups, overlap):
     """Samples right after an optimizer step whose gather of the new weights may still be under way."""
-    from policies import open_policy
+    from tiny.policies import open_policy
 
     chunks, optimizer = open_policy(groups, "dense", overlap=overlap, lr=0.1)
     model = chunks[0].module

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from engines import CPU, by_sample, random_requests
-from models import CONFIGS, SPECS
 from ranks import run_ranks
+from tiny.engines import CPU, by_sample, random_requests
+from tiny.models import CONFIGS, SPECS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prism_kernels.boundaries import Boundaries

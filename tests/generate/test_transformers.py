@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from engines import by_sample, engine_on
-from hf_models import FAMILIES, save_hf
 from ranks import run_ranks
+from tiny.engines import by_sample, engine_on
+from tiny.hf_models import FAMILIES, save_hf
 
 from prism_mcore.generate import Request, Sampling
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import DEVICE, assert_as_exact_as, randn, value_and_gradients
+from tiny.accuracy import DEVICE, assert_as_exact_as, randn, value_and_gradients
 
 from prism_kernels import activations, reference
 from prism_kernels.backends import Uncovered

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import DEVICE, randn
+from tiny.accuracy import DEVICE, randn
 
 from prism_kernels import adamw as kernel
 from prism_kernels import reference

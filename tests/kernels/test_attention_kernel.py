@@ -4,8 +4,8 @@
 
 import pytest
 import torch
-from accuracy import DEVICE, assert_as_exact_as, randn, relative_error, value_and_gradients
-from accuracy import kernel_documents as documents
+from tiny.accuracy import DEVICE, assert_as_exact_as, randn, relative_error, value_and_gradients
+from tiny.accuracy import kernel_documents as documents
 
 from prism_kernels import reference
 from prism_kernels.attention import attention

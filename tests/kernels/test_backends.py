@@ -4,7 +4,7 @@ from inspect import signature
 
 import pytest
 import torch
-from accuracy import documents
+from tiny.accuracy import documents
 
 from prism_kernels import reference
 from prism_kernels.backends import IMPLEMENTATIONS, function, select

@@ -5,8 +5,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import DEVICE, assert_as_exact_as, randn
-from accuracy import kernel_documents as documents
+from tiny.accuracy import DEVICE, assert_as_exact_as, randn
+from tiny.accuracy import kernel_documents as documents
 
 from prism_kernels import reference
 from prism_kernels.backends import Uncovered

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from accuracy import assert_as_exact_as, documents, randn
 from ranks import run_ranks
+from tiny.accuracy import assert_as_exact_as, documents, randn
 
 from prism_kernels import exact, reference
 from prism_kernels.backends import select

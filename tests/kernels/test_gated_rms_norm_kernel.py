@@ -5,8 +5,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import DEVICE, assert_as_exact_as, randn, value_and_gradients
 from ranks import run_ranks
+from tiny.accuracy import DEVICE, assert_as_exact_as, randn, value_and_gradients
 
 from prism_kernels import interpreter, reference
 from prism_kernels.backends import Uncovered

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_exact_as, randn, relative_error, value_and_gradients
 from ranks import run_ranks
+from tiny.accuracy import assert_as_exact_as, randn, relative_error, value_and_gradients
 
 from prism_kernels import backends
 from prism_kernels import linear_cross_entropy as module

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_exact_as, randn, relative_error, value_and_gradients
 from ranks import run_ranks
+from tiny.accuracy import assert_as_exact_as, randn, relative_error, value_and_gradients
 
 from prism_kernels.reference import gated_rms_norm, linear_cross_entropy
 

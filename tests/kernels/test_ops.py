@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_exact_as, documents, randn, value_and_gradients
+from tiny.accuracy import assert_as_exact_as, documents, randn, value_and_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

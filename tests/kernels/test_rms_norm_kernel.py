@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from accuracy import DEVICE, assert_as_exact_as, randn, value_and_gradients
+from tiny.accuracy import DEVICE, assert_as_exact_as, randn, value_and_gradients
 
 from prism_kernels import backends, reference, rms_norm
 from prism_kernels.backends import Uncovered

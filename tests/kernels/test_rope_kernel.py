@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from accuracy import DEVICE, assert_as_exact_as, randn
+from tiny.accuracy import DEVICE, assert_as_exact_as, randn
 
 from prism_kernels import reference, rope
 from prism_kernels.backends import Uncovered

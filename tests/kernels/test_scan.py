@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from accuracy import assert_as_exact_as, documents, randn, value_and_gradients
+from tiny.accuracy import assert_as_exact_as, documents, randn, value_and_gradients
 from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 
 from prism_kernels.boundaries import Boundaries

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from accuracy import DEVICE, randn, relative_error, value_and_gradients
-from accuracy import kernel_documents as documents
+from tiny.accuracy import DEVICE, randn, relative_error, value_and_gradients
+from tiny.accuracy import kernel_documents as documents
 
 from prism_kernels import reference, ssd_scan
 from prism_kernels.backends import Uncovered, function

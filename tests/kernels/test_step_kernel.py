@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from accuracy import DEVICE, randn, relative_error
-from accuracy import kernel_documents as documents
+from tiny.accuracy import DEVICE, randn, relative_error
+from tiny.accuracy import kernel_documents as documents
 
 from prism_kernels import reference
 from prism_kernels.backends import Uncovered

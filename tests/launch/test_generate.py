@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import engine_on
-from hf_models import save_hf
 from ranks import run_ranks
+from tiny.engines import engine_on
+from tiny.hf_models import save_hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

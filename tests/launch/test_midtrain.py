@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from models import HYBRID
+from tiny.models import HYBRID
 
 from prism_mcore.data.packing import Concat
 from prism_mcore.data.token_file import TokenFile, TokenFileWriter

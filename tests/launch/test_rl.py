@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from models import HYBRID
-from prompt_files import write_prompts
+from tiny.models import HYBRID
+from tiny.prompt_files import write_prompts
 
 from prism_mcore.config import load
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE

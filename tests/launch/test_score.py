@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from gradients import close
-from hf_models import save_hf
 from safetensors.torch import load_file
+from tiny.gradients import close
+from tiny.hf_models import save_hf
 
 from prism_mcore.train.scoring import ScoreFile, read_token_lists
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from models import SPECS, packed_batch, packed_batches, random_documents
 from ranks import run_ranks
+from tiny.models import SPECS, packed_batch, packed_batches, random_documents
 
 from prism_kernels.boundaries import Boundaries, document_ends
 from prism_mcore.model.build import build_chunks

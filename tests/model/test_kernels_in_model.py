@@ -4,9 +4,9 @@ import logging
 
 import pytest
 import torch
-from gradients import whole_gradients
-from models import DENSE, GRANITE_HYBRID, HYBRID, packed_batches
 from ranks import run_ranks
+from tiny.gradients import whole_gradients
+from tiny.models import DENSE, GRANITE_HYBRID, HYBRID, packed_batches
 
 from prism_kernels import backends
 from prism_kernels.backends import IMPLEMENTATIONS
@@ -24,7 +24,7 @@ TRITON = {
     for op, table in IMPLEMENTATIONS.items()
     if "triton" in table and op not in ("conv_step", "ssd_step", "attention_decode")
 }
-# Shapes that every kernel covers (Granite's heads in tests/models.py are 12 wide): none may fall back to plain torch.
+# Shapes that every kernel covers (Granite heads in tests/tiny/models.py are 12 wide): none may fall back to torch.
 GRANITE = {"hidden_size": 64, "mamba_d_head": 32, "layer_types": ["mamba", "attention"], "num_hidden_layers": 2}
 SPECS = {
     "dense": spec_from_config(DENSE),

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from gradients import close, whole_gradients
-from models import SPECS, packed_batches
 from ranks import run_ranks
+from tiny.gradients import close, whole_gradients
+from tiny.models import SPECS, packed_batches
 
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops

@@ -16,11 +16,11 @@ TESTS = Path(__file__).parents[1]
 def compare() -> dict[str, float]:
     """The largest relative difference of a gradient, for every model; prints it as JSON."""
     sys.path[:0] = [str(TESTS)]
-    import transformer_engine_stub
+    from tiny import transformer_engine_stub
 
     transformer_engine_stub.install()
     import torch
-    from models import DENSE, SPECS, packed_batches
+    from tiny.models import DENSE, SPECS, packed_batches
 
     from prism_kernels.backends import Choice
     from prism_mcore import platform

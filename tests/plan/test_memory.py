@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from models import SPECS, packed_batch
 from ranks import run_ranks
+from tiny.models import SPECS, packed_batch
 
 from prism_mcore.config import Settings
 from prism_mcore.model.build import build_chunks

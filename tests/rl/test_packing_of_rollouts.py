@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from rollouts import random_groups, rollout
+from tiny.rollouts import random_groups, rollout
 
 from prism_mcore.rl.packing import Sample, micro_batches, pack, samples_of
 from prism_mcore.rl.settings import RLSettings

@@ -6,7 +6,7 @@ import typing
 import numpy as np
 import pytest
 import torch
-from rollouts import group_of, rollout
+from tiny.rollouts import group_of, rollout
 
 from prism_mcore.rl.advantage import ADVANTAGES, group_advantages, has_spread
 from prism_mcore.rl.aggregation import AGGREGATIONS

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from gradients import close, whole_gradients
-from models import SPECS
-from policies import batches_of, open_policy
 from ranks import run_ranks
-from rollouts import random_groups
+from tiny.gradients import close, whole_gradients
+from tiny.models import SPECS
+from tiny.policies import batches_of, open_policy
+from tiny.rollouts import random_groups
 
 from prism_mcore.rl.packing import samples_of
 from prism_mcore.rl.settings import RLSettings

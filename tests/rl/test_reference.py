@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from policies import batches_of, open_policy
 from ranks import run_ranks
+from tiny.policies import batches_of, open_policy
 
 from prism_mcore.rl.settings import RLSettings
 

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import CONFIGS
-from prompt_files import write_prompts
 from ranks import RankError, run_ranks
-from rollouts import group_of, rollout
+from tiny.models import CONFIGS
+from tiny.prompt_files import write_prompts
+from tiny.rollouts import group_of, rollout
 
 from prism_mcore.config import Settings, SettingsError, resolve_spec, validate_rl
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL

@@ -4,7 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from rollouts import group_of, rollout
+from tiny.rollouts import group_of, rollout
 
 from prism_mcore.rl.metrics import RLMetrics, rollout_metrics, update_metrics
 from prism_mcore.rl.step import Gap, PolicyStats

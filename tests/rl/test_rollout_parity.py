@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from engines import engine_on, random_requests
-from models import SPECS
 from ranks import RankError, run_ranks
-from rollouts import group_of, rollout
+from tiny.engines import engine_on, random_requests
+from tiny.models import SPECS
+from tiny.rollouts import group_of, rollout
 
 from prism_mcore.generate import Engine, GenerateSettings, Request, Sampling
 from prism_mcore.model.build import build_chunks

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import FAMILIES, save_hf
 from ranks import run_ranks
 from safetensors.torch import load_file
+from tiny.hf_models import FAMILIES, save_hf
 
 from prism_mcore.convert.source import read_source
 from prism_mcore.model.spec import read_spec

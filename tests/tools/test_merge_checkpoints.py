@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import save_hf
 from safetensors.torch import load_file, save_file
+from tiny.hf_models import save_hf
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 

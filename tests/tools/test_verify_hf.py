@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hf_models import SEQ_LEN, save_hf
 from safetensors.torch import load_file, save_file
+from tiny.hf_models import SEQ_LEN, save_hf
 
 from prism_mcore.train import scoring
 

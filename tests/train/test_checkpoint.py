@@ -20,7 +20,7 @@ STEPS = 3
 
 
 def open_toy(groups, folder, bf16=False, **settings):
-    from toy import Toy
+    from tiny.toy import Toy
 
     from prism_mcore.train.checkpoint import Checkpoints
 

@@ -1,10 +1,10 @@
 """Twenty training steps equal a plain transformers model with torch AdamW, from the same weights and tokens."""
 
-import oracle
 import pytest
 import torch
-from models import CONFIGS, SPECS, packed_batch
 from ranks import run_ranks
+from tiny import oracle
+from tiny.models import CONFIGS, SPECS, packed_batch
 
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import CONFIGS
 from ranks import RankError, run_ranks
+from tiny.models import CONFIGS
 
 from prism_mcore import platform
 from prism_mcore.config import Settings

@@ -12,7 +12,7 @@ from prism_mcore.train.settings import LogSettings, TrainSettings
 
 def fake_run(folder, rank=0, tensorboard=False):
     """As much of a run as Metrics reads."""
-    from models import SPECS
+    from tiny.models import SPECS
 
     return SimpleNamespace(
         settings=SimpleNamespace(

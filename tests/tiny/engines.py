@@ -1,7 +1,7 @@
 """Engines on tiny models for tests of generation: `from engines import engine_on`."""
 
 import torch
-from models import SPECS
+from tiny.models import SPECS
 
 from prism_mcore.convert.hf import load_hf
 from prism_mcore.generate import Engine, GenerateSettings, Request

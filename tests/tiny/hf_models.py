@@ -8,9 +8,9 @@ and untied output weights.
 import json
 from pathlib import Path
 
-import oracle
 import torch
 import transformers
+from tiny import oracle
 
 SEQ_LEN = 40  # tokens; longer than the window, llama3's original positions and several chunks of the scan
 BASE = {

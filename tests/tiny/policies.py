@@ -1,8 +1,8 @@
 """A policy with its optimizer, and its share of random rollouts, on a rank: `from policies import open_policy`."""
 
 import torch
-from models import SPECS
-from rollouts import random_groups
+from tiny.models import SPECS
+from tiny.rollouts import random_groups
 
 from prism_mcore.rl.packing import micro_batches, pack, samples_of
 
