@@ -1,4 +1,4 @@
-"""Engines on tiny models for tests of generation: `from engines import engine_on`."""
+"""Engines on tiny models for tests of generation: `from tiny.engines import engine_on`."""
 
 import torch
 from tiny.models import SPECS

@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face directories of the seven models: `from hf_models import FAMILIES, save_hf`.
+"""Tiny random Hugging Face directories of the seven models: `from tiny.hf_models import FAMILIES, save_hf`.
 
 Odd values on purpose: head_dim is not hidden/heads, the vocabulary of 61 does not divide by 2, one SSM group and
 several, every Granite multiplier away from 1, a sliding window and a llama3 RoPE that bite within SEQ_LEN tokens, tied

@@ -1,4 +1,4 @@
-"""Tiny models and batches for tests: `from models import SPECS, packed_batches`."""
+"""Tiny models and batches for tests: `from tiny.models import SPECS, packed_batches`."""
 
 import torch
 

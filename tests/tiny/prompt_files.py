@@ -1,4 +1,4 @@
-"""A tokenizer and prompt files for the tiny models: `from prompt_files import write_prompts`."""
+"""A tokenizer and prompt files for the tiny models: `from tiny.prompt_files import write_prompts`."""
 
 import json
 from pathlib import Path
