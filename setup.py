@@ -26,9 +26,9 @@ setup(
         "prism_mcore.convert",
         "prism_mcore.train",
         "prism_mcore.generate",
+        "prism_mcore.rewards",
         "prism_mcore.plan",
         "prism_mcore.rl",
-        "prism_mcore.rl.rewards",
         "prism_kernels",
     ],
     package_data={"prism_mcore.model": ["configs/*.json"]},  # the shapes that recipes name

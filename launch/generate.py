@@ -23,10 +23,10 @@ from prism_mcore.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     from prism_mcore.generate.engine import Engine
-    from prism_mcore.generate.files import PromptLine
-    from prism_mcore.generate.finished import Writer
+    from prism_mcore.generate.prompts import PromptLine
     from prism_mcore.generate.requests import Completion, Request
     from prism_mcore.generate.settings import Sampling
+    from prism_mcore.generate.unfinished import Writer
 
 SECTIONS = ("sampling", "generate", "parallel", "precision", "kernels")
 
@@ -64,8 +64,8 @@ def _read(arguments: argparse.Namespace) -> tuple[Settings, ModelSpec, Any, list
         raise ValueError(f"--out {arguments.out}: there is no folder {arguments.out.parent}; make it first")
     if not (arguments.hf / "config.json").is_file():
         raise ValueError(f"--hf {arguments.hf}: there is no config.json; give the model's Hugging Face directory")
-    from prism_mcore.generate import finished  # torch takes seconds
-    from prism_mcore.generate.files import generation_settings, load_tokenizer, read_prompts
+    from prism_mcore.generate import unfinished  # torch takes seconds
+    from prism_mcore.generate.prompts import generation_settings, load_tokenizer, read_prompts
 
     world_size = None if arguments.dry_run else int(os.environ.get("WORLD_SIZE", "1"))
     settings, spec = generation_settings(arguments.hf, arguments.overrides, world_size)
@@ -73,7 +73,7 @@ def _read(arguments: argparse.Namespace) -> tuple[Settings, ModelSpec, Any, list
     if settings.sampling.stop and tokenizer is None:
         raise SettingsError(f"sampling.stop needs a tokenizer.json in {arguments.hf}; use sampling.stop_ids")
     lines = read_prompts(arguments.prompts, tokenizer, spec)
-    finished.check(arguments.out, finished.case_of(arguments.hf, arguments.prompts, settings))
+    unfinished.check(arguments.out, unfinished.case_of(arguments.hf, arguments.prompts, settings))
     return settings, spec, tokenizer, lines
 
 
@@ -81,17 +81,17 @@ def _generate(arguments: argparse.Namespace, settings: Settings, tokenizer: Any,
     import torch.distributed as dist
 
     from prism_mcore import platform
-    from prism_mcore.generate import finished
+    from prism_mcore.generate import unfinished
     from prism_mcore.generate.engine import Engine
-    from prism_mcore.generate.files import requests_of, response_lines
+    from prism_mcore.generate.prompts import requests_of, response_lines
     from prism_mcore.generate.text import read_eos
     from prism_mcore.parallel import init_groups
     from prism_mcore.train.scoring import model_from_hf
 
     device = platform.start(timeout=LONGEST_WAIT)
     groups = init_groups(settings.parallel)
-    case = finished.case_of(arguments.hf, arguments.prompts, settings)
-    completions = finished.take_over(arguments.out, case) if groups.rank == 0 else {}
+    case = unfinished.case_of(arguments.hf, arguments.prompts, settings)
+    completions = unfinished.take_over(arguments.out, case) if groups.rank == 0 else {}
     earlier = [set(completions)]
     dist.broadcast_object_list(earlier)  # before any rank writes
     requests = requests_of(lines, settings.sampling, earlier[0], groups.dp_rank, groups.dp_size)
@@ -99,7 +99,7 @@ def _generate(arguments: argparse.Namespace, settings: Settings, tokenizer: Any,
     engine = Engine(model, tokenizer, settings=settings.generate, eos=read_eos(arguments.hf))
 
     started = time.monotonic()
-    with finished.Writer(arguments.out, groups.rank, case) if groups.tp_rank == 0 else nullcontext() as writer:
+    with unfinished.Writer(arguments.out, groups.rank, case) if groups.tp_rank == 0 else nullcontext() as writer:
         completions |= _stream(engine, requests, settings.sampling, writer, groups)
         everyone = _gathered(completions, groups)
         if groups.rank == 0:
@@ -176,10 +176,10 @@ def _print_plan(settings: Settings, spec: ModelSpec, lines: list["PromptLine"], 
     from rich.console import Console
     from rich.table import Table
 
-    from prism_mcore.generate import finished
+    from prism_mcore.generate import unfinished
     from prism_mcore.plan.memory import num_parameters
 
-    done = len(finished.read(arguments.out, finished.case_of(arguments.hf, arguments.prompts, settings)))
+    done = len(unfinished.read(arguments.out, unfinished.case_of(arguments.hf, arguments.prompts, settings)))
     lengths = [len(line.tokens) for line in lines]
     how = settings.sampling
     table = Table(show_header=False, title="Generation", title_justify="left")

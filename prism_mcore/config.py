@@ -23,7 +23,7 @@ from prism_mcore.generate.settings import GenerateSettings, Sampling
 from prism_mcore.model.settings import ModelSettings
 from prism_mcore.model.spec import LAYER_NAMES, ModelSpec, read_spec
 from prism_mcore.parallel import ParallelSettings, data_parallel_size
-from prism_mcore.rl.rewards.settings import RewardSettings
+from prism_mcore.rewards.settings import RewardSettings
 from prism_mcore.rl.settings import RLSettings
 from prism_mcore.train.settings import (
     CheckpointSettings,

@@ -21,12 +21,12 @@ from prism_mcore.generate.engine import Engine
 from prism_mcore.model.build import chunks_of
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups, init_groups
+from prism_mcore.rewards.verifier import Verifier
 from prism_mcore.rl import parity
 from prism_mcore.rl.metrics import RLMetrics
 from prism_mcore.rl.packing import micro_batches, pack, samples_of
 from prism_mcore.rl.prompts import Prompts
 from prism_mcore.rl.reference import Reference
-from prism_mcore.rl.rewards.verifier import Verifier
 from prism_mcore.rl.rollout import Roller
 from prism_mcore.rl.step import PolicyStats, policy_step, score
 from prism_mcore.train.checkpoint import Checkpoints, initialise_state, load, newest_undamaged, read_state

@@ -14,7 +14,7 @@ from prism_mcore.data.corpus import render_chat
 from prism_mcore.data.mixture import Mixture
 from prism_mcore.data.order import key_of, permute
 from prism_mcore.generate.text import read_eos, without_eos
-from prism_mcore.rl.rewards import REWARDS
+from prism_mcore.rewards import REWARDS
 
 if TYPE_CHECKING:
     from prism_mcore.config import Settings

@@ -14,8 +14,8 @@ from prism_mcore.generate.engine import Engine
 from prism_mcore.generate.requests import Completion, Key, Request
 from prism_mcore.generate.settings import Sampling
 from prism_mcore.parallel import Groups
-from prism_mcore.rl.rewards.settings import RewardSettings
-from prism_mcore.rl.rewards.verifier import Verdict, Verifier, reward_parts
+from prism_mcore.rewards.settings import RewardSettings
+from prism_mcore.rewards.verifier import Verdict, Verifier, reward_parts
 from prism_mcore.train.metrics import StepClock
 
 

@@ -295,8 +295,8 @@ def faulty_reward(groups, settings, folder):
 def test_hanging_and_crashing_verifiers_cost_their_samples(files, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys, time\n"
-        "if 'prism_mcore.rl.rewards.worker' in ' '.join(sys.orig_argv):\n"
-        "    from prism_mcore.rl.rewards import registry\n"
+        "if 'prism_mcore.rewards.worker' in ' '.join(sys.orig_argv):\n"
+        "    from prism_mcore.rewards import registry\n"
         "    good = registry.choice\n"
         "    def choice(record, response):\n"
         "        if 'w1' in response: time.sleep(60)\n"

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from prism_mcore.rl.rewards.format import boxed, final_answer
+from prism_mcore.rewards.format import boxed, final_answer
 
 
 def mathematics(record: Mapping[str, Any], response: str) -> dict[str, float]:

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prism_mcore.rl.rewards.format import is_formatted, repeated_fraction
-from prism_mcore.rl.rewards.registry import REWARDS
-from prism_mcore.rl.rewards.settings import RewardSettings
+from prism_mcore.rewards.format import is_formatted, repeated_fraction
+from prism_mcore.rewards.registry import REWARDS
+from prism_mcore.rewards.settings import RewardSettings
 
 log = logging.getLogger(__name__)
 
@@ -192,12 +192,12 @@ class Verifier:
             packages = " ".join(self.packages)
             raise RuntimeError(
                 f"a verifier process was not ready after {START_S:.0f} s, or ended before; to see why, run `python -m"
-                f" prism_mcore.rl.rewards.worker {packages}`; to install {packages}: pip install 'prism_mcore[rl]'"
+                f" prism_mcore.rewards.worker {packages}`; to install {packages}: pip install 'prism_mcore[rl]'"
             )
 
     def _start(self) -> _Worker:
         process = subprocess.Popen(
-            [sys.executable, "-m", "prism_mcore.rl.rewards.worker", *self.packages],
+            [sys.executable, "-m", "prism_mcore.rewards.worker", *self.packages],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prism_mcore.rl.rewards.choice import choice
-from prism_mcore.rl.rewards.gym import gym
-from prism_mcore.rl.rewards.mathematics import mathematics
+from prism_mcore.rewards.choice import choice
+from prism_mcore.rewards.gym import gym
+from prism_mcore.rewards.math import mathematics
 
 Record = Mapping[str, Any]
 

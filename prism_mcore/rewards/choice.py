@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from prism_mcore.rl.rewards.format import boxed, final_answer
+from prism_mcore.rewards.format import boxed, final_answer
 
 # A small letter, or I, that a word follows is English: "the answer is a prime number", "the answer I found".
 _ANSWER = re.compile(r"(?i:answer\s*(?:is)?)\s*:?\s*\**\s*\(?((?!I\s+\w)[A-J]|[a-j](?!\s+\w))\b")

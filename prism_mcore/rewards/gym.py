@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from prism_mcore.rl.rewards.format import boxed, final_answer
+from prism_mcore.rewards.format import boxed, final_answer
 
 
 def gym(record: Mapping[str, Any], response: str) -> dict[str, float]:

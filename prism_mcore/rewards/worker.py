@@ -23,7 +23,7 @@ def main() -> None:
     with contextlib.suppress(AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a response that hangs must not outlive a killed run
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    from prism_mcore.rl.rewards import REWARDS
+    from prism_mcore.rewards import REWARDS
 
     for package in sys.argv[1:]:
         importlib.import_module(package)

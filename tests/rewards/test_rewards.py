@@ -8,11 +8,11 @@ import time
 import psutil
 import pytest
 
-from prism_mcore.rl.rewards import REWARDS, Reward
-from prism_mcore.rl.rewards.choice import chosen_letter
-from prism_mcore.rl.rewards.format import final_answer, is_formatted, repeated_fraction
-from prism_mcore.rl.rewards.settings import RewardSettings
-from prism_mcore.rl.rewards.verifier import Verdict, Verifier, reward_parts
+from prism_mcore.rewards import REWARDS, Reward
+from prism_mcore.rewards.choice import chosen_letter
+from prism_mcore.rewards.format import final_answer, is_formatted, repeated_fraction
+from prism_mcore.rewards.settings import RewardSettings
+from prism_mcore.rewards.verifier import Verdict, Verifier, reward_parts
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def misbehaving(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
         "from test_rewards import misbehave\n"
-        "from prism_mcore.rl.rewards import REWARDS, Reward\n"
+        "from prism_mcore.rewards import REWARDS, Reward\n"
         "REWARDS['misbehave'] = Reward(misbehave, ())\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -149,7 +149,7 @@ def test_a_response_that_hangs_dies_or_raises_costs_itself_alone(misbehaving):
 def test_a_hanging_worker_does_not_outlive_a_killed_run(misbehaving):
     program = (
         "import time\n"
-        "from prism_mcore.rl.rewards.verifier import Verifier\n"
+        "from prism_mcore.rewards.verifier import Verifier\n"
         "verifier = Verifier(workers=1, timeout_s=60.0)\n"
         "verifier.submit(0, {'reward': 'misbehave'}, 'hang')\n"
         "while verifier._workers[0].ticket is None: time.sleep(0.01)\n"
