@@ -25,9 +25,10 @@ from prism_mcore import platform
 from prism_mcore.batch import PackedBatch
 from prism_mcore.config import Settings, SettingsError, load, num_micro_batches, resolve_spec, validate
 from prism_mcore.model.build import chunks_of
+from prism_mcore.model.flops import flops_per_token
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups, init_groups
-from prism_mcore.plan.throughput import flops_per_token, peak_flops
+from prism_mcore.plan.throughput import peak_flops
 from prism_mcore.train.metrics import peak_memory_gb
 from prism_mcore.train.optimizer import build_optimizer, update, wrap
 from prism_mcore.train.step import train_step

@@ -43,7 +43,7 @@ from prism_mcore.convert.source import (
 from prism_mcore.convert.stored import StoredTensors
 from prism_mcore.model.parameters import parameters
 from prism_mcore.model.spec import ModelSpec, _find_config, read_spec
-from prism_mcore.plan.split import split_layers
+from prism_mcore.model.split import split_layers
 from prism_mcore.train.checkpoint import FORMAT_VERSION, LATEST, STATE, CheckpointError, latest, read_state, step_name
 from prism_mcore.train.manifest import FileRecord, damage, write_atomically, write_manifest
 

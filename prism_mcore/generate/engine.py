@@ -61,7 +61,7 @@ class Engine:
             raise ValueError("generation needs the whole model on each rank; set parallel.pp=1")
         self.model, self.tokenizer, self.eos = model, tokenizer, tuple(eos)
         self.settings = settings or GenerateSettings()
-        self.groups, self.context = model.build.groups, context or model.spec.max_positions
+        self.groups, self.context = model.context.groups, context or model.spec.max_positions
         self.device = next(model.parameters()).device
         self.costs = Costs.of(model)
         self.statistics = Statistics()
@@ -134,7 +134,7 @@ class Engine:
     def sampler(self, sampling: Sampling) -> Sampler:
         """What draws tokens from `logits` at sampling.temperature."""
         spec, tp = self.model.spec, self.groups.tp_size
-        exact = self.model.build.ops.uses_exact("lm_logits")
+        exact = self.model.context.ops.uses_exact("lm_logits")
         return Sampler(
             Vocabulary.of(spec.vocab_size, padded_vocabulary(spec, tp), self.groups),
             greedy=sampling.temperature == 0,

@@ -20,8 +20,7 @@ from prism_mcore.generate.sampler import uniforms
 from prism_mcore.generate.schedule import Admission, Schedule, blocks_needed
 from prism_mcore.generate.settings import Sampling
 from prism_mcore.generate.text import StopTexts, stop_tokens
-from prism_mcore.model.sequence import Sequence as Tokens
-from prism_mcore.model.state import Decode, Prefill
+from prism_mcore.model.state import Decode, PackedTokens, Prefill
 
 if TYPE_CHECKING:
     from prism_mcore.generate.engine import Engine
@@ -46,7 +45,7 @@ class Stream:
         self.schedule = Schedule(requests, self.limits, room, engine.settings.prefill_tokens)
         self.held_logits: Tensor | None = None
         self.graphs: DecodeGraphs | None = None
-        if capturable(self.model.build.ops, self.model.build.spec.head_dim, engine.device):
+        if capturable(self.model.context.ops, self.model.context.spec.head_dim, engine.device):
             width, slot, block = (
                 self.schedule.block_table.shape[1],
                 self.schedule.scratch_slot,
@@ -93,7 +92,7 @@ class Stream:
         tokens = self._tensor(np.concatenate([np.array(prompt, np.int64) for prompt in prompts]))
         positions = self._tensor(np.concatenate([np.arange(len(prompt)) for prompt in prompts]))
         boundaries = Boundaries.on(self.engine.device, ends)
-        seq = Tokens(boundaries, max(map(len, prompts)), self.model.rope(positions))
+        seq = PackedTokens(boundaries, max(map(len, prompts)), self.model.rope(positions))
         step = Prefill(self._tensor(admission.prompt_slots), self._tensor(admission.prompt_rows))
         self.engine.count(prefilled_tokens=len(tokens))
         with self.model.whole_sequences():
@@ -117,7 +116,9 @@ class Stream:
         each = Boundaries(torch.arange(len(tokens) + 1, dtype=torch.int32))
         step = Decode(slots, positions, places, table, (positions + 1).to(torch.int32))
         with self.model.whole_sequences():
-            hidden = self.model.advance(tokens, Tokens(each, 1, self.model.rope(positions)), step, self.caches.layers)
+            hidden = self.model.advance(
+                tokens, PackedTokens(each, 1, self.model.rope(positions)), step, self.caches.layers
+            )
             return self.model.next_logits(hidden, self.temperature)
 
     def _sample(self, slots: np.ndarray, logits: Tensor) -> Iterator[Completion]:

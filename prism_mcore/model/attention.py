@@ -7,25 +7,25 @@ from torch import Tensor, nn
 
 from prism_kernels.boundaries import document_ends
 from prism_kernels.caches import PagedCache
-from prism_mcore.model.linear import Build, column_linear, decoded, row_linear
-from prism_mcore.model.sequence import Sequence
-from prism_mcore.model.state import Decode, State
+from prism_mcore.model.context import ModelContext
+from prism_mcore.model.linear import column_linear, decoded, row_linear
+from prism_mcore.model.state import Decode, PackedTokens, State
 
 
 class TransformerEngineAttention(nn.Module):
     """Transformer Engine's fused attention over packed documents, through megatron-core's wrapper."""
 
-    def __init__(self, build: Build):
+    def __init__(self, context: ModelContext):
         super().__init__()
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
         from megatron.core.transformer.enums import AttnMaskType
 
         self.mask_type = AttnMaskType.padding_causal
         self.core = TEDotProductAttention(  # window and head counts come from the config
-            build.config, 1, self.mask_type, "self", softmax_scale=build.spec.attention_scale
+            context.config, 1, self.mask_type, "self", softmax_scale=context.spec.attention_scale
         )
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: PackedTokens) -> Tensor:
         """q [t, h, p], k and v [t, hk, p] -> [t, h * p]."""
         from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -35,23 +35,25 @@ class TransformerEngineAttention(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, build: Build):
+    def __init__(self, context: ModelContext):
         super().__init__()
-        spec = self.spec = build.spec
-        self.kv_heads = spec.num_kv_heads // build.groups.tp_size
+        spec = self.spec = context.spec
+        self.kv_heads = spec.num_kv_heads // context.groups.tp_size
         self.heads_per_kv = spec.num_heads // spec.num_kv_heads
         width = spec.num_heads * spec.head_dim
-        self.qkv = column_linear(build, width + 2 * spec.num_kv_heads * spec.head_dim, spec.hidden_size)
-        self.out_proj = row_linear(build, spec.hidden_size, width)
-        self.apply_rope = build.ops["rope"]
-        self.attention = TransformerEngineAttention(build) if build.ops.uses_te("attention") else build.ops["attention"]
-        self.attention_decode = build.ops["attention_decode"]
+        self.qkv = column_linear(context, width + 2 * spec.num_kv_heads * spec.head_dim, spec.hidden_size)
+        self.out_proj = row_linear(context, spec.hidden_size, width)
+        self.apply_rope = context.ops["rope"]
+        self.attention = (
+            TransformerEngineAttention(context) if context.ops.uses_te("attention") else context.ops["attention"]
+        )
+        self.attention_decode = context.ops["attention_decode"]
 
     def cache(self, blocks: int, block_len: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
         """Room for the keys and values of blocks * block_len tokens."""
         return PagedCache.allocate(blocks, block_len, self.kv_heads, self.spec.head_dim, dtype, device)
 
-    def forward(self, x: Tensor, seq: Sequence, state: State | None = None) -> Tensor:
+    def forward(self, x: Tensor, seq: PackedTokens, state: State | None = None) -> Tensor:
         """[t, 1, d] -> [t, 1, d]."""
         decoding = state is not None and isinstance(state.step, Decode)
         qkv = decoded(self.qkv, x) if decoding else self.qkv(x)[0]

@@ -24,12 +24,12 @@ from prism_kernels.matmul import mm
 from prism_kernels.reference import rope_table
 from prism_mcore.batch import PackedBatch
 from prism_mcore.model.attention import Attention
-from prism_mcore.model.linear import Build, add_and_norm, norm, residual_sum
+from prism_mcore.model.context import ModelContext
+from prism_mcore.model.linear import add_and_norm, norm, residual_sum
 from prism_mcore.model.mamba import Mamba
 from prism_mcore.model.mlp import MLP
 from prism_mcore.model.parameters import Parameter, draw, padded_vocabulary, parameters, shard
-from prism_mcore.model.sequence import Sequence
-from prism_mcore.model.state import Cache, Decode, Prefill, State
+from prism_mcore.model.state import Cache, Decode, PackedTokens, Prefill, State
 
 MIXERS: dict[str, type[nn.Module]] = {"*": Attention, "-": MLP, "M": Mamba}
 
@@ -40,14 +40,14 @@ class Block(nn.Module):
     The sum is left to the next sub-layer, whose norm reads it anyway: hidden states travel as (x, branch).
     """
 
-    def __init__(self, build: Build, kind: str, recompute: bool):
+    def __init__(self, context: ModelContext, kind: str, recompute: bool):
         super().__init__()
-        self.norm, self.mixer = norm(build), MIXERS[kind](build)
-        self.residual_multiplier, self.recompute = build.spec.residual_multiplier, recompute
-        self.exact = build.ops.uses_exact("add_rms_norm")
+        self.norm, self.mixer = norm(context), MIXERS[kind](context)
+        self.residual_multiplier, self.recompute = context.spec.residual_multiplier, recompute
+        self.exact = context.ops.uses_exact("add_rms_norm")
 
     def forward(
-        self, x: Tensor, seq: Sequence, branch: Tensor | None = None, state: State | None = None
+        self, x: Tensor, seq: PackedTokens, branch: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, Tensor]:
         """The previous sub-layer's (x, branch) -> this one's, each [t, 1, d]; no branch: x is the whole."""
         if self.recompute and torch.is_grad_enabled():
@@ -57,7 +57,7 @@ class Block(nn.Module):
         normed, x = add_and_norm(self.norm, x, branch, self.residual_multiplier)
         return x, self.mixer(normed, seq, state)
 
-    def branch(self, x: Tensor, seq: Sequence) -> Tensor:
+    def branch(self, x: Tensor, seq: PackedTokens) -> Tensor:
         return self.mixer(self.norm(x), seq)
 
     def total(self, x: Tensor, branch: Tensor | None) -> Tensor:
@@ -68,14 +68,14 @@ class Block(nn.Module):
 class Embedding(VocabParallelEmbedding):
     """Token ids -> hidden states, scaled; cut over the vocabulary."""
 
-    def __init__(self, build: Build):
-        spec, groups = build.spec, build.groups
+    def __init__(self, context: ModelContext):
+        spec, groups = context.spec, context.groups
         super().__init__(
             padded_vocabulary(spec, groups.tp_size),
             spec.hidden_size,
             init_method=lambda weight: weight,
-            reduce_scatter_embeddings=build.config.sequence_parallel,
-            config=build.config,
+            reduce_scatter_embeddings=context.config.sequence_parallel,
+            config=context.config,
             tp_group=groups.tp,
         )
         self.multiplier = spec.embedding_multiplier
@@ -90,13 +90,13 @@ class Embedding(VocabParallelEmbedding):
 class Head(nn.Module):
     """Final hidden states -> loss and log-probs, vocabulary-parallel, never holding the logits of the whole batch."""
 
-    def __init__(self, build: Build, weight: Tensor | None):
+    def __init__(self, context: ModelContext, weight: Tensor | None):
         super().__init__()
-        self.build = build
-        rows = padded_vocabulary(build.spec, build.groups.tp_size) // build.groups.tp_size
+        self.context = context
+        rows = padded_vocabulary(context.spec, context.groups.tp_size) // context.groups.tp_size
         if weight is None:
-            self.weight = nn.Parameter(torch.empty(rows, build.spec.hidden_size, dtype=build.config.params_dtype))
-        self.linear_cross_entropy, self.lm_logits = build.ops["linear_cross_entropy"], build.ops["lm_logits"]
+            self.weight = nn.Parameter(torch.empty(rows, context.spec.hidden_size, dtype=context.config.params_dtype))
+        self.linear_cross_entropy, self.lm_logits = context.ops["linear_cross_entropy"], context.ops["lm_logits"]
 
     def forward(self, use: Callable[..., Any], *arguments: Any) -> Any:
         """`output(Head.loss, ...)`: overlapped parameter gathering waits for a module's weight when it is called."""
@@ -112,9 +112,9 @@ class Head(nn.Module):
             weight,
             labels,
             token_weights=loss_mask.float(),
-            logits_divisor=self.build.spec.logits_divisor,
-            vocab_size=self.build.spec.vocab_size,
-            group=self.build.groups.tp if self.build.groups.tp_size > 1 else None,
+            logits_divisor=self.context.spec.logits_divisor,
+            vocab_size=self.context.spec.vocab_size,
+            group=self.context.groups.tp if self.context.groups.tp_size > 1 else None,
         )
 
     def policy(self, x: Tensor, labels: Tensor, weight: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ class Head(nn.Module):
 
         The log-probs are differentiable, and their logits not rounded: the sampler's are not either.
         """
-        spec, groups = self.build.spec, self.build.groups
+        spec, groups = self.context.spec, self.context.groups
         return self.linear_cross_entropy(
             self._all_tokens(x),
             self.weight if weight is None else weight,
@@ -137,7 +137,7 @@ class Head(nn.Module):
 
     def logits(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """[t, 1, d] -> logits [t, v] fp32 of the whole vocabulary, unpadded, on every rank; no gradients."""
-        spec, groups = self.build.spec, self.build.groups
+        spec, groups = self.context.spec, self.context.groups
         mine = mm(self._all_tokens(x), (self.weight if weight is None else weight).t())
         ranks = [torch.empty_like(mine) for _ in range(groups.tp_size)]
         dist.all_gather(ranks, mine, group=groups.tp)
@@ -145,15 +145,15 @@ class Head(nn.Module):
 
     def local_logits(self, x: Tensor, weight: Tensor | None, temperature: float) -> Tensor:
         """[n, 1, d] -> logits / temperature [n, v] fp32 of this rank's part of the vocabulary, without padding."""
-        spec, groups = self.build.spec, self.build.groups
+        spec, groups = self.context.spec, self.context.groups
         weight = self.weight if weight is None else weight
         rows = max(0, min(len(weight), spec.vocab_size - groups.tp_rank * len(weight)))
         return self.lm_logits(x.squeeze(1), weight[:rows], spec.logits_divisor * temperature)
 
     def _all_tokens(self, x: Tensor) -> Tensor:
         """[t, 1, d], or a sequence-parallel part of it, -> [t, d]."""
-        tp = self.build.groups.tp
-        if self.build.config.sequence_parallel:
+        tp = self.context.groups.tp
+        if self.context.config.sequence_parallel:
             return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=tp).squeeze(1)
         return copy_to_tensor_model_parallel_region(x, group=tp).squeeze(1)
 
@@ -165,23 +165,25 @@ class HybridModel(MegatronModule):
     embedding protocol. Parameter names carry global sub-layer indices: `layers.7.mixer.qkv.weight`.
     """
 
-    def __init__(self, build: Build, layers: list[int], *, recompute: frozenset[str] = frozenset(), vp_stage: int = 0):
-        super().__init__(config=build.config)
-        spec = self.spec = build.spec
-        self.build, self.vp_stage, self.model_type = build, vp_stage, ModelType.encoder_or_decoder
+    def __init__(
+        self, context: ModelContext, layers: list[int], *, recompute: frozenset[str] = frozenset(), vp_stage: int = 0
+    ):
+        super().__init__(config=context.config)
+        spec = self.spec = context.spec
+        self.context, self.vp_stage, self.model_type = context, vp_stage, ModelType.encoder_or_decoder
         self.pre_process = bool(layers) and layers[0] == 0
         self.post_process = bool(layers) and layers[-1] == len(spec.pattern) - 1
         self.share_embeddings_and_output_weights = spec.tied_embeddings
         self.input_tensor: Tensor | None = None
 
         if self.pre_process:
-            self.embedding = Embedding(build)
+            self.embedding = Embedding(context)
         self.layers = nn.ModuleDict(
-            {str(i): Block(build, spec.pattern[i], spec.pattern[i] in recompute) for i in layers}
+            {str(i): Block(context, spec.pattern[i], spec.pattern[i] in recompute) for i in layers}
         )
         if self.post_process:
-            self.final_norm = norm(build)
-            self.output = Head(build, self.embedding.weight if self.pre_process and spec.tied_embeddings else None)
+            self.final_norm = norm(context)
+            self.output = Head(context, self.embedding.weight if self.pre_process and spec.tied_embeddings else None)
         self._mark_parameters()
 
     def forward(
@@ -211,9 +213,9 @@ class HybridModel(MegatronModule):
         loss = self.output(Head.loss, x, batch.labels.flatten(), batch.loss_mask.flatten(), tied)
         return (*loss, self.output(Head.logits, x.detach(), tied)) if logits else loss
 
-    def _sequence(self, batch: PackedBatch) -> Sequence:
+    def _sequence(self, batch: PackedBatch) -> PackedTokens:
         boundaries = Boundaries.on(batch.position_ids.device, batch.cu_seqlens)
-        return Sequence(boundaries, batch.max_seqlen, self.rope(batch.position_ids.flatten()))
+        return PackedTokens(boundaries, batch.max_seqlen, self.rope(batch.position_ids.flatten()))
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """Rotary angles of tokens at these positions [t]; None where the model has no positional encoding."""
@@ -238,7 +240,7 @@ class HybridModel(MegatronModule):
                 made[name] = layer.mixer.cache(slots, dtype, device) if isinstance(layer.mixer, Mamba) else None
         return made
 
-    def advance(self, tokens: Tensor, seq: Sequence, step: Prefill | Decode, caches: dict[str, Cache]) -> Tensor:
+    def advance(self, tokens: Tensor, seq: PackedTokens, step: Prefill | Decode, caches: dict[str, Cache]) -> Tensor:
         """Tokens [t] continue the sequences that `step` names: hidden states [t, 1, d] after the final norm.
 
         Under tensor parallelism every rank gets all tokens, and `whole_sequences` must be in force.
@@ -289,12 +291,12 @@ class HybridModel(MegatronModule):
 
     def table(self) -> list[tuple[str, nn.Parameter, Parameter]]:
         """(global name, local tensor, its row of the table) for every parameter of this chunk."""
-        table = parameters(self.spec, self.build.groups.tp_size)
+        table = parameters(self.spec, self.context.groups.tp_size)
         named = [(self.global_name(name), tensor) for name, tensor in self.named_parameters()]
         return [(name, tensor, table[name]) for name, tensor in named]
 
     def _mark_parameters(self) -> None:
-        sequence_parallel = self.build.config.sequence_parallel
+        sequence_parallel = self.context.config.sequence_parallel
         for name, tensor, parameter in self.table():
             tensor.tensor_model_parallel = parameter.tp_axis is not None
             tensor.partition_dim = -1 if parameter.tp_axis is None else parameter.tp_axis
@@ -314,7 +316,7 @@ class HybridModel(MegatronModule):
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Random weights that depend on (seed, global name) alone, so that every layout starts from the same model."""
-        groups = self.build.groups
+        groups = self.context.groups
         for name, tensor, parameter in self.table():
             tensor.copy_(shard(draw(name, parameter, seed), parameter, groups.tp_rank, groups.tp_size))
 
@@ -325,7 +327,7 @@ class HybridModel(MegatronModule):
         return {name: self._sharded(name, tensor, parameter) for name, tensor, parameter in self.table()}
 
     def _sharded(self, name: str, tensor: nn.Parameter, parameter: Parameter) -> ShardedTensor | ShardedTensorFactory:
-        groups, axis = self.build.groups, parameter.tp_axis
+        groups, axis = self.context.groups, parameter.tp_axis
         replica = (int(tensor.shared), groups.tp_rank if axis is None else 0, groups.dp_rank)
         offsets = [] if axis is None else [(axis, groups.tp_rank, groups.tp_size)]
 

@@ -2,55 +2,40 @@
 
 # t packed tokens (t / tp of them where activations are sequence-parallel), d hidden
 
-from dataclasses import dataclass
-
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from prism_kernels.exact import add_scaled
 from prism_kernels.matmul import mm
+from prism_mcore.model.context import ModelContext
 from prism_mcore.model.exact import ExactColumnLinear, ExactRowLinear, column_parallel
-from prism_mcore.model.ops import Ops
-from prism_mcore.model.spec import ModelSpec
-from prism_mcore.parallel import Groups
 
 
-@dataclass(frozen=True)
-class Build:
-    """What the constructors of all layers share."""
-
-    spec: ModelSpec
-    config: TransformerConfig  # megatron-core's view of the same model and layout
-    groups: Groups
-    ops: Ops  # the op table, decided once at start
-
-
-def column_linear(build: Build, rows: int, columns: int) -> nn.Module:
+def column_linear(context: ModelContext, rows: int, columns: int) -> nn.Module:
     """[t, 1, columns] -> [t, 1, rows / tp], no bias; gathers sequence-parallel input."""
-    kwargs = _linear_arguments(build)
-    if build.ops.uses_te("linear"):
+    kwargs = _linear_arguments(context)
+    if context.ops.uses_te("linear"):
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 
         return TEColumnParallelLinear(
             columns, rows, gather_output=False, is_expert=False, tp_comm_buffer_name=None, **kwargs
         )
-    column = ExactColumnLinear if build.ops.uses_exact("linear") else ColumnParallelLinear
+    column = ExactColumnLinear if context.ops.uses_exact("linear") else ColumnParallelLinear
     return column(columns, rows, **kwargs)
 
 
-def row_linear(build: Build, rows: int, columns: int) -> nn.Module:
+def row_linear(context: ModelContext, rows: int, columns: int) -> nn.Module:
     """[t, 1, columns / tp] -> [t, 1, rows], no bias; summed over ranks, scattered where sequence-parallel."""
-    kwargs = _linear_arguments(build)
-    if build.ops.uses_te("linear"):
+    kwargs = _linear_arguments(context)
+    if context.ops.uses_te("linear"):
         from megatron.core.extensions.transformer_engine import TERowParallelLinear
 
         return TERowParallelLinear(
             columns, rows, input_is_parallel=True, is_expert=False, tp_comm_buffer_name=None, **kwargs
         )
-    row = ExactRowLinear if build.ops.uses_exact("linear") else RowParallelLinear
+    row = ExactRowLinear if context.ops.uses_exact("linear") else RowParallelLinear
     return row(columns, rows, input_is_parallel=True, **kwargs)
 
 
@@ -68,24 +53,24 @@ def decoded(linear: nn.Module, x: Tensor) -> Tensor:
     return linear(x)[0]
 
 
-def _linear_arguments(build: Build) -> dict:
+def _linear_arguments(context: ModelContext) -> dict:
     return {
-        "config": build.config,
+        "config": context.config,
         "init_method": lambda weight: weight,  # HybridModel initialises every parameter itself
         "bias": False,
         "skip_bias_add": False,
-        "tp_group": build.groups.tp,
+        "tp_group": context.groups.tp,
     }
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the hidden dimension."""
 
-    def __init__(self, build: Build):
+    def __init__(self, context: ModelContext):
         super().__init__()
-        self.eps = build.spec.norm_eps
-        self.rms_norm, self.add_rms_norm = build.ops["rms_norm"], build.ops["add_rms_norm"]
-        self.weight = nn.Parameter(torch.empty(build.spec.hidden_size, dtype=build.config.params_dtype))
+        self.eps = context.spec.norm_eps
+        self.rms_norm, self.add_rms_norm = context.ops["rms_norm"], context.ops["add_rms_norm"]
+        self.weight = nn.Parameter(torch.empty(context.spec.hidden_size, dtype=context.config.params_dtype))
 
     def forward(self, x: Tensor, branch: Tensor | None = None, alpha: float = 1.0) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of x; with a branch (the norm of h, h) for h = x + alpha * branch, in one pass."""
@@ -94,13 +79,13 @@ class RMSNorm(nn.Module):
         return self.add_rms_norm(x, branch, alpha, self.weight, self.eps)
 
 
-def norm(build: Build) -> nn.Module:
+def norm(context: ModelContext) -> nn.Module:
     """RMSNorm over the hidden dimension: [t, 1, d] -> [t, 1, d]."""
-    if build.ops.uses_te("rms_norm"):
+    if context.ops.uses_te("rms_norm"):
         from megatron.core.extensions.transformer_engine import TENorm
 
-        return TENorm(build.config, build.spec.hidden_size, build.spec.norm_eps)
-    return RMSNorm(build)
+        return TENorm(context.config, context.spec.hidden_size, context.spec.norm_eps)
+    return RMSNorm(context)
 
 
 def add_and_norm(norm: nn.Module, x: Tensor, branch: Tensor | None, alpha: float) -> tuple[Tensor, Tensor]:
@@ -134,13 +119,13 @@ class Weight(nn.Module):
         return self.weight
 
 
-def column_product(x: Tensor, weights: list[Tensor], build: Build) -> Tensor:
+def column_product(x: Tensor, weights: list[Tensor], context: ModelContext) -> Tensor:
     """One column-parallel product with several weights of `rows` each: [t, 1, d] x [rows, d] -> [t, 1, sum of rows].
 
     They are put together for the product and again for its backward, not kept: 76 MB a layer in Nemotron-H at TP 2.
     """
     weight = torch.cat(weights)
-    place, sequence_parallel = weight.data_ptr(), build.config.sequence_parallel
+    place, sequence_parallel = weight.data_ptr(), context.config.sequence_parallel
 
     def keep(tensor: Tensor) -> Tensor | None:
         return None if tensor.data_ptr() == place else tensor
@@ -149,14 +134,14 @@ def column_product(x: Tensor, weights: list[Tensor], build: Build) -> Tensor:
         return torch.cat([w.detach() for w in weights]) if tensor is None else tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, restore):
-        if build.ops.uses_exact("linear"):
-            return column_parallel(x, weight, build.groups.tp, sequence_parallel)
+        if context.ops.uses_exact("linear"):
+            return column_parallel(x, weight, context.groups.tp, sequence_parallel)
         return linear_with_grad_accumulation_and_async_allreduce(
             x,
             weight,
             None,
             gradient_accumulation_fusion=False,
-            allreduce_dgrad=build.groups.tp_size > 1 and not sequence_parallel,
+            allreduce_dgrad=context.groups.tp_size > 1 and not sequence_parallel,
             sequence_parallel=sequence_parallel,
-            tp_group=build.groups.tp,
+            tp_group=context.groups.tp,
         )

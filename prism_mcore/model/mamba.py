@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from prism_kernels.caches import ConvCache
-from prism_mcore.model.linear import Build, Weight, column_product, decoded, row_linear
-from prism_mcore.model.sequence import Sequence
-from prism_mcore.model.state import Decode, MambaCache, State
+from prism_mcore.model.context import ModelContext
+from prism_mcore.model.linear import Weight, column_product, decoded, row_linear
+from prism_mcore.model.state import Decode, MambaCache, PackedTokens, State
 
 OPS = ("causal_conv1d", "conv_step", "ssd_scan", "ssd_cache", "ssd_prefill", "ssd_step")
 
@@ -21,27 +21,27 @@ class Mamba(nn.Module):
     every rank, their gradients then summed over ranks (`train/step.py`).
     """
 
-    def __init__(self, build: Build):
+    def __init__(self, context: ModelContext):
         super().__init__()
-        spec, tp = build.spec, build.groups.tp_size
-        self.build, self.spec = build, spec
+        spec, tp = context.spec, context.groups.tp_size
+        self.context, self.spec = context, spec
         self.heads = spec.mamba_num_heads // tp
         self.groups = max(spec.ssm_groups // tp, 1)
         self.inner, self.state = self.heads * spec.mamba_head_dim, self.groups * spec.ssm_state_size
         # A norm group of one for the whole width spans all ranks: they share its sum of squares.
         self.norm_groups = max(spec.gated_norm_groups // tp, 1)
-        self.norm_ranks = build.groups.tp if spec.gated_norm_groups == 1 and tp > 1 else None
+        self.norm_ranks = context.groups.tp if spec.gated_norm_groups == 1 and tp > 1 else None
 
-        dtype = build.config.params_dtype
+        dtype = context.config.params_dtype
         self.in_proj = Weight((2 * self.inner + self.heads, spec.hidden_size), dtype)
         self.in_proj_bc = Weight((2 * self.state, spec.hidden_size), dtype)
         self.conv_x = Weight((self.inner, spec.conv_kernel), dtype, bias=spec.conv_bias)
         self.conv_bc = Weight((2 * self.state, spec.conv_kernel), dtype, bias=spec.conv_bias)
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(self.heads)) for _ in range(3))
         self.norm = Weight((self.inner,), dtype)
-        self.out_proj = row_linear(build, spec.hidden_size, spec.mamba_num_heads * spec.mamba_head_dim)
-        self.ops = {op: build.ops[op] for op in OPS}
-        self.gated_norm = build.ops["gated_rms_norm"]
+        self.out_proj = row_linear(context, spec.hidden_size, spec.mamba_num_heads * spec.mamba_head_dim)
+        self.ops = {op: context.ops[op] for op in OPS}
+        self.gated_norm = context.ops["gated_rms_norm"]
 
     def cache(self, slots: int, dtype: torch.dtype, device: torch.device) -> MambaCache:
         """Room for the states of so many sequences."""
@@ -50,10 +50,10 @@ class Mamba(nn.Module):
         conv = ConvCache.allocate(slots, self.inner + 2 * self.state, spec.conv_kernel, dtype, device)
         return MambaCache(conv, self.ops["ssd_cache"](*shape, dtype, device))
 
-    def forward(self, x: Tensor, seq: Sequence, state: State | None = None) -> Tensor:
+    def forward(self, x: Tensor, seq: PackedTokens, state: State | None = None) -> Tensor:
         """[t, 1, d] -> [t, 1, d]."""
         spec = self.spec
-        zdtxbc = column_product(x, [self.in_proj(), self.in_proj_bc()], self.build).squeeze(1)
+        zdtxbc = column_product(x, [self.in_proj(), self.in_proj_bc()], self.context).squeeze(1)
         z, dt, xbc = zdtxbc.split([self.inner, self.heads, self.inner + 2 * self.state], dim=-1)
         xbc = self._convolved(xbc, seq, state)
         xs, B, C = xbc.split([self.inner, self.state, self.state], dim=-1)
@@ -63,7 +63,7 @@ class Mamba(nn.Module):
         decoding = state is not None and isinstance(state.step, Decode)
         return decoded(self.out_proj, y.unsqueeze(1)) if decoding else self.out_proj(y.unsqueeze(1))[0]
 
-    def _convolved(self, xbc: Tensor, seq: Sequence, state: State | None) -> Tensor:
+    def _convolved(self, xbc: Tensor, seq: PackedTokens, state: State | None) -> Tensor:
         weight = torch.cat([self.conv_x(), self.conv_bc()])
         bias = torch.cat([self.conv_x.bias, self.conv_bc.bias]) if self.spec.conv_bias else None
         if state is None:
@@ -75,7 +75,7 @@ class Mamba(nn.Module):
         state.cache.conv.state[state.step.slots] = final.to(state.cache.conv.state.dtype)
         return y
 
-    def _scanned(self, inputs: tuple[Tensor, ...], seq: Sequence, state: State | None) -> Tensor:
+    def _scanned(self, inputs: tuple[Tensor, ...], seq: PackedTokens, state: State | None) -> Tensor:
         """inputs: x [t, h, p], dt [t, h], A_log [h], B, C [t, g, n], D, dt_bias [h] -> [t, h, p]."""
         spec = self.spec
         if state is None:

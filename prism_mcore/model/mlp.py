@@ -4,22 +4,22 @@
 
 from torch import Tensor, nn
 
-from prism_mcore.model.linear import Build, column_linear, decoded, row_linear
-from prism_mcore.model.sequence import Sequence
-from prism_mcore.model.state import Decode, State
+from prism_mcore.model.context import ModelContext
+from prism_mcore.model.linear import column_linear, decoded, row_linear
+from prism_mcore.model.state import Decode, PackedTokens, State
 
 
 class MLP(nn.Module):
-    def __init__(self, build: Build):
+    def __init__(self, context: ModelContext):
         super().__init__()
-        spec = build.spec
+        spec = context.spec
         self.gated = spec.activation == "swiglu"
-        up = column_linear(build, spec.ffn_size * (2 if self.gated else 1), spec.hidden_size)
+        up = column_linear(context, spec.ffn_size * (2 if self.gated else 1), spec.hidden_size)
         setattr(self, "gate_up" if self.gated else "up", up)
-        self.down = row_linear(build, spec.hidden_size, spec.ffn_size)
-        self.activation = build.ops[spec.activation]
+        self.down = row_linear(context, spec.hidden_size, spec.ffn_size)
+        self.activation = context.ops[spec.activation]
 
-    def forward(self, x: Tensor, seq: Sequence, state: State | None = None) -> Tensor:
+    def forward(self, x: Tensor, seq: PackedTokens, state: State | None = None) -> Tensor:
         """[t, 1, d] -> [t, 1, d]."""
         up = self.gate_up if self.gated else self.up
         if state is not None and isinstance(state.step, Decode):

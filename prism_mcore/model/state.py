@@ -1,4 +1,4 @@
-"""What a forward pass of generation is told beside its tokens: which sequences they continue, and where those are kept.
+"""What a forward pass is told beside its tokens: where documents lie; in generation, which sequences they continue.
 
 A prompt's pass (`Prefill`) runs the ops of training over packed whole prompts and stores what they end with; a decoding
 pass (`Decode`) adds one token to each of many sequences.
@@ -11,7 +11,21 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from prism_kernels.boundaries import Boundaries
 from prism_kernels.caches import ConvCache, PagedCache, SlotCache
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Where documents begin and end in the t packed tokens, and their rotary angles; made once per micro-batch.
+
+    Three tokens of one document and one of another, rotary positions over a head of 8:
+        PackedTokens(boundaries=Boundaries([0, 3, 4]), max_seqlen=3, rope=(cos, sin))     # cos, sin [4, 8] fp32
+    """
+
+    boundaries: Boundaries
+    max_seqlen: int  # tokens of the longest document
+    rope: tuple[Tensor, Tensor] | None  # cos, sin, each [t, head_dim] fp32; None: no positional encoding
 
 
 @dataclass(frozen=True, eq=False)

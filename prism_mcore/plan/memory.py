@@ -14,8 +14,8 @@ from prism_kernels.reference_loss import CHUNK_BYTES, MOST_ROUNDED_SUMS
 from prism_mcore.config import Settings, num_micro_batches
 from prism_mcore.model.parameters import Parameter, padded_vocabulary, parameters
 from prism_mcore.model.spec import ATTENTION, LAYER_NAMES, MAMBA, MLP, ModelSpec
+from prism_mcore.model.split import split_layers
 from prism_mcore.parallel import data_parallel_size
-from prism_mcore.plan.split import split_layers
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from rich.console import Console
 from rich.table import Table
 
 from prism_mcore.config import Settings, dump, num_micro_batches
+from prism_mcore.model.flops import flops_per_token
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import data_parallel_size
 from prism_mcore.plan.memory import cache_bytes, num_parameters, plan_memory
-from prism_mcore.plan.throughput import PEAK_FLOPS, flops_per_token, gpu_hours
+from prism_mcore.plan.throughput import PEAK_FLOPS, gpu_hours
 
 MFU = 0.4  # of the bf16 peak: what the time below assumes
 GB = 1e9

@@ -20,9 +20,8 @@ from prism_kernels.exact_attention import BLOCK
 from prism_kernels.exact_loss import token_logprobs
 from prism_mcore.batch import Rollout
 from prism_mcore.model.hybrid import HybridModel
-from prism_mcore.model.sequence import Sequence as Tokens
 from prism_mcore.model.spec import LAYER_NAMES
-from prism_mcore.model.state import Decode, Prefill
+from prism_mcore.model.state import Decode, PackedTokens, Prefill
 from prism_mcore.rl.settings import RLSettings
 from prism_mcore.rl.step import PolicyStats
 from prism_mcore.train.guards import GuardStop
@@ -110,7 +109,7 @@ def trained_path(model: HybridModel, rollout: Rollout) -> Path:
     """One packed forward pass over the rollout alone."""
     text = torch.tensor([rollout.prompt_tokens + rollout.tokens])
     tokens = text.shape[1] - 1
-    ranks = model.build.groups.tp_size if model.config.sequence_parallel else 1
+    ranks = model.context.groups.tp_size if model.config.sequence_parallel else 1
     with _watched(model) as path:
         batch = to_device(one_document_each(text, -text.shape[1] % ranks), next(model.parameters()).device)
         logprobs, _ = model(batch, temperature=rollout.temperature or 1.0)
@@ -120,7 +119,7 @@ def trained_path(model: HybridModel, rollout: Rollout) -> Path:
 @torch.no_grad()
 def decoded_path(model: HybridModel, rollout: Rollout) -> Path:
     """The prompt prefilled, then the response token by token through fresh caches."""
-    groups, temperature = model.build.groups, rollout.temperature or 1.0
+    groups, temperature = model.context.groups, rollout.temperature or 1.0
     text = torch.tensor(rollout.prompt_tokens + rollout.tokens, device=next(model.parameters()).device)
     blocks, prompt = -(-len(text) // BLOCK), len(rollout.prompt_tokens)
     caches, device = model.caches(1, blocks, BLOCK), text.device
@@ -129,7 +128,7 @@ def decoded_path(model: HybridModel, rollout: Rollout) -> Path:
         for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, len(text) - 1))]:
             places = torch.arange(start, end, device=device)
             ends = torch.tensor([0, end - start], dtype=torch.int32)
-            seq = Tokens(Boundaries.on(device, ends), end - start, model.rope(places))
+            seq = PackedTokens(Boundaries.on(device, ends), end - start, model.rope(places))
             lengths = torch.tensor([end], dtype=torch.int32, device=device)
             pass_ = Prefill(slot, places) if start == 0 else Decode(slot, places, places, table, lengths)
             x = model.advance(text[start:end], seq, pass_, caches)
@@ -147,8 +146,8 @@ def _watched(model: HybridModel) -> Iterator[Path]:
 
     def keep(place: str, x: Tensor) -> None:
         if model.config.sequence_parallel:
-            parts = [torch.empty_like(x) for _ in range(model.build.groups.tp_size)]
-            dist.all_gather(parts, x.contiguous(), group=model.build.groups.tp)
+            parts = [torch.empty_like(x) for _ in range(model.context.groups.tp_size)]
+            dist.all_gather(parts, x.contiguous(), group=model.context.groups.tp)
             x = torch.cat(parts)
         path.states.setdefault(place, []).append(x.squeeze(1).clone())
 

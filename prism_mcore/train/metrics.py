@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import torch
 
-from prism_mcore.plan.throughput import flops_per_token, peak_flops
+from prism_mcore.model.flops import flops_per_token
+from prism_mcore.plan.throughput import peak_flops
 
 if TYPE_CHECKING:
     from prism_mcore.train.loop import Run

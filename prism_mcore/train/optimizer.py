@@ -76,7 +76,7 @@ def build_optimizer(
     model: HybridModel = chunks[0].module
     for part in optimizer.chained_optimizers:
         if part.optimizer is not None:  # this rank holds a share of the parameters
-            part.optimizer = _adamw(model.build.ops.choices["adamw"].backend, part.optimizer)
+            part.optimizer = _adamw(model.context.ops.choices["adamw"].backend, part.optimizer)
     return optimizer
 
 

@@ -19,7 +19,7 @@ from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.parameters import gather
 from prism_mcore.model.spec import read_spec
-from prism_mcore.plan.split import split_layers
+from prism_mcore.model.split import split_layers
 
 LAYOUTS = {
     "1": (1, {}),

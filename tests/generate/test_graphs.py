@@ -12,9 +12,8 @@ from prism_mcore.generate import Engine, GenerateSettings, Sampling
 from prism_mcore.model.attention import Attention
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
-from prism_mcore.model.sequence import Sequence
 from prism_mcore.model.spec import spec_from_config
-from prism_mcore.model.state import Decode
+from prism_mcore.model.state import Decode, PackedTokens
 
 
 class CopiesFromTheCPU(TorchDispatchMode):
@@ -45,7 +44,7 @@ def copies_in_a_second_pass(groups, name):
     step = Decode(slots, positions, rows, torch.zeros(3, 2, dtype=torch.int32, device=device), positions.int())
     for _ in range(2):
         with CopiesFromTheCPU() as copies, torch.inference_mode():
-            seq = Sequence(Boundaries(torch.arange(4, dtype=torch.int32)), 1, model.rope(positions))
+            seq = PackedTokens(Boundaries(torch.arange(4, dtype=torch.int32)), 1, model.rope(positions))
             model.next_logits(model.advance(tokens, seq, step, caches), 0.7)
     return copies.found
 

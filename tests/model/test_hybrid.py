@@ -9,7 +9,7 @@ from prism_kernels.boundaries import Boundaries, document_ends
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.parameters import draw, gather, parameters, shard
-from prism_mcore.plan.split import split_layers
+from prism_mcore.model.split import split_layers
 
 CPU = torch.device("cpu")
 
@@ -140,7 +140,7 @@ def modules_of_a_gpu(groups):
     """Where Transformer Engine would put its weights for a GPU, and how the embedding is read in deterministic mode."""
     from megatron.core.extensions import transformer_engine
 
-    from prism_mcore.model.build import transformer_config
+    from prism_mcore.model.context import transformer_config
 
     is_te_min_version, current_device = transformer_engine.is_te_min_version, torch.cuda.current_device
     transformer_engine.is_te_min_version, torch.cuda.current_device = lambda version: True, lambda: 3

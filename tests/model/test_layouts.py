@@ -10,7 +10,7 @@ from tiny.models import SPECS, packed_batches
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.parameters import parameters
-from prism_mcore.plan.split import split_layers
+from prism_mcore.model.split import split_layers
 from prism_mcore.train.optimizer import wrap
 from prism_mcore.train.step import forward_backward
 

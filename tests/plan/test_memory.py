@@ -9,8 +9,8 @@ from prism_mcore.config import Settings
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.spec import read_spec
+from prism_mcore.model.split import split_layers
 from prism_mcore.plan.memory import kept_bytes_per_token, plan_memory
-from prism_mcore.plan.split import split_layers
 
 CPU = torch.device("cpu")
 

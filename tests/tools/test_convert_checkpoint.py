@@ -118,7 +118,7 @@ def test_a_directory_that_mixes_dtypes(convert, tmp_path):
 def build(groups, path, dtype):
     from prism_mcore.model.build import build_chunks
     from prism_mcore.model.ops import Ops
-    from prism_mcore.plan.split import split_layers
+    from prism_mcore.model.split import split_layers
 
     spec, cpu = read_spec(path), torch.device("cpu")
     split = split_layers(spec, groups.pp_size, groups.vpp, seq_len=16)

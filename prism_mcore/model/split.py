@@ -2,8 +2,8 @@
 
 from itertools import accumulate
 
+from prism_mcore.model.flops import head_flops, sublayer_flops
 from prism_mcore.model.spec import ModelSpec
-from prism_mcore.plan.throughput import head_flops, sublayer_flops
 
 
 def split_layers(spec: ModelSpec, pp: int, vpp: int, seq_len: int, split: str | list[int] = "auto") -> list[list[int]]:

@@ -5,9 +5,10 @@ from itertools import combinations
 
 import pytest
 
+from prism_mcore.model.flops import flops_per_token, head_flops, mean_keys, sublayer_flops
 from prism_mcore.model.spec import read_spec
-from prism_mcore.plan.split import split_layers
-from prism_mcore.plan.throughput import flops_per_token, head_flops, mean_keys, peak_flops, sublayer_flops
+from prism_mcore.model.split import split_layers
+from prism_mcore.plan.throughput import peak_flops
 
 
 def slowest(spec, split):
