@@ -20,7 +20,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h as nemotron
 
 from prism_kernels import reference
 from prism_kernels.boundaries import Boundaries
-from prism_mcore.platform import _ParallelLinear
+from prism_mcore.megatron_patches import ParallelLinear
 
 BATCH, LENGTH, HIDDEN, HEADS, HEAD_DIM, VOCAB = 4, 512, 256, 8, 64, 8192
 TOKENS, INNER = BATCH * LENGTH, HEADS * HEAD_DIM
@@ -141,7 +141,7 @@ def cross_entropy(dtype: torch.dtype, fused: bool) -> Sides:
 def linear(dtype: torch.dtype) -> Sides:
     x, weight = leaf(TOKENS, HIDDEN, dtype=dtype), leaf(1024, HIDDEN, dtype=dtype)
     no_parallelism = (None, None, False, False, None, None, None)
-    ours = both_ways(lambda x, weight: _ParallelLinear.apply(x, weight, *no_parallelism), x, weight)
+    ours = both_ways(lambda x, weight: ParallelLinear.apply(x, weight, *no_parallelism), x, weight)
     return ours, both_ways(F.linear, x, weight)
 
 

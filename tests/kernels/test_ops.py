@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNormGated, causal_conv1d_fn
 
 from prism_kernels import reference
-from prism_mcore.platform import _ParallelLinear
+from prism_mcore.megatron_patches import ParallelLinear
 
 DTYPES = [torch.float32, torch.bfloat16]
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -100,7 +100,7 @@ def test_linear_through_onednn_is_as_exact_as_torch():
     torch.manual_seed(0)  # large enough for oneDNN, odd sizes
     inputs = [randn(130, 257, dtype=torch.float32), randn(101, 257, dtype=torch.float32)]
     no_parallelism = (None, None, False, False, None, None, None)
-    assert_as_exact_as(lambda x, weight: _ParallelLinear.apply(x, weight, *no_parallelism), F.linear, inputs)
+    assert_as_exact_as(lambda x, weight: ParallelLinear.apply(x, weight, *no_parallelism), F.linear, inputs)
 
 
 LLAMA3 = {
