@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
+from prism_mcore.checkpoint.index import CheckpointError, read_index
 from prism_mcore.convert.names import ExchangeError, Run, Shape
 from prism_mcore.convert.source import read_exactly
-from prism_mcore.train.checkpoint import CheckpointError, read_index
 
 
 @dataclass(frozen=True)

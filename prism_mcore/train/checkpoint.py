@@ -3,9 +3,9 @@
     <run>/checkpoints/
         step_00000100/           written as .tmp_step_00000100, synced, renamed when complete
             __0_0.distcp ...     tensors under their global names, megatron-core's torch_dist format
-            .metadata            where each tensor is (torch's index, a pickle: read through an allow-list)
+            .metadata            where each tensor is (torch's index, a pickle: read as data by checkpoint/index.py)
             metadata.json        megatron-core's name of the format
-            common.pt            empty; megatron-core wants it
+            common.pt            empty, and never opened; megatron-core wants it
             state.json           everything that is not a tensor
             manifest.json        size and SHA-256 of every file above
         latest                   the name of the newest complete one
@@ -15,11 +15,12 @@ __main__, and wait for ever when one of them dies.
 """
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
-import pickle
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -45,10 +45,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-from prism_mcore.agree import all_ranks, deadline, end_process, gather_failures
+from prism_mcore.checkpoint.index import CheckpointError, read_index
+from prism_mcore.checkpoint.load import load_tensors
+from prism_mcore.exit_codes import FAILED
 from prism_mcore.parallel import Groups
 from prism_mcore.train.manifest import FileRecord, damage, describe, sync_folder, write_atomically, write_manifest
 from prism_mcore.train.random_state import get_random_state, set_random_state
@@ -57,13 +59,8 @@ from prism_mcore.train.settings import CheckpointSettings
 FORMAT_VERSION = 1
 STATE = "state.json"
 LATEST = "latest"
-DEADLINE = "checkpoint.save_deadline_s"
 
 log = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class Checkpoints:
         done after checkpoint.save_deadline_s ends the process.
         """
         self.wait()
-        with deadline(self.settings.save_deadline_s, f"saving {self.folder / step_name(step)}", DEADLINE):
+        with deadline(self.settings.save_deadline_s, f"saving {self.folder / step_name(step)}"):
             save = _Save(self.folder, step, self.groups, self.settings.keep)
             save.plan(chunks, optimizer, state, more or {}, copy=self.settings.async_save)
             if self.settings.async_save:
@@ -113,16 +110,16 @@ class Checkpoints:
 
     def poll(self) -> None:
         """Complete an asynchronous save once every rank has written its part; call it after every step."""
-        if self._pending is not None and all_ranks(not self._pending.writing):
+        if self._pending is not None and _all_ranks(not self._pending.writing):
             self.wait()
         elif self._pending is not None and self._pending.age_s > self.settings.save_deadline_s:
-            end_process(f"saving {self._pending.path}", self.settings.save_deadline_s, DEADLINE)
+            _end_process(f"saving {self._pending.path}", self.settings.save_deadline_s)
 
     def wait(self) -> None:
         """Complete an asynchronous save, if there is one; call it before the run ends."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            with deadline(self.settings.save_deadline_s - pending.age_s, f"saving {pending.path}", DEADLINE):
+            with deadline(self.settings.save_deadline_s - pending.age_s, f"saving {pending.path}"):
                 pending.finish()
 
 
@@ -394,24 +391,6 @@ def read_state(path: Path) -> dict[str, Any]:
     return record
 
 
-def read_index(path: Path) -> Metadata:
-    """The index of a checkpoint's tensors: `state_dict_metadata` maps each global name to dtype, shape and chunks.
-
-    Raises CheckpointError for anything in the pickle but the index's own classes, and for objects that are not tensors.
-    """
-    with open(path / ".metadata", "rb") as file:
-        try:
-            index = _IndexUnpickler(file).load()
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(f"{path / '.metadata'} is not an index of tensors: {error}") from error
-    objects = [
-        name for name, entry in index.state_dict_metadata.items() if not isinstance(entry, TensorStorageMetadata)
-    ]
-    if objects:
-        raise CheckpointError(f"{path / '.metadata'} lists pickled objects, which are never loaded: {objects[:3]}")
-    return index
-
-
 def load(
     path: Path,
     chunks: Sequence[torch.nn.Module],
@@ -437,7 +416,7 @@ def load(
         log.warning("%s was saved in the layout %s; random numbers start anew", path, record["layout"])
     wanted["more"] = dict(more or {})
     places = {part: {name: sharded.data for name, sharded in wanted[part].items()} for part in ("model", "more")}
-    loaded = dist_checkpointing.load(wanted, str(path))
+    loaded = load_tensors(wanted, path, index)
     for part, tensors in places.items():
         _fill(tensors, loaded.get(part, {}))  # megatron-core drops what is empty
     _load_optimizer(optimizer, loaded["optimizer"], record["optimizer_step"])
@@ -456,10 +435,11 @@ def load_weights(path: Path, chunks: Sequence[torch.nn.Module], groups: Groups) 
         raise CheckpointError(f"cannot start from {path}: {'; '.join(problems)}")
     read_state(path)
     wanted = _sharded_tensors(chunks, None, groups, is_loading=True)
-    if problems := gather_failures(_first_difference(wanted["model"], read_index(path))):
+    index = read_index(path)
+    if problems := gather_failures(_first_difference(wanted["model"], index)):
         raise CheckpointError(f"cannot start from {path}, which is of another model: {problems[0]}")
     weights = {name: sharded.data for name, sharded in wanted["model"].items()}
-    _fill(weights, dist_checkpointing.load(wanted, str(path))["model"])
+    _fill(weights, load_tensors(wanted, path, index)["model"])
 
 
 def _first_difference(model: ShardedStateDict, index: Metadata) -> str:
@@ -472,36 +452,6 @@ def _first_difference(model: ShardedStateDict, index: Metadata) -> str:
             if tuple(found.size) != tuple(piece.global_shape) and not piece.allow_shape_mismatch:
                 return f"{piece.key} is {list(found.size)} there, {list(piece.global_shape)} here"
     return ""
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Builds the classes of torch's checkpoint index and refuses every other global: a pickle can call anything."""
-
-    ALLOWED = frozenset(
-        [
-            ("builtins", "getattr"),  # narrowed in find_class
-            ("collections", "OrderedDict"),
-            ("pathlib", "PosixPath"),
-            ("torch", "Size"),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
-            ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-            ("torch.distributed.checkpoint.metadata", "Metadata"),
-            ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-            ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-            ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-            ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-            ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-            ("torch.serialization", "_get_layout"),
-        ]
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
 
 
 # --- what is in a checkpoint ------------------------------------------------------------------------------------------
@@ -580,6 +530,47 @@ def _load_optimizer(optimizer: MegatronOptimizer, param_state: dict[int, Any], s
     for own in distributed.optimizer.state.values():
         if "step" in own:
             own["step"] = torch.full_like(own["step"], step)
+
+
+# --- ranks together ---------------------------------------------------------------------------------------------------
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _all_ranks(value: bool) -> bool:
+    flag = torch.tensor(int(value), device=_device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def gather_failures(failure: str) -> list[str]:
+    """Every rank's message where there is one; a single small reduction when all is well."""
+    if _all_ranks(not failure):
+        return []
+    failures: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    return [text for text in failures if text]
+
+
+@contextlib.contextmanager
+def deadline(seconds: float, what: str) -> Iterator[None]:
+    """End the process with exit code FAILED when the block takes longer: a rank that hangs must not hold the others."""
+    timer = threading.Timer(max(seconds, 1.0), _end_process, (what, seconds))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end_process(what: str, seconds: float) -> None:
+    print(f"{what} was not done after {seconds:.0f} s (checkpoint.save_deadline_s); ending the run", file=sys.stderr)
+    faulthandler.dump_traceback(file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(FAILED)
 
 
 def _free_space(folder: Path) -> str:

@@ -1,0 +1,1 @@
+"""Our checkpoint format: its only reader and writer."""
