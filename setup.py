@@ -23,6 +23,7 @@ setup(
         "prism_mcore",
         "prism_mcore.data",
         "prism_mcore.model",
+        "prism_mcore.model.families",
         "prism_mcore.checkpoint",
         "prism_mcore.convert",
         "prism_mcore.train",

@@ -42,7 +42,7 @@ from prism_mcore.convert.source import (
 )
 from prism_mcore.convert.stored import StoredTensors
 from prism_mcore.model.parameters import parameters
-from prism_mcore.model.spec import ModelSpec, _find_config, read_spec
+from prism_mcore.model.spec import ModelSpec, find_config, read_spec
 from prism_mcore.model.split import split_layers
 from prism_mcore.train.checkpoint import FORMAT_VERSION, LATEST, STATE, CheckpointError, latest, read_state, step_name
 from prism_mcore.train.manifest import FileRecord, damage, write_atomically, write_manifest
@@ -145,7 +145,7 @@ def remember_source(init: str, spec: str | None, folder: Path) -> None:
             return
     if spec is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(_find_config(spec), folder / "config.json")
+        shutil.copyfile(find_config(spec), folder / "config.json")
 
 
 def _read_rows(stored: StoredTensors, tensor: HFTensor, start: int, out: Tensor) -> None:

@@ -2,12 +2,17 @@
 
 The file is read as plain JSON, in the older and in transformers 5's key style, never through `AutoConfig`. Every key is
 either read, checked against the one value this engine computes, or listed as one that changes no number; a key that is
-none of these is an error that names it, so that nothing about a model is silently dropped.
+none of these is an error that names it, so that nothing about a model is silently dropped. What the keys of a family
+mean is said by its file in `families/`.
 """
 
+import importlib
 import json
 import math
+import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -17,8 +22,6 @@ MAMBA, ATTENTION, MLP = "M", "*", "-"
 LAYER_NAMES = {MAMBA: "mamba", ATTENTION: "attention", MLP: "mlp"}
 
 INITIAL_VALUES = {"initializer_range", "dt_min", "dt_max", "dt_floor"}  # of a spec: only random weights depend on them
-
-Family = Literal["llama", "mistral", "granite", "granitemoehybrid", "nemotron_h"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class ModelSpec:
     Nemotron-H-8B:   pattern "M-M-M-M*-...", ssm_groups 8, activation "squared_relu", position "none"
     """
 
-    family: Family
+    family: str  # the name of its file in families/
     pattern: str  # one of "M", "*", "-" per sub-layer
     hidden_size: int
     vocab_size: int
@@ -112,39 +115,6 @@ IGNORED = frozenset(
     num_experts_per_tok
     """.split()  # noqa: SIM905
 )
-# What transformers 5 writes into a Nemotron-H without experts: with no "E" in the pattern nothing reads it.
-IGNORED_NEMOTRON = frozenset(
-    """
-    expand n_routed_experts n_shared_experts moe_intermediate_size moe_shared_expert_intermediate_size
-    moe_latent_size moe_shared_expert_overlap routed_scaling_factor n_group topk_group norm_topk_prob
-    mtp_layers_block_type mtp_hybrid_override_pattern
-    """.split()  # noqa: SIM905
-)
-# Granite hybrid: the experts' width (there are none), and what no layer reads where no layer is Mamba.
-IGNORED_GRANITE_HYBRID = frozenset(
-    """
-    intermediate_size mamba_expand mamba_n_heads mamba_n_groups mamba_d_head mamba_d_state mamba_d_conv
-    mamba_conv_bias mamba_proj_bias mamba_chunk_size time_step_limit
-    """.split()  # noqa: SIM905
-)
-
-ARCHITECTURES: dict[str, Family] = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "GraniteForCausalLM": "granite",
-    "GraniteMoeHybridForCausalLM": "granitemoehybrid",
-    "NemotronHForCausalLM": "nemotron_h",
-}
-
-LAYER_TYPES = {
-    "mamba": MAMBA,
-    "linear_attention": MAMBA,
-    "attention": ATTENTION,
-    "full_attention": ATTENTION,
-    "mlp": MLP,
-    "moe": "E",
-}
-
 _REQUIRED = object()
 
 
@@ -152,7 +122,7 @@ class UnsupportedModel(ValueError):
     """A config.json says something this engine does not compute."""
 
 
-class _Keys:
+class Keys:
     """The keys of one config.json; remembers which were read, so that the rest can be refused."""
 
     def __init__(self, raw: dict[str, Any], source: str):
@@ -207,12 +177,34 @@ class _Keys:
                 self.fail(key, "a key this reader knows (remove it from a copy of the file if it changes no number)")
 
 
+Table = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models: the config.json it has, and what its tensors are called in a Hugging Face directory.
+
+    layers: by kind of sub-layer, what follows "<prefix>layers.<layer>." in a tensor's name -> the keys it is made of,
+    row after row, each as it is called after "layers.<sub-layer>." (`families/__init__.py` has those of most).
+    """
+
+    architecture: str  # in config.json
+    read: Callable[[Keys], ModelSpec]
+    layers: dict[str, Table]
+    ignored: frozenset[str] = frozenset()  # keys of its config.json, beside IGNORED, that change no number
+    sublayers: int = 2  # of ours, in one layer of theirs
+    prefixes: tuple[str, ...] = ("model.",)  # the first is the one to write, all are read
+    embedding: str = "embed_tokens.weight"
+    final_norm: str = "norm.weight"
+    output: str = "lm_head.weight"
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """A raw config.json: a file, a directory that holds one, or the name of a shipped one such as `llama-3.1-8b`.
 
     Infinity may be bare, as Python writes it, or `{"__float__": "Infinity"}`, as transformers 5 does.
     """
-    file = _find_config(path)
+    file = find_config(path)
     try:
         raw = json.loads(file.read_text(), object_hook=_decode_float)
     except json.JSONDecodeError as error:
@@ -222,7 +214,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def _find_config(path: str | Path) -> Path:
+def find_config(path: str | Path) -> Path:
     candidates = [Path(path), Path(path) / "config.json", SHIPPED / f"{path}.json"]
     for file in candidates:
         if file.is_file():
@@ -246,232 +238,39 @@ def spec_from_config(raw: dict[str, Any], source: str = "config.json") -> ModelS
     Raises UnsupportedModel that names the key and value for everything the engine cannot honour: an unknown
     architecture, experts, biases, another activation or rope type, dropout, shapes that do not fit, unknown keys.
     """
-    keys = _Keys(raw, source)
+    keys = Keys(raw, source)
     family = _family(keys)
-    if family == "nemotron_h":
-        spec = _nemotron_h(keys)
-        keys.refuse_the_rest(IGNORED | IGNORED_NEMOTRON)
-    elif family == "granitemoehybrid":
-        spec = _granite_hybrid(keys)
-        keys.refuse_the_rest(IGNORED | IGNORED_GRANITE_HYBRID)
-    else:
-        spec = _dense(keys, family)
-        keys.refuse_the_rest(IGNORED)
+    spec = family.read(keys)
+    keys.refuse_the_rest(IGNORED | family.ignored)
     _check_shape(source, spec)
     return spec
 
 
-def _family(keys: _Keys) -> Family:
+def _family(keys: Keys) -> Family:
+    by_architecture = {family.architecture: (name, family) for name, family in families().items()}
+    known = ", ".join(by_architecture)
     names = keys.raw.get("architectures") or []
-    known = ", ".join(ARCHITECTURES)
     if not names:  # a bare config without a model class
-        if keys.raw.get("model_type") not in ARCHITECTURES.values():
+        named = keys.raw.get("model_type")
+        if not isinstance(named, str) or named not in families():
             keys.fail("model_type", f"a model type of {known}")
-        return keys.raw["model_type"]
-    if len(names) != 1 or names[0] not in ARCHITECTURES:
+        return families()[named]
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(by_architecture):
         keys.fail("architectures", f"one of {known}")
-    family = ARCHITECTURES[names[0]]
-    if keys.raw.get("model_type", family) != family:
-        keys.fail("model_type", f"{family}, which is what {names[0]} is")
+    name, family = by_architecture[names[0]]
+    if keys.raw.get("model_type", name) != name:
+        keys.fail("model_type", f"{name}, which is what {names[0]} is")
     return family
 
 
-def _shared(keys: _Keys) -> dict[str, Any]:
-    """Fields that all families write under the same key."""
-    keys.expect("attention_dropout", 0, 0.0)
-    hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
-    # Nemotron-H's own file says attention_head_dim, transformers 5 head_dim
-    head_dim = keys.integer("head_dim", "attention_head_dim", default=hidden // heads)
-    return dict(
-        hidden_size=hidden,
-        vocab_size=keys.integer("vocab_size"),
-        max_positions=keys.integer("max_position_embeddings"),
-        tied_embeddings=keys.flag("tie_word_embeddings", default=False),
-        initializer_range=keys.number("initializer_range", default=0.02),
-        num_heads=heads,
-        num_kv_heads=keys.integer("num_key_value_heads", default=heads),
-        head_dim=head_dim,
-        attention_scale=head_dim**-0.5,
-    )
+@cache
+def families() -> dict[str, Family]:
+    """The families this engine knows, by `model_type`: what each file of `families/` says of the one it is called as.
 
-
-def _granite_multipliers(keys: _Keys) -> dict[str, float]:
-    return dict(
-        embedding_multiplier=keys.number("embedding_multiplier"),
-        attention_scale=keys.number("attention_multiplier"),  # in place of head_dim**-0.5
-        residual_multiplier=keys.number("residual_multiplier"),
-        logits_divisor=keys.number("logits_scaling"),
-    )
-
-
-def _rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from `rope_theta` and `rope_scaling`, or from transformers 5's `rope_parameters`."""
-    keys.expect("partial_rotary_factor", 1, 1.0)
-    name = "rope_parameters" if keys.raw.get("rope_parameters") is not None else "rope_scaling"
-    parameters = keys.value(name, default={})
-    keys.value("rope_parameters", "rope_scaling", default=None)  # both, when they agree
-    if not isinstance(parameters, dict):
-        keys.fail(name, "an object with rope_type")
-    nested = _Keys(parameters, f"{keys.source}: {name}")
-    theta = nested.number("rope_theta", default=keys.value("rope_theta", default=None))
-    nested.expect("partial_rotary_factor", 1, 1.0)
-    kind = nested.value("rope_type", "type", default="default")
-    scaling = None
-    if kind == "llama3":
-        scaling = RopeScaling(
-            factor=nested.number("factor"),
-            low_freq_factor=nested.number("low_freq_factor"),
-            high_freq_factor=nested.number("high_freq_factor"),
-            original_max_positions=nested.integer("original_max_position_embeddings"),
-        )
-    elif kind != "default":
-        nested.fail("rope_type" if "rope_type" in parameters else "type", '"default" or "llama3"')
-    nested.refuse_the_rest(frozenset())
-    return theta, scaling
-
-
-def _layer_pattern(keys: _Keys, name: str, kinds: list[str]) -> str:
-    """The pattern of a list of layer types, in either naming."""
-    if not isinstance(kinds, list) or not kinds or any(kind not in LAYER_TYPES for kind in kinds):
-        keys.fail(name, "a list of " + ", ".join(LAYER_TYPES))
-    return "".join(LAYER_TYPES[kind] for kind in kinds)
-
-
-def _dense(keys: _Keys, family: Family) -> ModelSpec:
-    """Llama, Mistral and Granite: attention and SwiGLU in turn."""
-    keys.expect("hidden_act", "silu", absent=False)
-    keys.expect("attention_bias", False)
-    keys.expect("mlp_bias", False)
-    window = None
-    if family == "mistral":
-        if "sliding_window" not in keys.raw:  # null means no window; transformers takes an absent key to mean 4096
-            keys.fail("sliding_window", "a window in tokens, or null for none")
-        window = None if keys.value("sliding_window", default=None) is None else keys.integer("sliding_window")
-    theta, scaling = _rope(keys)
-    return ModelSpec(
-        family=family,
-        pattern="*-" * keys.integer("num_hidden_layers"),
-        norm_eps=keys.number("rms_norm_eps"),
-        sliding_window=window,
-        position="rope",
-        rope_theta=theta,
-        rope_scaling=scaling,
-        ffn_size=keys.integer("intermediate_size"),
-        activation="swiglu",
-        **(_shared(keys) | (_granite_multipliers(keys) if family == "granite" else {})),
-    )
-
-
-def _granite_hybrid(keys: _Keys) -> ModelSpec:
-    """Granite 4: Mamba-2 or attention, each followed by SwiGLU (`shared_mlp`); RoPE only where the file says so."""
-    keys.expect("num_local_experts", 0, absent=False)
-    keys.expect("hidden_act", "silu", absent=False)
-    keys.expect("normalization_function", "rmsnorm")
-    keys.expect("attention_bias", False)
-    mixers = _layer_pattern(keys, "layer_types", keys.value("layer_types", "layers_block_type"))
-    if set(mixers) - {MAMBA, ATTENTION}:
-        keys.fail("layer_types", "only mamba (linear_attention) and attention (full_attention)")
-    _check_num_layers(keys, len(mixers))
-    theta, scaling = _rope(keys)
-    # transformers applies RoPE for "rope" and nothing for every other value, null and no key included
-    rope = keys.expect("position_embedding_type", "rope", "nope") == "rope"
-    return ModelSpec(
-        family="granitemoehybrid",
-        pattern="".join(mixer + MLP for mixer in mixers),
-        norm_eps=keys.number("rms_norm_eps"),
-        sliding_window=None,
-        position="rope" if rope else "none",
-        rope_theta=theta if rope else 0.0,
-        rope_scaling=scaling if rope else None,
-        ffn_size=keys.integer("shared_intermediate_size"),
-        activation="swiglu",
-        **(_shared(keys) | _granite_multipliers(keys) | (_granite_mamba(keys) if MAMBA in mixers else {})),
-    )
-
-
-def _granite_mamba(keys: _Keys) -> dict[str, Any]:
-    keys.expect("mamba_proj_bias", False)
-    inner = keys.integer("mamba_expand") * keys.integer("hidden_size")
-    heads, groups = keys.integer("mamba_n_heads"), keys.integer("mamba_n_groups")
-    auto = keys.value("mamba_d_head", default="auto") == "auto"
-    head_dim = inner // heads if auto else keys.integer("mamba_d_head")
-    if heads * head_dim != inner:
-        keys.fail("mamba_d_head", f"mamba_expand * hidden_size / mamba_n_heads = {inner / heads:g}")
-    return dict(
-        mamba_num_heads=heads,
-        mamba_head_dim=head_dim,
-        ssm_state_size=keys.integer("mamba_d_state"),
-        ssm_groups=groups,
-        gated_norm_groups=groups,
-        conv_kernel=keys.integer("mamba_d_conv"),
-        conv_bias=keys.flag("mamba_conv_bias"),
-        chunk_len=keys.integer("mamba_chunk_size"),
-        dt_limit=_dt_limit(keys),
-    )
-
-
-def _nemotron_h(keys: _Keys) -> ModelSpec:
-    """Nemotron-H: Mamba-2, attention without positions and squared-ReLU MLP, in the order the file gives."""
-    keys.expect("mlp_hidden_act", "relu2", absent=False)
-    keys.expect("mamba_hidden_act", "silu", absent=False)
-    for bias in ("attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias", "residual_in_fp32"):
-        keys.expect(bias, False)
-    keys.expect("hidden_dropout", 0, 0.0)
-    keys.expect("num_nextn_predict_layers", 0)
-    keys.expect("sliding_window")
-    groups = keys.integer("n_groups")
-    return ModelSpec(
-        family="nemotron_h",
-        pattern=_nemotron_pattern(keys),
-        norm_eps=keys.number("layer_norm_epsilon", "rms_norm_eps"),
-        sliding_window=None,
-        position="none",
-        rope_theta=0.0,
-        rope_scaling=None,
-        ffn_size=keys.integer("intermediate_size"),
-        activation="squared_relu",
-        mamba_num_heads=keys.integer("mamba_num_heads"),
-        mamba_head_dim=keys.integer("mamba_head_dim"),
-        ssm_state_size=keys.integer("ssm_state_size"),
-        ssm_groups=groups,
-        gated_norm_groups=groups,
-        conv_kernel=keys.integer("conv_kernel"),
-        conv_bias=keys.flag("use_conv_bias"),
-        chunk_len=keys.integer("chunk_size"),
-        # transformers 5 ignores this key and clamps at time_step_min in prefill, at nothing in decode
-        dt_limit=_dt_limit(keys),
-        dt_min=keys.number("time_step_min", default=ModelSpec.dt_min),
-        dt_max=keys.number("time_step_max", default=ModelSpec.dt_max),
-        dt_floor=keys.number("time_step_floor", default=ModelSpec.dt_floor),
-        **_shared(keys),
-    )
-
-
-def _nemotron_pattern(keys: _Keys) -> str:
-    kinds = keys.value("layers_block_type", "layer_types", default=None)
-    pattern = keys.value("hybrid_override_pattern", default=None)
-    if kinds is not None:
-        listed = _layer_pattern(keys, "layers_block_type" if "layers_block_type" in keys.raw else "layer_types", kinds)
-        if pattern not in (None, listed):
-            keys.fail("hybrid_override_pattern", f"the same layers as layers_block_type, {listed}")
-        pattern = listed
-    if not isinstance(pattern, str) or not pattern or set(pattern) - {MAMBA, ATTENTION, MLP}:
-        name = "hybrid_override_pattern" if kinds is None else "layers_block_type"
-        keys.fail(name, "Mamba (M), attention (*) and MLP (-) layers only; experts (E, moe) are not supported")
-    _check_num_layers(keys, len(pattern))
-    return pattern
-
-
-def _check_num_layers(keys: _Keys, layers: int) -> None:
-    if keys.integer("num_hidden_layers", default=layers) != layers:
-        keys.fail("num_hidden_layers", f"{layers}, the length of the layer pattern")
-
-
-def _dt_limit(keys: _Keys) -> tuple[float, float]:
-    limit = keys.value("time_step_limit", default=[0.0, math.inf])
-    if not isinstance(limit, list) or len(limit) != 2 or not all(isinstance(x, int | float) for x in limit):
-        keys.fail("time_step_limit", "two numbers, lowest and highest time step")
-    return float(limit[0]), float(limit[1])
+    Found by their place, not imported from here: they import this file.
+    """
+    files = pkgutil.iter_modules([str(Path(__file__).parent / "families")])
+    return {file.name: importlib.import_module(f"{__package__}.families.{file.name}").FAMILY for file in files}
 
 
 def _check_shape(source: str, spec: ModelSpec) -> None:

@@ -15,12 +15,10 @@ __main__, and wait for ever when one of them dies.
 """
 
 import contextlib
-import faulthandler
 import json
 import logging
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -48,9 +46,9 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
+from prism_mcore.agree import all_ranks, deadline, end_process, gather_failures
 from prism_mcore.checkpoint.index import CheckpointError, read_index
 from prism_mcore.checkpoint.load import load_tensors
-from prism_mcore.exit_codes import FAILED
 from prism_mcore.parallel import Groups
 from prism_mcore.train.manifest import FileRecord, damage, describe, sync_folder, write_atomically, write_manifest
 from prism_mcore.train.random_state import get_random_state, set_random_state
@@ -59,6 +57,7 @@ from prism_mcore.train.settings import CheckpointSettings
 FORMAT_VERSION = 1
 STATE = "state.json"
 LATEST = "latest"
+DEADLINE = "checkpoint.save_deadline_s"
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ class Checkpoints:
         done after checkpoint.save_deadline_s ends the process.
         """
         self.wait()
-        with deadline(self.settings.save_deadline_s, f"saving {self.folder / step_name(step)}"):
+        with deadline(self.settings.save_deadline_s, f"saving {self.folder / step_name(step)}", DEADLINE):
             save = _Save(self.folder, step, self.groups, self.settings.keep)
             save.plan(chunks, optimizer, state, more or {}, copy=self.settings.async_save)
             if self.settings.async_save:
@@ -110,16 +109,16 @@ class Checkpoints:
 
     def poll(self) -> None:
         """Complete an asynchronous save once every rank has written its part; call it after every step."""
-        if self._pending is not None and _all_ranks(not self._pending.writing):
+        if self._pending is not None and all_ranks(not self._pending.writing):
             self.wait()
         elif self._pending is not None and self._pending.age_s > self.settings.save_deadline_s:
-            _end_process(f"saving {self._pending.path}", self.settings.save_deadline_s)
+            end_process(f"saving {self._pending.path}", self.settings.save_deadline_s, DEADLINE)
 
     def wait(self) -> None:
         """Complete an asynchronous save, if there is one; call it before the run ends."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            with deadline(self.settings.save_deadline_s - pending.age_s, f"saving {pending.path}"):
+            with deadline(self.settings.save_deadline_s - pending.age_s, f"saving {pending.path}", DEADLINE):
                 pending.finish()
 
 
@@ -530,47 +529,6 @@ def _load_optimizer(optimizer: MegatronOptimizer, param_state: dict[int, Any], s
     for own in distributed.optimizer.state.values():
         if "step" in own:
             own["step"] = torch.full_like(own["step"], step)
-
-
-# --- ranks together ---------------------------------------------------------------------------------------------------
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _all_ranks(value: bool) -> bool:
-    flag = torch.tensor(int(value), device=_device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag.item())
-
-
-def gather_failures(failure: str) -> list[str]:
-    """Every rank's message where there is one; a single small reduction when all is well."""
-    if _all_ranks(not failure):
-        return []
-    failures: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    return [text for text in failures if text]
-
-
-@contextlib.contextmanager
-def deadline(seconds: float, what: str) -> Iterator[None]:
-    """End the process with exit code FAILED when the block takes longer: a rank that hangs must not hold the others."""
-    timer = threading.Timer(max(seconds, 1.0), _end_process, (what, seconds))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _end_process(what: str, seconds: float) -> None:
-    print(f"{what} was not done after {seconds:.0f} s (checkpoint.save_deadline_s); ending the run", file=sys.stderr)
-    faulthandler.dump_traceback(file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(FAILED)
 
 
 def _free_space(folder: Path) -> str:

@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from prism_mcore import platform
+from prism_mcore.agree import gather_failures
 from prism_mcore.config import Settings, SettingsError, dump, resolve_spec
 from prism_mcore.convert.checkpoint import SOURCE, remember_source
 from prism_mcore.convert.hf import load_hf
@@ -27,7 +28,6 @@ from prism_mcore.parallel import Groups, init_groups
 from prism_mcore.train.checkpoint import (
     CheckpointError,
     Checkpoints,
-    gather_failures,
     latest,
     load,
     load_weights,
