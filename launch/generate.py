@@ -65,11 +65,13 @@ def _read(arguments: argparse.Namespace) -> tuple[Settings, ModelSpec, Any, list
     if not (arguments.hf / "config.json").is_file():
         raise ValueError(f"--hf {arguments.hf}: there is no config.json; give the model's Hugging Face directory")
     from prism_mcore.generate import unfinished  # torch takes seconds
-    from prism_mcore.generate.prompts import generation_settings, load_tokenizer, read_prompts
+    from prism_mcore.generate.prompts import generation_settings, read_prompts, tokenizer_of
+    from prism_mcore.text import read_eos
 
     world_size = None if arguments.dry_run else int(os.environ.get("WORLD_SIZE", "1"))
     settings, spec = generation_settings(arguments.hf, arguments.overrides, world_size)
-    tokenizer = load_tokenizer(arguments.hf, spec)
+    tokenizer = tokenizer_of(arguments.hf, spec)
+    read_eos(arguments.hf)  # a broken file ends it here, not after the model is loaded
     if settings.sampling.stop and tokenizer is None:
         raise SettingsError(f"sampling.stop needs a tokenizer.json in {arguments.hf}; use sampling.stop_ids")
     lines = read_prompts(arguments.prompts, tokenizer, spec)
@@ -84,8 +86,8 @@ def _generate(arguments: argparse.Namespace, settings: Settings, tokenizer: Any,
     from prism_mcore.generate import unfinished
     from prism_mcore.generate.engine import Engine
     from prism_mcore.generate.prompts import requests_of, response_lines
-    from prism_mcore.generate.text import read_eos
     from prism_mcore.parallel import init_groups
+    from prism_mcore.text import read_eos
     from prism_mcore.train.scoring import model_from_hf
 
     device = platform.start(timeout=LONGEST_WAIT)

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from prism_mcore.data.corpus import expand
-from prism_mcore.data.tokenizing import load_tokenizer, tokenize_files, train_bpe
+from prism_mcore.data.tokenizing import tokenize_files, train_bpe
+from prism_mcore.text import load_tokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:

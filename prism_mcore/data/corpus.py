@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from prism_mcore.text import render_chat
+
 _CHUNK_BYTES = 1 << 20
-_PREFIXES = {"user": "User: ", "assistant": "Assistant: ", "system": ""}
 
 
 class CorpusError(ValueError):
@@ -77,31 +78,12 @@ def parse(record: Any, text_key: str) -> Document:
     if not isinstance(record, dict):
         raise ValueError(f"got a JSON {type(record).__name__}, needs an object with {text_key!r} or 'messages'")
     if record.get("messages") is not None:
-        return render_chat(record["messages"])
+        chat = render_chat(record["messages"])
+        return Document(chat.text, chat.answers)
     text = record.get(text_key)
     if not isinstance(text, str):
         raise ValueError(f"no text under {text_key!r} and no 'messages'; the record has {sorted(record)}")
     return Document(text, [(0, len(text))])
-
-
-def render_chat(messages: Any) -> Document:
-    """A chat as the paper writes it: "User: " and "Assistant: " before the turns, one newline between (PRISM §3.1).
-
-    [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}] -> "User: 1+1?\\nAssistant: 2", where
-    the answer is the last "2". A system message stands as its bare text. Raises ValueError for another role or a
-    message without content.
-    """
-    text, answers = "", []
-    if not isinstance(messages, list):
-        raise ValueError(f"'messages' is a {type(messages).__name__}, needs a list of {{role, content}}")
-    for message in messages:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if role not in _PREFIXES or not isinstance(content, str):
-            raise ValueError(f"message {message!r} needs a role of {sorted(_PREFIXES)} and a content of text")
-        text += ("\n" if text else "") + _PREFIXES[role] + content
-        if role == "assistant":
-            answers.append((len(text) - len(content), len(text)))
-    return Document(text, answers)
 
 
 def _decompressed(path: str, raw: BinaryIO) -> BinaryIO:

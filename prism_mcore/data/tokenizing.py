@@ -13,41 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from prism_mcore.data.corpus import Chunk, documents, expand, read_chunks
 from prism_mcore.data.order import key_of, shuffled_range
 from prism_mcore.data.token_file import TokenFileWriter, prefix_of, token_dtype
+from prism_mcore.text import Tokenizer
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
 _COPY_DOCUMENTS = 1 << 14  # documents gathered at once while the shuffled file is written
-
-
-@dataclass(frozen=True)
-class LoadedTokenizer:
-    """A fast tokenizer as text (its tokenizer.json), which processes can be given."""
-
-    json: str
-    eos_id: int
-    vocab_size: int
-    sha256: str
-
-
-def load_tokenizer(folder: str | os.PathLike[str]) -> LoadedTokenizer:
-    """Read an HF tokenizer directory. Raises ValueError where it has no fast tokenizer or no end-of-text token."""
-    from transformers import AutoTokenizer
-
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder}: no such tokenizer directory")
-    tokenizer = AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True, trust_remote_code=False)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ValueError(f"{folder}: has no fast tokenizer (tokenizer.json)")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{folder}: names no eos_token, which ends every document")
-    text = backend.to_str()
-    return LoadedTokenizer(text, tokenizer.eos_token_id, len(tokenizer), hashlib.sha256(text.encode()).hexdigest())
 
 
 def train_bpe(
@@ -64,7 +40,7 @@ def train_bpe(
     single_digits: a number is split into its digits, which helps arithmetic. The size is below vocab_size where the
     inputs hold too few different words. `on_bytes` hears the bytes of input used so far.
     """
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(models.BPE())
     digits: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
@@ -92,7 +68,7 @@ def train_bpe(
 def tokenize_files(
     inputs: Sequence[str | os.PathLike[str]],
     prefix: str | os.PathLike[str],
-    tokenizer: LoadedTokenizer,
+    tokenizer: Tokenizer,
     *,
     domain: str = "all",
     text_key: str = "text",
@@ -108,8 +84,10 @@ def tokenize_files(
     Returns the manifest, which is PREFIX.json. The result depends neither on `workers` (processes; default: as many as
     are worth it) nor on time. It is there whole or not at all.
     """
+    if tokenizer.eos_id is None:
+        raise ValueError(f"{tokenizer.source}: names no eos_token, which ends every document")
     paths = expand(inputs)
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype = token_dtype(tokenizer.size)
     folder = Path(prefix_of(prefix)).absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     # In file order first, beside the target (the same disk), then copied in the shuffled order.
@@ -134,7 +112,7 @@ def tokenize_files(
                 "domain": domain,
                 "skipped_empty_documents": skipped,
                 "dtype": np.dtype(dtype).name,
-                "vocab_size": tokenizer.vocab_size,
+                "vocab_size": tokenizer.size,
                 "eos_id": tokenizer.eos_id,
                 "tokenizer_sha256": tokenizer.sha256,
                 "seed": seed,
@@ -159,7 +137,7 @@ _worker: dict[str, Any] = {}
 def _start_worker(tokenizer_json: str, eos_id: int, text_key: str, mask_prompts: bool) -> None:
     # Parallelism is ours; and words like "<|eos|>" inside a text are text, not the end of a document.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -202,7 +180,7 @@ def _useful_workers(paths: list[str]) -> int:
 
 
 def _in_processes(
-    chunks: Iterable[Chunk], tokenizer: LoadedTokenizer, text_key: str, mask_prompts: bool, workers: int
+    chunks: Iterable[Chunk], tokenizer: Tokenizer, text_key: str, mask_prompts: bool, workers: int
 ) -> Iterator[_Tokenized]:
     """Chunks tokenized by `workers` processes, in order, few at a time."""
     arguments = (tokenizer.json, tokenizer.eos_id, text_key, mask_prompts)

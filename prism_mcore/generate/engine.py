@@ -16,9 +16,9 @@ from prism_mcore.generate.requests import Completion, Request
 from prism_mcore.generate.sampler import Sampler, Vocabulary
 from prism_mcore.generate.settings import GenerateSettings, Sampling
 from prism_mcore.generate.stream import Stream
-from prism_mcore.generate.text import response_text, without_eos
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.model.parameters import padded_vocabulary
+from prism_mcore.text import Tokenizer, response_text
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ class Response:
 class Engine:
     """Samples responses from a HybridModel that is whole on this rank or its tensor-parallel group.
 
-    tokenizer: a Hugging Face tokenizer, for texts and for its end-of-sequence token; eos: more such tokens. context:
-    the most tokens of prompt and response together, by default the model's positions.
+    tokenizer: `text.load_tokenizer(DIR)` or a fast tokenizer of transformers, for texts and for its end-of-sequence
+    token; eos: more such tokens. context: the most tokens of prompt and response together, by default the model's
+    positions.
     """
 
     def __init__(
@@ -59,7 +60,8 @@ class Engine:
     ):
         if not (model.pre_process and model.post_process):
             raise ValueError("generation needs the whole model on each rank; set parallel.pp=1")
-        self.model, self.tokenizer, self.eos = model, tokenizer, tuple(eos)
+        self.model, self.eos = model, tuple(eos)
+        self.tokenizer = None if tokenizer is None else Tokenizer.of(tokenizer)
         self.settings = settings or GenerateSettings()
         self.groups, self.context = model.context.groups, context or model.spec.max_positions
         self.device = next(model.parameters()).device
@@ -101,7 +103,7 @@ class Engine:
             return tuple(prompt)
         if self.tokenizer is None:
             raise ValueError("a prompt is text, and this engine has no tokenizer; give it one, or tokens as prompts")
-        return tuple(without_eos(self.tokenizer(prompt).input_ids, self.tokenizer))
+        return tuple(self.tokenizer.encode(prompt))
 
     def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:
         if sampling.stop and self.tokenizer is None:

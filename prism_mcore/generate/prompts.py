@@ -10,8 +10,8 @@ from prism_mcore.config import Settings, load, resolve_spec, validate_generation
 from prism_mcore.generate.engine import prompt_problem
 from prism_mcore.generate.requests import Completion, Request
 from prism_mcore.generate.settings import Sampling
-from prism_mcore.generate.text import response_text, without_eos
 from prism_mcore.model.spec import ModelSpec
+from prism_mcore.text import Tokenizer, load_tokenizer, response_text
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,16 @@ def generation_settings(hf: str | Path, overrides: Sequence[str], world_size: in
     return settings, spec
 
 
-def load_tokenizer(hf: str | Path, spec: ModelSpec) -> Any | None:
+def tokenizer_of(hf: str | Path, spec: ModelSpec) -> Tokenizer | None:
     """The tokenizer of a Hugging Face directory, None where it has none; a ValueError where it is another model's."""
     if not (Path(hf) / "tokenizer.json").is_file():
         return None
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True, trust_remote_code=False)
-    if len(tokenizer) > spec.vocab_size:
-        raise ValueError(
-            f"{hf}: the tokenizer has {len(tokenizer):,} tokens, the model's vocabulary {spec.vocab_size:,}: they do"
-            " not belong together; put the model's own tokenizer there"
-        )
+    tokenizer = load_tokenizer(hf)
+    tokenizer.check_fits(spec.vocab_size, "put the model's own tokenizer there")
     return tokenizer
 
 
-def read_prompts(path: str | Path, tokenizer: Any | None, spec: ModelSpec) -> list[PromptLine]:
+def read_prompts(path: str | Path, tokenizer: Tokenizer | None, spec: ModelSpec) -> list[PromptLine]:
     """Every prompt of a JSONL file whose objects have `prompt` (text) or `tokens` (ids).
 
     Raises ValueError that names file and line for one that is no JSON object, has neither or both, is empty, leaves no
@@ -67,7 +61,7 @@ def read_prompts(path: str | Path, tokenizer: Any | None, spec: ModelSpec) -> li
     return lines
 
 
-def _prompt(raw: bytes, tokenizer: Any | None, spec: ModelSpec) -> PromptLine:
+def _prompt(raw: bytes, tokenizer: Tokenizer | None, spec: ModelSpec) -> PromptLine:
     try:
         record = json.loads(raw)
     except ValueError as error:
@@ -82,7 +76,7 @@ def _prompt(raw: bytes, tokenizer: Any | None, spec: ModelSpec) -> PromptLine:
     return PromptLine(record, tokens)
 
 
-def _tokens(record: dict[str, Any], tokenizer: Any | None) -> tuple[int, ...]:
+def _tokens(record: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:
     if "tokens" in record:
         ids = record["tokens"]
         if not isinstance(ids, list) or not all(type(token) is int for token in ids):
@@ -93,7 +87,7 @@ def _tokens(record: dict[str, Any], tokenizer: Any | None) -> tuple[int, ...]:
         raise ValueError(f"prompt is {json.dumps(text)[:60]}; needed: a text")
     if tokenizer is None:
         raise ValueError("the prompt is text, and the model's directory has no tokenizer.json; give `tokens` instead")
-    return tuple(without_eos(tokenizer(text).input_ids, tokenizer)) if text else ()
+    return tuple(tokenizer.encode(text)) if text else ()
 
 
 def requests_of(
@@ -109,7 +103,10 @@ def requests_of(
 
 
 def response_lines(
-    lines: Sequence[PromptLine], completions: dict[tuple[int, int], Completion], tokenizer: Any | None, how: Sampling
+    lines: Sequence[PromptLine],
+    completions: dict[tuple[int, int], Completion],
+    tokenizer: Tokenizer | None,
+    how: Sampling,
 ) -> Iterator[str]:
     """One JSON line per sample, in the order of the file; `completions` by (line, sample)."""
     for (number, _), completion in sorted(completions.items()):

@@ -19,8 +19,8 @@ from prism_mcore.generate.requests import Completion, Request
 from prism_mcore.generate.sampler import uniforms
 from prism_mcore.generate.schedule import Admission, Schedule, blocks_needed
 from prism_mcore.generate.settings import Sampling
-from prism_mcore.generate.text import StopTexts, stop_tokens
 from prism_mcore.model.state import Decode, PackedTokens, Prefill
+from prism_mcore.text import StopTexts, stop_tokens
 
 if TYPE_CHECKING:
     from prism_mcore.generate.engine import Engine

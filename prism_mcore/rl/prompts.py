@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from prism_mcore.batch import Prompt
-from prism_mcore.data.corpus import render_chat
 from prism_mcore.data.mixture import Mixture
 from prism_mcore.data.order import key_of, permute
-from prism_mcore.generate.text import read_eos, without_eos
 from prism_mcore.rewards import REWARDS
+from prism_mcore.text import Tokenizer, end_tokens, load_tokenizer, render_chat
 
 if TYPE_CHECKING:
     from prism_mcore.config import Settings
@@ -106,8 +105,8 @@ class Prompts:
 
     training: PromptSet
     held_out: PromptSet | None
-    tokenizer: Any
-    eos: tuple[int, ...]  # tokens that end a response, beside the tokenizer's
+    tokenizer: Tokenizer
+    eos: tuple[int, ...]  # tokens that end a response: those of the tokenizer's folder and of the model's
 
 
 def open_prompts(settings: "Settings", spec: "ModelSpec") -> Prompts:
@@ -118,34 +117,35 @@ def open_prompts(settings: "Settings", spec: "ModelSpec") -> Prompts:
             f"{folder} has no tokenizer.json; give rl.tokenizer the folder of the model's tokenizer, or model.init a"
             " Hugging Face directory that has one"
         )
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        tokenizer = load_tokenizer(folder)
+        eos = end_tokens([folder, settings.model.init], tokenizer)
+    except ValueError as error:
+        raise PromptError(str(error)) from error
 
     def load(sources: Sequence[PromptSource]) -> PromptSet:
         longest = rl.context - settings.sampling.max_tokens
         return load_prompts(sources, tokenizer, vocab_size=spec.vocab_size, longest=longest, seed=settings.run.seed)
 
-    return Prompts(load(rl.prompts), load(rl.held_out) if rl.held_out else None, tokenizer, read_eos(folder))
+    return Prompts(load(rl.prompts), load(rl.held_out) if rl.held_out else None, tokenizer, eos)
 
 
 def load_prompts(
-    sources: Sequence[PromptSource], tokenizer: Any, *, vocab_size: int, longest: int, seed: int
+    sources: Sequence[PromptSource], tokenizer: Tokenizer, *, vocab_size: int, longest: int, seed: int
 ) -> PromptSet:
     """Read, check and tokenize every prompt of `sources`, before anything expensive starts.
 
-    tokenizer: a Hugging Face fast tokenizer, which adds BOS where it does so itself. longest: tokens a prompt may have.
+    tokenizer: adds BOS where its tokenizer.json does. longest: tokens a prompt may have.
     Raises PromptError for a file that is missing or empty, a line that is no JSON object or lacks `prompt`/`messages`,
     `reward` or what that reward needs, an unknown reward, one whose package is not installed, an empty prompt, a prompt
     that is too long, and a tokenizer that does not fit the model.
     """
     if not sources:
         raise PromptError("rl.prompts is empty; give at least one {path, weight, name}")
-    if len(tokenizer) > vocab_size:
-        raise PromptError(
-            f"the tokenizer has {len(tokenizer):,} tokens, the model's vocabulary {vocab_size:,}: they do not belong"
-            " together; give rl.tokenizer the model's own"
-        )
+    try:
+        tokenizer.check_fits(vocab_size, "give rl.tokenizer the model's own")
+    except ValueError as error:
+        raise PromptError(str(error)) from error
     files = [_read(source, tokenizer, longest) for source in sources]
     return PromptSet(files, [source.weight for source in sources], seed)
 
@@ -158,15 +158,14 @@ def render(record: Mapping[str, Any]) -> str:
     return render_chat([*_turns(record), {"role": "assistant", "content": ""}]).text.rstrip(" ")
 
 
-def _read(source: PromptSource, tokenizer: Any, longest: int) -> PromptFile:
+def _read(source: PromptSource, tokenizer: Tokenizer, longest: int) -> PromptFile:
     path = Path(source.path)
     lines, tokens, rewards = [], [], set()
     numbered: list[tuple[int, str]] = []
 
     def encode() -> None:
         texts = [text for _, text in numbered]
-        for (number, _), ids in zip(numbered, tokenizer(texts)["input_ids"] if texts else [], strict=True):
-            ids = without_eos(ids, tokenizer)
+        for (number, _), ids in zip(numbered, tokenizer.encode_batch(texts), strict=True):
             if len(ids) > longest:
                 raise PromptError(
                     f"{path}, line {number}: the prompt has {len(ids):,} tokens; at most {longest:,} fit"

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from prism_mcore.generate.settings import Sampling
 from prism_mcore.parallel import Groups
 from prism_mcore.rewards.settings import RewardSettings
 from prism_mcore.rewards.verifier import Verdict, Verifier, reward_parts
+from prism_mcore.text import Tokenizer, before_stop
 from prism_mcore.train.metrics import StepClock
 
 
@@ -30,7 +30,7 @@ class Roller:
     engine: Engine
     stop: Sequence[str]  # sampling.stop
     verifier: Verifier | None  # None on ranks that do not verify
-    tokenizer: Any
+    tokenizer: Tokenizer
     rewards: RewardSettings
     seed: int
     groups: Groups
@@ -75,9 +75,8 @@ class Roller:
 
     def text(self, tokens: Sequence[int], stop_token: bool) -> str:
         """A response as people and rewards read it, special tokens included, without the token or text that ends it."""
-        text = self.tokenizer.decode(list(tokens[:-1] if stop_token else tokens), clean_up_tokenization_spaces=False)
-        ends = [text.index(mark) for mark in self.stop if mark in text]
-        return text[: min(ends)] if ends else text
+        text = self.tokenizer.decode(tokens[:-1] if stop_token else tokens, special=True)
+        return before_stop(text, self.stop)
 
     def _keys(self, prompts: Sequence[Prompt], samples: int, step: int) -> list[tuple[Key, ...]]:
         """Of each prompt's samples; a prompt that is asked again in the step goes on counting: they are to differ."""

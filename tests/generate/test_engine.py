@@ -2,14 +2,16 @@
 
 import gc
 import weakref
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from ranks import RankError, run_ranks
 from tiny.engines import by_sample, engine_on, random_requests
 from tiny.models import SPECS, packed_batch
+from tokenizers import models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from prism_kernels.caches import PagedCache
 from prism_mcore.generate import Request, Sampling
@@ -222,17 +224,14 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_text(temperature):
         run_ranks(1, broken, temperature)
 
 
-class EndsTexts:
-    """A tokenizer that puts its end-of-sequence token after every text."""
-
-    eos_token_id = 9
-
-    def __call__(self, text):
-        return SimpleNamespace(input_ids=[*map(int, text.split()), 9])
-
-
 def asked(groups):
-    return engine_on(groups, "dense", tokenizer=EndsTexts())._tokens("3 4")
+    """A tokenizer of transformers that puts its end-of-sequence token after every text."""
+    words = tokenizers.Tokenizer(models.WordLevel({**{str(i): i for i in range(9)}, "</s>": 9}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 9)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    assert tokenizer("3 4").input_ids == [3, 4, 9]
+    return engine_on(groups, "dense", tokenizer=tokenizer)._tokens("3 4")
 
 
 def test_a_prompt_of_text_does_not_end_with_the_end_of_a_sequence():

@@ -15,9 +15,10 @@ from ranks import run_ranks
 from tiny.engines import engine_on
 from tiny.hf_models import save_hf
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
-from prism_mcore.generate.text import StopTexts, response_text
+from prism_mcore.text import StopTexts, response_text
+from prism_mcore.text import Tokenizer as ModelTokenizer
 
 ROOT = Path(__file__).parents[2]
 WORDS = [
@@ -141,7 +142,8 @@ def test_a_stop_text_ends_a_response_and_is_not_part_of_it(case):
 def test_a_special_token_may_be_a_stop_text():
     """Responses are shown without special tokens; where they end is looked for with them."""
     words = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2, "<end>": 3}, unk_token="<eos>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=["<end>"])
+    words.add_special_tokens(["<end>"])
+    tokenizer = ModelTokenizer(words)
     stop = StopTexts(tokenizer, ["<end>"])
     assert stop.reached([1, 3]) and not stop.reached([1, 2])
     assert response_text(tokenizer, [1, 2, 3], ["<end>"]) == "a b"

@@ -4,20 +4,21 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from prism_mcore.rl.prompts import PromptError, load_prompts, render
+from prism_mcore.text import Tokenizer
 
 WORDS = ["<s>", "</s>", "<unk>", "User", ":", "Assistant", "add", "two", "three", "and", *map(str, range(40))]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return Tokenizer(words, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
 
 
 def write(path, *records):

@@ -15,9 +15,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
 from prism_mcore.data import tokenizing
-from prism_mcore.data.corpus import CorpusError, render_chat
+from prism_mcore.data.corpus import CorpusError
 from prism_mcore.data.token_file import TokenFile
-from prism_mcore.data.tokenizing import LoadedTokenizer, load_tokenizer, tokenize_files, train_bpe
+from prism_mcore.data.tokenizing import tokenize_files, train_bpe
+from prism_mcore.text import Tokenizer, load_tokenizer, render_chat
 
 TOOL = Path(__file__).parents[2] / "tools" / "tokenize_corpus.py"
 TEXTS = [f"Document {i} counts {i * 37} things: " + "the quick brown fox, " * (i % 7) + "ünïcödé." for i in range(60)]
@@ -41,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder) -> LoadedTokenizer:
+def tokenizer(folder) -> Tokenizer:
     return load_tokenizer(folder / "tokenizer")
 
 
