@@ -24,7 +24,7 @@ class Tokenizer:
     """What one tokenizer.json says, whatever lies beside it.
 
     backend: never truncates or pads. named: {"bos_token": "<s>", "eos_token": "</s>", ...}, the special tokens that the
-    files beside it name. eos_id: the token that ends every text, None where none is named.
+    files beside it name. eos_id: the token that ends every text, None where none is named. sha256: of the file.
     """
 
     def __init__(
@@ -35,10 +35,12 @@ class Tokenizer:
         eos_id: int | None = None,
         chat_template: str | None = None,
         source: str = "the tokenizer",
+        sha256: str | None = None,
     ):
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.named, self.chat_template, self.source = backend, dict(named or {}), chat_template, source
+        self.sha256 = sha256 or hashlib.sha256(backend.to_str().encode()).hexdigest()
         self.eos_id = self.id_of(self.named["eos_token"]) if "eos_token" in self.named else eos_id
 
     @classmethod
@@ -60,10 +62,6 @@ class Tokenizer:
     def json(self) -> str:
         """The tokenizer as text, which processes can be given."""
         return self.backend.to_str()
-
-    @cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.json.encode()).hexdigest()
 
     @cached_property
     def size(self) -> int:
@@ -154,7 +152,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         )
         raise ValueError(f"{place} has no tokenizer.json (no fast tokenizer); {advice}")
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        content = file.read_bytes()
+        backend = tokenizers.Tokenizer.from_buffer(content)
+    except OSError:
+        raise
     except Exception as error:  # the library raises nothing more precise
         raise ValueError(f"{file} is no tokenizer: {error}; get it again") from error
     named = _named_tokens(place)
@@ -165,6 +166,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         eos_id=eos[0] if len(eos) == 1 else None,
         chat_template=_chat_template(place),
         source=str(place),
+        sha256=hashlib.sha256(content).hexdigest(),
     )
     if "eos_token" in named and tokenizer.eos_id is None:
         raise ValueError(f"{place}: eos_token is {named['eos_token']!r}, which tokenizer.json does not hold; mend it")
