@@ -129,7 +129,7 @@ def misbehaving(tmp_path, monkeypatch):
         "from prism_mcore.rewards import REWARDS, Reward\n"
         "REWARDS['misbehave'] = Reward(misbehave, ())\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setitem(REWARDS, "misbehave", Reward(misbehave, ()))
 
 
