@@ -9,7 +9,6 @@ OUT.samples as they finish: the same command, in any layout, goes on from there.
 
 import argparse
 import os
-import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism_mcore.config import Settings, SettingsError
+from prism_mcore.console import say
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
 from prism_mcore.launching import leave
 from prism_mcore.model.spec import ModelSpec
@@ -50,7 +50,7 @@ def main() -> int:
     except (ExchangeError, ValueError, FloatingPointError) as error:
         return _complain(error, BAD_SETTINGS)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", stderr=True)
         return FAILED
     return DONE
 
@@ -74,7 +74,9 @@ def _read(arguments: argparse.Namespace) -> tuple[Settings, ModelSpec, Any, list
     read_eos(arguments.hf)  # a broken file ends it here, not after the model is loaded
     if settings.sampling.stop and tokenizer is None:
         raise SettingsError(f"sampling.stop needs a tokenizer.json in {arguments.hf}; use sampling.stop_ids")
-    lines = read_prompts(arguments.prompts, tokenizer, spec)
+    lines, blank = read_prompts(arguments.prompts, tokenizer, spec)
+    if blank and os.environ.get("RANK", "0") == "0":
+        say(f"note: {blank:,} blank lines of {arguments.prompts} were skipped", stderr=True)
     unfinished.check(arguments.out, unfinished.case_of(arguments.hf, arguments.prompts, settings))
     return settings, spec, tokenizer, lines
 
@@ -131,7 +133,7 @@ def _stream(
                 advance()
         except (ValueError, FloatingPointError) as error:  # of this replica's prompts alone
             if groups.rank > 0 and groups.tp_rank == 0:
-                print(f"error: rank {groups.rank}: {error}", file=sys.stderr)
+                say(f"error: rank {groups.rank}: {error}", stderr=True)
             raise
     return completions
 
@@ -142,7 +144,7 @@ def _report(
     lengths = [len(completion.tokens) for completion in everyone.values()]
     new = sum(len(completion.tokens) for place, completion in everyone.items() if place not in earlier)
     before = f", {len(earlier):,} of them from before," if earlier else ""
-    print(
+    say(
         f"{out}: {len(everyone):,} responses{before} of {sum(lengths) / len(lengths):,.1f} tokens on average"
         f" in {seconds:.1f} s ({new / seconds:,.0f} tokens/s)"
     )
@@ -161,23 +163,24 @@ def _progress(total: int, shown: bool) -> Any:
     """A progress bar; gives the function to call when a sample is done."""
     from contextlib import contextmanager
 
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    from prism_mcore.console import progress
 
     @contextmanager
     def bar():
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
-            task = progress.add_task("", total=total)
-            yield lambda: progress.advance(task)
+        with progress(*columns, shown=shown) as shows:
+            task = shows.add_task("", total=total)
+            yield lambda: shows.advance(task)
 
     return bar()
 
 
 def _print_plan(settings: Settings, spec: ModelSpec, lines: list["PromptLine"], arguments: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from prism_mcore.console import console, plain
     from prism_mcore.generate import unfinished
     from prism_mcore.plan.memory import num_parameters
 
@@ -190,14 +193,14 @@ def _print_plan(settings: Settings, spec: ModelSpec, lines: list["PromptLine"], 
     table.add_row("prompts", f"{len(lines):,} of {min(lengths):,} to {max(lengths):,} tokens")
     table.add_row("samples", f"{len(lines) * how.samples:,} of at most {how.max_tokens:,} tokens")
     if done:
-        table.add_row("done before", f"{done:,} samples, in {arguments.out}.samples*")
+        table.add_row("done before", plain(f"{done:,} samples, in {arguments.out}.samples*"))
     table.add_row("running at once", f"at most {settings.generate.slots:,} per replica")
-    Console().print(table)
+    console().print(table)
 
 
 def _complain(error: Exception, code: int) -> int:
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", stderr=True)
     return code
 
 

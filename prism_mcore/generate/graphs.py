@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prism_mcore.generate.cache import BLOCK_LEN
+from prism_mcore.generate.replica import BLOCK_LEN
 from prism_mcore.model.ops import Ops
 
 ROWS = 32  # rows are rounded up to a multiple of this: 8 graphs for 256 slots

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from prism_mcore.config import Settings, load, resolve_spec, validate_generation
-from prism_mcore.generate.engine import prompt_problem
 from prism_mcore.generate.requests import Completion, Request
 from prism_mcore.generate.settings import Sampling
+from prism_mcore.json_lines import JsonLines, shown
 from prism_mcore.model.spec import ModelSpec
-from prism_mcore.text import Tokenizer, load_tokenizer, response_text
+from prism_mcore.text import Tokenizer, check_text, load_tokenizer, response_text
 
 
 @dataclass(frozen=True)
@@ -42,52 +42,67 @@ def tokenizer_of(hf: str | Path, spec: ModelSpec) -> Tokenizer | None:
     return tokenizer
 
 
-def read_prompts(path: str | Path, tokenizer: Tokenizer | None, spec: ModelSpec) -> list[PromptLine]:
-    """Every prompt of a JSONL file whose objects have `prompt` (text) or `tokens` (ids).
+def read_prompts(path: str | Path, tokenizer: Tokenizer | None, spec: ModelSpec) -> tuple[list[PromptLine], int]:
+    """Every prompt of a JSONL file whose objects have `prompt` (text) or `tokens` (ids), and how many lines were blank.
 
     Raises ValueError that names file and line for one that is no JSON object, has neither or both, is empty, leaves no
-    position for a response, or holds a token that the model does not know; and for text without a tokenizer.
+    position for a response, or holds a token that the model does not know; for what JsonLines refuses; and for text
+    without a tokenizer.
     """
-    lines = []
-    with Path(path).open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if raw.strip():
-                try:
-                    lines.append(_prompt(raw, tokenizer, spec))
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from error
+    file, lines = JsonLines(path), []
+    for number, _, record in file:
+        try:
+            lines.append(_prompt(record, tokenizer, spec))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
     if not lines:
         raise ValueError(f"{path} has no prompts; needed: one JSON object with `prompt` or `tokens` per line")
-    return lines
+    return lines, file.blank
 
 
-def _prompt(raw: bytes, tokenizer: Tokenizer | None, spec: ModelSpec) -> PromptLine:
-    try:
-        record = json.loads(raw)
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(record, dict) or ("prompt" in record) == ("tokens" in record):
-        found = f"an object with {', '.join(sorted(record)) or 'nothing'}" if isinstance(record, dict) else "no object"
-        raise ValueError(f"{found}; needed: an object with either `prompt` (text) or `tokens` (ids)")
-    tokens = _tokens(record, tokenizer)
+def _prompt(record: dict[str, Any], tokenizer: Tokenizer | None, spec: ModelSpec) -> PromptLine:
+    if ("prompt" in record) == ("tokens" in record):
+        found = ", ".join(sorted(record)) or "nothing"
+        raise ValueError(f"an object with {found}; needed: an object with either `prompt` (text) or `tokens` (ids)")
+    if "tokens" in record:
+        tokens = prompt_tokens(record["tokens"])
+    elif not isinstance(record["prompt"], str):
+        raise ValueError(f"prompt is {shown(record['prompt'])}; needed: a text")
+    else:
+        tokens = text_tokens(record["prompt"], tokenizer)
     problem = prompt_problem(tokens, spec.vocab_size, spec.max_positions)
     if problem:
         raise ValueError(f"the prompt {problem}")
     return PromptLine(record, tokens)
 
 
-def _tokens(record: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    if "tokens" in record:
-        ids = record["tokens"]
-        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-            raise ValueError(f"tokens is {json.dumps(ids)[:60]}; needed: a list of token ids")
-        return tuple(ids)
-    text = record["prompt"]
-    if not isinstance(text, str):
-        raise ValueError(f"prompt is {json.dumps(text)[:60]}; needed: a text")
+def text_tokens(text: str, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The tokens of a text. Raises ValueError where it cannot be encoded."""
     if tokenizer is None:
-        raise ValueError("the prompt is text, and the model's directory has no tokenizer.json; give `tokens` instead")
-    return tuple(tokenizer.encode(text)) if text else ()
+        raise ValueError("the prompt is text, and there is no tokenizer (tokenizer.json); give token ids instead")
+    return tuple(tokenizer.encode(check_text(text))) if text else ()
+
+
+def prompt_tokens(ids: Any) -> tuple[int, ...]:
+    """Token ids as they are: whole numbers in a list, a tuple or an array. Raises ValueError for anything else."""
+    listed = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(listed, list | tuple) or not all(type(token) is int for token in listed):
+        raise ValueError(f"tokens is {shown(listed)}; needed: a list of token ids")
+    return tuple(listed)
+
+
+def prompt_problem(tokens: Sequence[int], vocab_size: int, context: int) -> str | None:
+    """What is wrong with a prompt, or None."""
+    if not len(tokens):
+        return "is empty; needed: at least one token"
+    if strange := [token for token in tokens if type(token) is not int]:
+        return f"holds {strange[0]!r}; needed: token ids, whole numbers"
+    if len(tokens) >= context:
+        return f"has {len(tokens):,} tokens; needed: fewer than the model's {context:,} positions, to leave one to fill"
+    low, high = min(tokens), max(tokens)
+    if low < 0 or high >= vocab_size:
+        return f"holds token {low if low < 0 else high}; needed: ids from 0 to {vocab_size - 1}, the model's vocabulary"
+    return None
 
 
 def requests_of(

@@ -4,14 +4,15 @@ Nothing here looks at a clock or at memory, so all tensor-parallel ranks decide 
 blocks of its longest possible response can be set aside: what runs is never interrupted.
 """
 
-# b running samples, t tokens of the prompts in one prefill pass, k samples that start, L blocks of the longest sample
+# b running samples, t tokens of the prompts in one prefill pass, k samples that start, L blocks of the longest sample,
+# n blocks asked for
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from prism_mcore.generate.cache import BLOCK_LEN, SPARE, Blocks, Capacity
+from prism_mcore.generate.replica import BLOCK_LEN, SPARE, Capacity
 from prism_mcore.generate.requests import Request
 
 
@@ -51,6 +52,33 @@ class _Held:
 def blocks_needed(prompt_lens: np.ndarray, limits: np.ndarray) -> np.ndarray:
     """Blocks of a sample at its longest; its last token is never cached."""
     return -(-(prompt_lens + limits - 1) // BLOCK_LEN)
+
+
+class Blocks:
+    """Which blocks are free, and how many sequences share each of the others.
+
+    Blocks of one sequence are taken from the low end and those that a prompt's samples share from the high end: a
+    decoding step then reads each of the two in long runs.
+    """
+
+    def __init__(self, count: int):
+        self.owners = np.zeros(count, np.int32)
+
+    @property
+    def in_use(self) -> int:
+        return int(np.count_nonzero(self.owners))
+
+    def take(self, n: int, *, shared: bool = False) -> np.ndarray:
+        """n free blocks [n] int64, owned once."""
+        free = np.flatnonzero(self.owners == 0)
+        assert len(free) >= n, f"{n} blocks wanted, {len(free)} of {len(self.owners)} free: they were set aside"
+        taken = free[len(free) - n :][::-1] if shared else free[:n]
+        self.owners[taken] = 1
+        return taken
+
+    def drop(self, blocks: np.ndarray) -> None:
+        """One owner less for each; a block may be listed more than once."""
+        np.subtract.at(self.owners, blocks, 1)
 
 
 class Schedule:

@@ -1,64 +1,68 @@
-"""One stream of requests through an engine: prefill, fork, decode, sample, until every sample is done."""
+"""One stream of requests through a replica: prefill, fork, decode, sample, until every sample is done."""
 
 # b running samples, t tokens of a pass, n rows of logits, v vocabulary (local), d hidden
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from prism_kernels.boundaries import Boundaries
-from prism_mcore.generate.cache import cache_memory, capacity
 from prism_mcore.generate.graphs import DecodeGraphs, capturable
+from prism_mcore.generate.replica import Replica
 from prism_mcore.generate.requests import Completion, Request
 from prism_mcore.generate.sampler import uniforms
 from prism_mcore.generate.schedule import Admission, Schedule, blocks_needed
 from prism_mcore.generate.settings import Sampling
 from prism_mcore.model.state import Decode, PackedTokens, Prefill
-from prism_mcore.text import StopTexts, stop_tokens
-
-if TYPE_CHECKING:
-    from prism_mcore.generate.engine import Engine
+from prism_mcore.text import StopTexts
 
 AHEAD = 64  # uniform numbers drawn at a time for each sample
 
 
 class Stream:
-    """The requests' schedule and, for every slot, what its sample has produced so far."""
+    """The requests' schedule and, for every slot, what its sample has produced so far.
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], sampling: Sampling):
-        self.engine, self.model, self.requests, self.sampling = engine, engine.model, requests, sampling
+    ends: tokens that end a response; stop_texts: texts that do; context: most tokens of prompt and response together.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        ends: Collection[int],
+        stop_texts: StopTexts | None,
+        context: int,
+    ):
+        self.replica, self.model, self.requests, self.sampling = replica, replica.model, requests, sampling
         self.temperature = sampling.temperature or 1.0
-        self.sampler = engine.sampler(sampling)
+        self.sampler = replica.sampler(sampling)
         prompt_lens = np.array([len(request.tokens) for request in requests], np.int64)
         samples = np.array([len(request.keys) for request in requests], np.int64)
-        self.limits = np.minimum(sampling.max_tokens, engine.context - prompt_lens)
+        self.limits = np.minimum(sampling.max_tokens, context - prompt_lens)
         needs = np.repeat(blocks_needed(prompt_lens, self.limits), samples)
-        memory = cache_memory(engine.settings.cache_gb, engine.device, engine.statistics.cache_bytes)
-        room = capacity(needs, engine.costs, memory, engine.settings.slots, engine.groups.tp, engine.device)
-        self.caches = engine.caches(room)
-        self.schedule = Schedule(requests, self.limits, room, engine.settings.prefill_tokens)
+        room = replica.capacity(needs)
+        self.caches = replica.caches(room)
+        self.schedule = Schedule(requests, self.limits, room, replica.settings.prefill_tokens)
         self.held_logits: Tensor | None = None
         self.graphs: DecodeGraphs | None = None
-        if capturable(self.model.context.ops, self.model.context.spec.head_dim, engine.device):
+        if capturable(self.model.context.ops, self.model.context.spec.head_dim, replica.device):
             width, slot, block = (
                 self.schedule.block_table.shape[1],
                 self.schedule.scratch_slot,
                 self.schedule.scratch_block,
             )
-            self.graphs = DecodeGraphs(width, slot, block, engine.device)
+            self.graphs = DecodeGraphs(width, slot, block, replica.device)
 
         self.keys = np.array([key for request in requests for key in request.keys], np.uint64)
         self.first_key = np.cumsum(samples) - samples
         self.is_stop = np.zeros(self.model.spec.vocab_size, bool)
-        ends = stop_tokens(sampling, engine.tokenizer, engine.eos)
         self.is_stop[[token for token in ends if token < len(self.is_stop)]] = True
-        self.stop_texts = StopTexts(engine.tokenizer, sampling.stop) if sampling.stop else None
+        self.stop_texts = stop_texts
 
         longest = int(self.limits.max())
         self.uniform = np.zeros((room.slots, AHEAD))
@@ -91,10 +95,10 @@ class Stream:
         ends = torch.tensor(list(accumulate(map(len, prompts), initial=0)), dtype=torch.int32)
         tokens = self._tensor(np.concatenate([np.array(prompt, np.int64) for prompt in prompts]))
         positions = self._tensor(np.concatenate([np.arange(len(prompt)) for prompt in prompts]))
-        boundaries = Boundaries.on(self.engine.device, ends)
+        boundaries = Boundaries.on(self.replica.device, ends)
         seq = PackedTokens(boundaries, max(map(len, prompts)), self.model.rope(positions))
         step = Prefill(self._tensor(admission.prompt_slots), self._tensor(admission.prompt_rows))
-        self.engine.count(prefilled_tokens=len(tokens))
+        self.replica.count(prefilled_tokens=len(tokens))
         with self.model.whole_sequences():
             hidden = self.model.advance(tokens, seq, step, self.caches.layers)
             last = hidden[self._tensor(ends[1:].numpy().astype(np.int64) - 1)]
@@ -106,7 +110,7 @@ class Stream:
         newest = self.tokens[slots, self.count[slots] - 1]
         rows = self._tensor(np.stack([newest, slots, step.positions, step.rows]))
         table = self._tensor(step.block_table)
-        self.engine.count(steps=1, running_steps=b, slot_steps=len(self.schedule.active))
+        self.replica.count(steps=1, running_steps=b, slot_steps=len(self.schedule.active))
         logits = self._forward(rows, table) if self.graphs is None else self.graphs(self._forward, rows, table)
         return self._sample(slots, logits)
 
@@ -130,7 +134,7 @@ class Stream:
             raise FloatingPointError("the model's logits are not finite: its weights hold NaN or Inf, or lead to them")
         self.tokens[slots, count], self.logprobs[slots, count] = tokens, logprobs
         self.count[slots] += 1
-        self.engine.count(decoded_tokens=len(slots))
+        self.replica.count(decoded_tokens=len(slots))
         stopped = self.is_stop[tokens]
         done = stopped | (count + 1 >= self.limits[self.schedule.request[slots]])
         if self.stop_texts is not None:
@@ -171,4 +175,4 @@ class Stream:
         )
 
     def _tensor(self, x: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x)).to(self.engine.device)
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.replica.device)

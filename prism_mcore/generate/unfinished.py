@@ -16,6 +16,7 @@ import numpy as np
 
 from prism_mcore.config import Settings
 from prism_mcore.generate.requests import Completion
+from prism_mcore.json_lines import parse_object
 
 PIECE = 1 << 20  # bytes
 Place = tuple[int, int]  # (line of the prompt file, sample)
@@ -46,7 +47,7 @@ def _fingerprint(file: Path) -> str:
 def check(out: Path, case: Case) -> None:
     """A ValueError where samples of another case lie beside `out`."""
     for file in _files(out):
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8", errors="replace") as lines:
             _check_case(file, lines.readline(), out, case)
 
 
@@ -115,7 +116,10 @@ def _files(out: Path) -> list[Path]:
 def _check_case(file: Path, line: str, out: Path, case: Case) -> None:
     if not line.endswith("\n"):
         return  # its writer was stopped at once
-    then = json.loads(line)
+    try:
+        then = parse_object(line)
+    except ValueError as error:
+        raise ValueError(f"{file}, line 1: {error}; delete {out}.samples*") from error
     changed = sorted(name for name in case if then.get(name) != case[name])
     if changed:
         name = changed[0]
@@ -129,16 +133,22 @@ def _check_case(file: Path, line: str, out: Path, case: Case) -> None:
 
 
 def _samples(file: Path, out: Path, case: Case) -> Iterator[tuple[Place, Completion]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8", errors="replace") as lines:
         _check_case(file, lines.readline(), out, case)
         for number, line in enumerate(lines, start=2):
             if not line.endswith("\n"):
                 return  # stopped while it was written
             try:
-                found = json.loads(line)
-                place = (found["line"], found["sample"])
-                logprobs = np.array(found["logprobs"], np.float32)
-                tokens = tuple(found["tokens"])
-                yield place, Completion(*place, tokens, logprobs, found["finish"], found["stop_token"])
+                completion = _completion(parse_object(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}, line {number}: no sample ({error}); delete {out}.samples*") from error
+            yield (completion.request, completion.sample), completion
+
+
+def _completion(found: Mapping[str, Any]) -> Completion:
+    """Raises ValueError, KeyError or TypeError where a line was not written by `Writer.add`."""
+    place, tokens = (found["line"], found["sample"]), tuple(found["tokens"])
+    logprobs = np.array(found["logprobs"], np.float32)
+    if not all(type(number) is int and number >= 0 for number in (*place, *tokens)) or logprobs.shape != (len(tokens),):
+        raise ValueError("needed: line and sample, and as many log-probabilities as tokens")
+    return Completion(*place, tokens, logprobs, found["finish"], found["stop_token"])

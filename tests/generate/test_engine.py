@@ -14,8 +14,10 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from prism_kernels.caches import PagedCache
-from prism_mcore.generate import Request, Sampling
+from prism_mcore.generate import Engine, Request, Sampling
+from prism_mcore.generate.prompts import text_tokens
 from prism_mcore.model.hybrid import Head
+from prism_mcore.text import Tokenizer
 
 HOW = Sampling(temperature=0.9, max_tokens=70, stop_ids=[7])
 ALL = [(request, sample) for request in range(5) for sample in range(3)]
@@ -121,7 +123,7 @@ def again(groups, spec_name):
         next(half)
     runs.append(by_sample(engine.stream(requests, HOW)))
     with torch.inference_mode():
-        for cache in engine._caches[1].layers.values():
+        for cache in engine.replica._caches[1].layers.values():
             for x in tensors_of(cache):
                 x.fill_(torch.nan)
     engine.reset()
@@ -146,7 +148,7 @@ def limited(groups, cache_kb):
     engine = engine_on(groups, "granite hybrid", slots=64, cache_gb=cache_kb / 1e6)
     engine.context = 160
     completions = by_sample(engine.stream(random_requests(5, samples=3), HOW))
-    return completions, engine.statistics, engine.costs
+    return completions, engine.statistics, engine.replica.costs
 
 
 def test_memory_bounds_what_runs_at_once(alone):
@@ -199,7 +201,7 @@ def freed(groups):
     gc.disable()
     try:
         list(engine.stream(random_requests(5, longest=20), HOW))
-        caches = weakref.ref(engine._caches[1])
+        caches = weakref.ref(engine.replica._caches[1])
         engine.reset()
         return caches() is None
     finally:
@@ -224,18 +226,14 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_text(temperature):
         run_ranks(1, broken, temperature)
 
 
-def asked(groups):
+def test_a_prompt_of_text_does_not_end_with_the_end_of_a_sequence():
     """A tokenizer of transformers that puts its end-of-sequence token after every text."""
     words = tokenizers.Tokenizer(models.WordLevel({**{str(i): i for i in range(9)}, "</s>": 9}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 9)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
     assert tokenizer("3 4").input_ids == [3, 4, 9]
-    return engine_on(groups, "dense", tokenizer=tokenizer)._tokens("3 4")
-
-
-def test_a_prompt_of_text_does_not_end_with_the_end_of_a_sequence():
-    assert run_ranks(1, asked) == [(3, 4)]
+    assert text_tokens("3 4", Tokenizer.of(tokenizer)) == (3, 4)
 
 
 def after_a_step(groups, overlap):
@@ -251,8 +249,6 @@ def after_a_step(groups, overlap):
             generator = torch.Generator().manual_seed(len(name) + step)
             parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
         optimizer.step()
-    from prism_mcore.generate import Engine
-
     return by_sample(Engine(model).stream(random_requests(2), HOW))
 
 
@@ -261,25 +257,54 @@ def test_sampling_waits_for_the_gather_of_new_weights():
         same(got, want)
 
 
+NO_PROMPTS = {
+    "['hello']": "prompt 0: the prompt is text, and there is no tokenizer",
+    "'hello'": "prompts is one text; needed: a list of prompts",
+    "[[3], [3.7, 4.2]]": r"prompt 1: tokens is \[3.7, 4.2\]; needed: a list of token ids",
+    "[[3, True]]": r"prompt 0: tokens is \[3, true\]",
+    "[[3, None]]": r"prompt 0: tokens is \[3, null\]",
+    "[3, 4]": "prompt 0: tokens is 3; needed: a list",
+    "[[[3, 4]]]": r"prompt 0: tokens is \[\[3, 4\]\]",
+    "[np.array([3.0])]": r"prompt 0: tokens is \[3.0\]",
+    "[[]]": "prompt 0 is empty",
+    "[[3], [61]]": "prompt 1 holds token 61",
+}
+
+
+def with_words(count):
+    words = tokenizers.Tokenizer(models.WordLevel({str(i): i for i in range(count)}, unk_token="0"))
+    return Tokenizer(words)
+
+
 def wrong_prompts(groups):
     engine = engine_on(groups, "dense")
     messages = []
-    for tokens in ((), (1,) * 64, (61,), (-1, 2)):
+    for tokens in ((), (1,) * 64, (61,), (-1, 2), (3.7, 4)):
         with pytest.raises(ValueError) as error:
             list(engine.stream([Request((1,), ((0, 0, 0, 0),)), Request(tokens, ((0, 0, 1, 0),))], HOW))
         messages.append(str(error.value))
     with pytest.raises(ValueError, match="prompt 0 has no keys"):
         list(engine.stream([Request((1,), ())], HOW))
-    with pytest.raises(ValueError, match="prompt is text"):
-        engine.generate(["hello"])
+    for prompts, message in NO_PROMPTS.items():
+        with pytest.raises(ValueError, match=message):
+            engine.generate(eval(prompts))
+    with pytest.raises(ValueError, match="eos holds -1"):
+        Engine(engine.model, eos=[-1])
+    with pytest.raises(ValueError, match="tokenizer has 99 tokens, the model's vocabulary 61"):
+        Engine(engine.model, with_words(99))
+    with pytest.raises(ValueError, match=r"prompt 0: .*lone surrogate .ud83d"):
+        engine_on(groups, "dense", tokenizer=with_words(61)).generate(["3 \ud83d"])
+    assert [len(answers) for answers in engine.generate([torch.tensor([3, 4]), np.array([5])], max_tokens=2)] == [1, 1]
+    engine.reset()
     assert engine.statistics.prefilled_tokens == 0
     return messages
 
 
 def test_prompts_that_cannot_be_answered_are_refused_before_anything_runs():
-    empty, long, unknown, negative = run_ranks(1, wrong_prompts)[0]
+    empty, long, unknown, negative, cut = run_ranks(1, wrong_prompts)[0]
     assert "prompt 1 is empty" in empty and "fewer than the model's 64 positions" in long
     assert "token 61; needed: ids from 0 to 60" in unknown and "token -1" in negative
+    assert "prompt 1 holds 3.7; needed: token ids, whole numbers" in cut
 
 
 def in_bf16(groups):

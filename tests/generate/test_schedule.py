@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prism_mcore.generate.cache import BLOCK_LEN, SPARE, Capacity
+from prism_mcore.generate.replica import BLOCK_LEN, SPARE, Capacity
 from prism_mcore.generate.requests import Request
 from prism_mcore.generate.schedule import Schedule, blocks_needed
 

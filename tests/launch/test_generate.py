@@ -150,7 +150,7 @@ def test_a_special_token_may_be_a_stop_text():
 
 
 def costs_of(groups, hf):
-    return engine_on(groups, hf).costs
+    return engine_on(groups, hf).replica.costs
 
 
 def test_what_one_replica_cannot_do_is_said(tmp_path):
@@ -183,7 +183,25 @@ def test_replicas_wait_for_the_slowest(case, tmp_path, monkeypatch):
 
 WRONG = {
     "a broken line": ('{"prompt": "a"}\n{"prompt": ', [], "prompts.jsonl, line 2: not JSON"),
-    "no object": ("[1, 2]\n", [], "line 1: no object; needed: an object with either `prompt`"),
+    "no object": ("[1, 2]\n", [], "line 1: [1, 2]; needed: a JSON object"),
+    "half a character": (
+        '{"prompt": "a"}\n{"prompt": "a\\ud83d"}\n',
+        [],
+        "line 2: prompt holds half a character, the lone surrogate \\ud83d",
+    ),
+    "half a character in a field of no use here": (
+        '{"prompt": "a", "from": ["b", {"id": "\\udcff"}]}\n',
+        [],
+        "line 1: from[1].id holds half a character, the lone surrogate \\udcff",
+    ),
+    "half a character as a name": (
+        '{"prompt": "a", "\\udcff": 1}\n',
+        [],
+        "a name of the object holds half a character",
+    ),
+    "no number": ('{"prompt": "a", "score": NaN}\n', [], "line 1: score is nan, which JSON has no number for"),
+    "a number beyond all": ('{"prompt": "a", "score": [-1e999]}\n', [], "line 1: score[0] is -inf, which JSON"),
+    "nested without end": ('{"prompt": ' + "[" * 100_000 + "\n", [], "line 1: not JSON that can be read"),
     "neither": ('{"text": "a"}\n', [], "line 1: an object with text; needed"),
     "empty": ('\n{"prompt": ""}\n', [], "line 2: the prompt is empty"),
     "no tokens": ('{"tokens": []}\n', [], "line 1: the prompt is empty"),
@@ -221,7 +239,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, capsys, monkeypatch):
     save_hf("llama-3.1", tmp_path / "hf")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     assert run_here(monkeypatch, tmp_path / "hf", tmp_path) == 2
-    assert "line 1: the prompt is text, and the model's directory has no tokenizer.json" in capsys.readouterr().err
+    assert "line 1: the prompt is text, and there is no tokenizer (tokenizer.json)" in capsys.readouterr().err
     save_tokenizer(tmp_path / "hf", [*WORDS, "8"])
     assert run_here(monkeypatch, tmp_path / "hf", tmp_path) == 2
     assert "the tokenizer has 62 tokens, the model's vocabulary 61" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from prism_mcore.generate.cache import Costs, cache_memory, capacity
+from prism_mcore.generate.replica import Costs, cache_memory, capacity
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 GB = 2**30
