@@ -41,9 +41,9 @@ def main() -> int:
 
 
 def _train(settings: Settings) -> int:
+    from prism_mcore.checkpoint.folder import CheckpointError
     from prism_mcore.convert.names import ExchangeError
     from prism_mcore.data.token_file import TokenFileError
-    from prism_mcore.train.checkpoint import CheckpointError
     from prism_mcore.train.loop import run  # imports torch: not before the settings are known to work
 
     try:

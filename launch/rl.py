@@ -67,10 +67,10 @@ def _prompt_notes(settings: Settings, spec: "ModelSpec") -> list[str]:
 
 
 def _train(settings: Settings, spec: "ModelSpec") -> int:
+    from prism_mcore.checkpoint.folder import CheckpointError
     from prism_mcore.convert.names import ExchangeError
     from prism_mcore.rl.loop import run
     from prism_mcore.rl.prompts import PromptError, open_prompts
-    from prism_mcore.train.checkpoint import CheckpointError
 
     try:
         return run(settings, open_prompts(settings, spec))  # prompts before any process group or GPU

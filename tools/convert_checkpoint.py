@@ -38,10 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def from_hf(options: argparse.Namespace) -> None:
+    from prism_mcore.checkpoint.durable import MANIFEST, damage
+    from prism_mcore.checkpoint.folder import step_name
     from prism_mcore.convert.checkpoint import import_hf, plan_import
     from prism_mcore.convert.manifest import verify
-    from prism_mcore.train.checkpoint import step_name
-    from prism_mcore.train.manifest import MANIFEST, damage
 
     if options.verify and (options.hf_dir / MANIFEST).is_file():
         _refuse(verify(options.hf_dir))

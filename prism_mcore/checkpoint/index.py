@@ -20,11 +20,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from prism_mcore.checkpoint.folder import CheckpointError
+
 INDEX = ".metadata"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the same on every rank."""
 
 
 def read_index(path: Path) -> Metadata:

@@ -1,16 +1,18 @@
-"""Tensors of a checkpoint into a running model, by an index that was checked and without opening any other pickle."""
+"""Checkpoints into a running model of any layout, by an index that was checked and without opening any other pickle."""
 
+import logging
 import warnings
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory, StateDict
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
@@ -21,12 +23,94 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from prism_mcore.checkpoint.index import CheckpointError
+from prism_mcore.agree import gather_failures
+from prism_mcore.checkpoint.durable import damage
+from prism_mcore.checkpoint.folder import CheckpointError, read_state
+from prism_mcore.checkpoint.index import read_index
+from prism_mcore.checkpoint.optimizer_state import load_optimizer
+from prism_mcore.checkpoint.random_state import set_random_state, sharded_random_state
+from prism_mcore.checkpoint.sharded import fill, layout, sharded_tensors
+from prism_mcore.parallel import Groups
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint held besides tensors."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]  # what was given to `save`
+
+
+def load(
+    path: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    groups: Groups,
+    more: ShardedStateDict | None = None,
+) -> Loaded:
+    """Fill model and optimizer from a checkpoint of any layout; every rank calls it.
+
+    more: what `save` was given under the same name, whose data is filled, too.
+    Does not verify the manifest: `newest_undamaged` or `damage` did. Random number generators continue only in the
+    layout that saved them; in another they stay as they are.
+    """
+    record = read_state(path)
+    index = read_index(path)
+    wanted = sharded_tensors(chunks, optimizer, groups, is_loading=True)
+    random_state, known = sharded_random_state(groups.rank), index.state_dict_metadata
+    # A GPU's generators have states of another size than a CPU's.
+    same = all(s.key in known and known[s.key].size == s.data.shape for s in random_state.values())
+    if same and record["layout"] == layout(groups):
+        wanted["random"] = random_state
+    elif groups.rank == 0:
+        log.warning("%s was saved in the layout %s; random numbers start anew", path, record["layout"])
+    wanted["more"] = dict(more or {})
+    places = {part: {name: sharded.data for name, sharded in wanted[part].items()} for part in ("model", "more")}
+    loaded = load_tensors(wanted, path, index)
+    for part, tensors in places.items():
+        fill(tensors, loaded.get(part, {}))  # megatron-core drops what is empty
+    load_optimizer(optimizer, loaded["optimizer"], record["optimizer_step"])
+    if "random" in loaded:
+        set_random_state(loaded["random"])
+    return Loaded(path, record["step"], record["state"])
+
+
+def load_weights(path: Path, chunks: Sequence[torch.nn.Module], groups: Groups) -> None:
+    """Fill only the model from a checkpoint of any layout, as the start of a new run; every rank calls it.
+
+    Raises CheckpointError, naming the file, where one is not as the manifest says, and where the model is another one.
+    """
+    problems = gather_failures("; ".join(damage(path, groups.rank, groups.world_size)))
+    if problems:
+        raise CheckpointError(f"cannot start from {path}: {'; '.join(problems)}")
+    read_state(path)
+    wanted = sharded_tensors(chunks, None, groups, is_loading=True)
+    index = read_index(path)
+    if problems := gather_failures(_first_difference(wanted["model"], index)):
+        raise CheckpointError(f"cannot start from {path}, which is of another model: {problems[0]}")
+    weights = {name: sharded.data for name, sharded in wanted["model"].items()}
+    fill(weights, load_tensors(wanted, path, index)["model"])
+
+
+def _first_difference(model: ShardedStateDict, index: Metadata) -> str:
+    """A tensor that the checkpoint lacks, or has in another shape; empty where there is none."""
+    for sharded in model.values():
+        for piece in sharded.build() if isinstance(sharded, ShardedTensorFactory) else [sharded]:
+            found = index.state_dict_metadata.get(piece.key)
+            if found is None:
+                return f"it has no {piece.key}"
+            if tuple(found.size) != tuple(piece.global_shape) and not piece.allow_shape_mismatch:
+                return f"{piece.key} is {list(found.size)} there, {list(piece.global_shape)} here"
+    return ""
 
 
 def load_tensors(wanted: ShardedStateDict, path: Path, index: Metadata) -> StateDict:

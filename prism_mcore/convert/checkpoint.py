@@ -26,6 +26,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from prism_mcore.checkpoint.durable import FileRecord, damage, write_atomically, write_manifest
+from prism_mcore.checkpoint.folder import FORMAT_VERSION, LATEST, STATE, CheckpointError, latest, read_state, step_name
 from prism_mcore.convert.export import conventional_source, in_fp32, write_directory
 from prism_mcore.convert.files import Buffers, HashedFile, Workers, new_directory, read_ahead
 from prism_mcore.convert.layout import Places, runs_within
@@ -44,8 +46,6 @@ from prism_mcore.convert.stored import StoredTensors
 from prism_mcore.model.parameters import parameters
 from prism_mcore.model.spec import ModelSpec, find_config, read_spec
 from prism_mcore.model.split import split_layers
-from prism_mcore.train.checkpoint import FORMAT_VERSION, LATEST, STATE, CheckpointError, latest, read_state, step_name
-from prism_mcore.train.manifest import FileRecord, damage, write_atomically, write_manifest
 
 SOURCE = "source"  # beside the checkpoints of a run or an import: where its weights came from
 PIECE_BYTES = 64 * 2**20  # of fp32: tensors are stored in pieces of about so many

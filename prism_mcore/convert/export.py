@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prism_mcore.checkpoint.durable import FileRecord
 from prism_mcore.convert.files import BLOCK_BYTES, BLOCKS_WAITING, Buffers, HashedFile, Workers, new_directory
 from prism_mcore.convert.manifest import TensorRecord, tensor_record, write_export_manifest
 from prism_mcore.convert.names import hf_tensors
 from prism_mcore.convert.source import DTYPE_NAMES, INDEX, SINGLE, Entry, Shard, Source, as_bytes, parse_header
 from prism_mcore.model.spec import ModelSpec
-from prism_mcore.train.manifest import FileRecord
 
 SHARD_BYTES = 5 * 10**9  # of a model that did not come from Hugging Face
 

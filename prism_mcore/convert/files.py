@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from prism_mcore.checkpoint.durable import FileRecord, sync_folder
 from prism_mcore.convert.names import ExchangeError
-from prism_mcore.train.manifest import FileRecord, sync_folder
 
 BLOCK_BYTES = 8 * 2**20  # read, hashed and written at once
 BLOCKS_WAITING = 4  # for their hash or for the disk: what bounds memory

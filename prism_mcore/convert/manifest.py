@@ -12,8 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prism_mcore.convert.source import Entry, Shard, read_source
-from prism_mcore.train.manifest import (
+from prism_mcore.checkpoint.durable import (
     MANIFEST,
     MANIFEST_VERSION,
     FileRecord,
@@ -22,6 +21,7 @@ from prism_mcore.train.manifest import (
     sync_file,
     write_atomically,
 )
+from prism_mcore.convert.source import Entry, Shard, read_source
 
 TensorRecord = dict[str, Any]  # {"dtype": "BF16", "shape": [...], "sha256": hex}
 CHUNK_BYTES = 32 * 2**20

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prism_mcore.checkpoint.durable import MANIFEST, sync_file, sync_folder
 from prism_mcore.convert.names import ExchangeError, HFTensor, Shape, hf_tensors
 from prism_mcore.model.spec import ModelSpec, UnsupportedModel, read_spec
-from prism_mcore.train.manifest import MANIFEST, sync_file, sync_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LAYOUT = "layout.json"

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from prism_mcore.checkpoint.index import CheckpointError, read_index
+from prism_mcore.checkpoint.folder import CheckpointError
+from prism_mcore.checkpoint.index import read_index
 from prism_mcore.convert.names import ExchangeError, Run, Shape
 from prism_mcore.convert.source import read_exactly
 

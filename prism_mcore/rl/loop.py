@@ -15,6 +15,10 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from prism_mcore import platform
 from prism_mcore.batch import PackedBatch, PolicyBatch, RolloutGroup
+from prism_mcore.checkpoint.folder import newest_undamaged, read_state
+from prism_mcore.checkpoint.load import load
+from prism_mcore.checkpoint.optimizer_state import initialise_state
+from prism_mcore.checkpoint.save import Checkpoints
 from prism_mcore.config import Settings, SettingsError, dump, resolve_spec
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
 from prism_mcore.generate.engine import Engine
@@ -29,7 +33,6 @@ from prism_mcore.rl.prompts import Prompts
 from prism_mcore.rl.reference import Reference
 from prism_mcore.rl.rollout import Roller
 from prism_mcore.rl.step import PolicyStats, policy_step, score
-from prism_mcore.train.checkpoint import Checkpoints, initialise_state, load, newest_undamaged, read_state
 from prism_mcore.train.guards import Guard, GuardStop, Stats
 from prism_mcore.train.loop import due, longest_wait, models, require_shared, set_initial_weights, spec_record
 from prism_mcore.train.optimizer import build_optimizer, finish_parameter_gather, gathered_parameters, update, wrap

@@ -15,6 +15,9 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from prism_mcore import platform
 from prism_mcore.agree import gather_failures
+from prism_mcore.checkpoint.folder import CheckpointError, latest, newest_undamaged, read_state
+from prism_mcore.checkpoint.load import load, load_weights
+from prism_mcore.checkpoint.save import Checkpoints
 from prism_mcore.config import Settings, SettingsError, dump, resolve_spec
 from prism_mcore.convert.checkpoint import SOURCE, remember_source
 from prism_mcore.convert.hf import load_hf
@@ -25,15 +28,6 @@ from prism_mcore.model.build import chunks_of
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups, init_groups
-from prism_mcore.train.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    latest,
-    load,
-    load_weights,
-    newest_undamaged,
-    read_state,
-)
 from prism_mcore.train.guards import Guard, GuardStop
 from prism_mcore.train.metrics import Metrics
 from prism_mcore.train.optimizer import build_optimizer, finish_parameter_gather, update, wrap

@@ -18,10 +18,11 @@ from tiny.hf_models import save_hf
 from tiny.models import HYBRID
 from torch.distributed.checkpoint import metadata as torch_metadata
 
-from prism_mcore.checkpoint.index import CheckpointError, read_index
+from prism_mcore.checkpoint.durable import write_manifest
+from prism_mcore.checkpoint.folder import CheckpointError
+from prism_mcore.checkpoint.index import read_index
 from prism_mcore.data.token_file import TokenFileWriter
 from prism_mcore.exit_codes import DONE
-from prism_mcore.train.manifest import write_manifest
 
 ROOT = Path(__file__).parents[2]
 TORCH = "torch.distributed.checkpoint.metadata"
@@ -204,11 +205,11 @@ def to_hf(folder, out):
 
 def start_and_resume(groups, folder, config):
     """What model.init and resume say to a checkpoint; None where they load it."""
+    from prism_mcore.checkpoint.load import load, load_weights
     from prism_mcore.model.build import build_chunks
     from prism_mcore.model.ops import Ops
     from prism_mcore.model.spec import read_spec
     from prism_mcore.model.split import split_layers
-    from prism_mcore.train.checkpoint import load, load_weights
     from prism_mcore.train.optimizer import build_optimizer, wrap
     from prism_mcore.train.settings import OptimizerSettings
 

@@ -83,9 +83,9 @@ def test_a_soft_update_mixes_masters_into_the_reference():
 
 
 def kept_in_a_checkpoint(groups, folder, load):
+    from prism_mcore.checkpoint.load import load as load_checkpoint
+    from prism_mcore.checkpoint.save import Checkpoints
     from prism_mcore.rl.reference import Reference
-    from prism_mcore.train.checkpoint import Checkpoints
-    from prism_mcore.train.checkpoint import load as load_checkpoint
     from prism_mcore.train.settings import CheckpointSettings
 
     chunks, optimizer = open_policy(groups, "granite hybrid", "bf16")

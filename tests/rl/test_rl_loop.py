@@ -416,7 +416,7 @@ def generating_nan(train, run):
 
 def saved_then_stopped(train, run):
     """A guard stops the run while a save is still being written."""
-    from prism_mcore.train.checkpoint import _Writer
+    from prism_mcore.checkpoint.save import _Writer
 
     admits, write = run.guard.admits, _Writer.write
 

@@ -127,7 +127,7 @@ def build(groups, path, dtype):
 
 def load_imported(groups, checkpoint, path):
     """This rank's weights, loaded as `model.init` does."""
-    from prism_mcore.train.checkpoint import load_weights
+    from prism_mcore.checkpoint.load import load_weights
 
     chunks = build(groups, path, torch.bfloat16)
     for chunk in chunks:
@@ -163,8 +163,8 @@ def test_a_run_starts_from_an_import_as_from_the_directory(convert, tmp_path, fa
 
 def train_and_save(groups, path, folder, dtype, init, shift=0.0):
     """A checkpoint with an optimizer whose fp32 masters are away from the weights by `shift`, as after small steps."""
+    from prism_mcore.checkpoint.save import Checkpoints
     from prism_mcore.convert.hf import load_hf
-    from prism_mcore.train.checkpoint import Checkpoints
     from prism_mcore.train.optimizer import build_optimizer, wrap
     from prism_mcore.train.settings import CheckpointSettings, OptimizerSettings
 
@@ -301,7 +301,7 @@ def test_a_damaged_checkpoint(convert, capsys, tmp_path, imported):
 
 def test_an_index_that_is_not_one(convert, capsys, tmp_path, imported):
     """The manifest agrees, and still no class is unpickled but the index's own."""
-    from prism_mcore.train.manifest import write_manifest
+    from prism_mcore.checkpoint.durable import write_manifest
 
     shutil.copytree(imported / "ckpt", tmp_path / "ckpt")
     step = tmp_path / "ckpt" / "step_00000000"

@@ -17,11 +17,11 @@ from ranks import RankError, run_ranks
 from tiny.models import CONFIGS
 
 from prism_mcore import platform
+from prism_mcore.checkpoint.save import _Writer
 from prism_mcore.config import Settings
 from prism_mcore.data.token_file import TokenFileWriter
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
 from prism_mcore.train import loop, optimizer
-from prism_mcore.train.checkpoint import _Writer
 from prism_mcore.train.loop import train as train_loop
 
 SOURCES = [("text", 0.7), ("code", 0.3)]

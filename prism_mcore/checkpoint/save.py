@@ -1,14 +1,4 @@
-"""Checkpoints: whole or not at all, verified before they are opened, and loadable in any layout.
-
-    <run>/checkpoints/
-        step_00000100/           written as .tmp_step_00000100, synced, renamed when complete
-            __0_0.distcp ...     tensors under their global names, megatron-core's torch_dist format
-            .metadata            where each tensor is (torch's index, a pickle: read as data by checkpoint/index.py)
-            metadata.json        megatron-core's name of the format
-            common.pt            empty, and never opened; megatron-core wants it
-            state.json           everything that is not a tensor
-            manifest.json        size and SHA-256 of every file above
-        latest                   the name of the newest complete one
+"""Saving a checkpoint: every rank writes its own tensors, rank 0 the rest, and what is not whole gets no name.
 
 Tensors are written by the rank's own process, or by a thread of it: megatron-core's writer processes need an unspoilt
 __main__, and wait for ever when one of them dies.
@@ -22,14 +12,13 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -40,35 +29,29 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
-from megatron.core.utils import unwrap_model
+from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
 from prism_mcore.agree import all_ranks, deadline, end_process, gather_failures
-from prism_mcore.checkpoint.index import CheckpointError, read_index
-from prism_mcore.checkpoint.load import load_tensors
+from prism_mcore.checkpoint.durable import FileRecord, describe, sync_folder, write_atomically, write_manifest
+from prism_mcore.checkpoint.folder import (
+    FORMAT_VERSION,
+    LATEST,
+    STATE,
+    CheckpointError,
+    complete_steps,
+    step_name,
+)
+from prism_mcore.checkpoint.optimizer_state import optimizer_step
+from prism_mcore.checkpoint.random_state import sharded_random_state
+from prism_mcore.checkpoint.sharded import layout, sharded_tensors
 from prism_mcore.parallel import Groups
-from prism_mcore.train.manifest import FileRecord, damage, describe, sync_folder, write_atomically, write_manifest
-from prism_mcore.train.random_state import get_random_state, set_random_state
 from prism_mcore.train.settings import CheckpointSettings
 
-FORMAT_VERSION = 1
-STATE = "state.json"
-LATEST = "latest"
 DEADLINE = "checkpoint.save_deadline_s"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a checkpoint held besides tensors."""
-
-    path: Path
-    step: int
-    state: dict[str, Any]  # what was given to `save`
 
 
 class Checkpoints:
@@ -122,30 +105,6 @@ class Checkpoints:
                 pending.finish()
 
 
-def step_name(step: int) -> str:
-    """The folder of the checkpoint after `step` steps."""
-    return f"step_{step:08d}"
-
-
-def complete_steps(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step_" + "[0-9]" * 8) if path.is_dir())
-
-
-def latest(folder: Path) -> Path | None:
-    """The checkpoint that `latest` names, else the newest complete one; None where there is none."""
-    steps = complete_steps(folder)
-    with contextlib.suppress(FileNotFoundError):
-        named = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
-        if named in steps:
-            return named
-        log.warning("%s names %s, which is not there", folder / LATEST, named.name)
-    return steps[-1] if steps else None
-
-
-# --- saving -----------------------------------------------------------------------------------------------------------
-
-
 class _Save:
     """One save, in three parts: `plan` (all ranks together), `write` (each alone), `finish` (all ranks together)."""
 
@@ -177,8 +136,8 @@ class _Save:
             if self.groups.rank == 0:
                 self.text = json.dumps(self._record(optimizer, state), indent=1, allow_nan=False)
                 self._prepare_folder()
-        tensors = _sharded_tensors(chunks, optimizer, self.groups, is_loading=False)
-        tensors["random"], tensors["more"] = _sharded_random_state(self.groups.rank), more
+        tensors = sharded_tensors(chunks, optimizer, self.groups, is_loading=False)
+        tensors["random"], tensors["more"] = sharded_random_state(self.groups.rank), more
         sharded, _ = save_preprocess(tensors)
         # Data-parallel replicas share the writing.
         FullyParallelSaveStrategyWrapper(
@@ -222,8 +181,8 @@ class _Save:
         return {
             "format_version": FORMAT_VERSION,
             "step": self.step,
-            "layout": _layout(self.groups),
-            "optimizer_step": _optimizer_step(optimizer),
+            "layout": layout(self.groups),
+            "optimizer_step": optimizer_step(optimizer),
             "state": state,
         }
 
@@ -350,185 +309,6 @@ class _ErrorKeepingFile:
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(OSError) if error[0] else contextlib.nullcontext():
             self.file.close()
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
-def newest_undamaged(folder: Path) -> Path | None:
-    """The newest checkpoint whose every file is as its manifest says; None where there is no checkpoint at all.
-
-    Every rank calls it, and the ranks share the hashing. Damage is logged by file name.
-    """
-    candidates: list[list[Path]] = [[]]
-    if dist.get_rank() == 0:
-        newest = latest(folder)
-        candidates = [[path for path in reversed(complete_steps(folder)) if newest is not None and path <= newest]]
-    dist.broadcast_object_list(candidates, src=0)
-    for path in candidates[0]:
-        problems = gather_failures("; ".join(damage(path, dist.get_rank(), dist.get_world_size())))
-        if not problems:
-            return path
-        if dist.get_rank() == 0:
-            log.error("NOT loading %s: %s. Trying the checkpoint before it.", path, "; ".join(sorted(set(problems))))
-    if candidates[0]:
-        raise CheckpointError(
-            f"every checkpoint in {folder} is damaged, see the log; move the folder away to start from the beginning"
-        )
-    return None
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint: format_version, step, layout, optimizer_step, state; unknown versions are refused."""
-    record = json.loads((path / STATE).read_text(encoding="utf-8"))
-    version = record.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version}; this program reads version {FORMAT_VERSION}."
-            " Load it with the version of prism_mcore that wrote it"
-        )
-    return record
-
-
-def load(
-    path: Path,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer | None,
-    groups: Groups,
-    more: ShardedStateDict | None = None,
-) -> Loaded:
-    """Fill the model (and the optimizer, if given) from a checkpoint of any layout; every rank calls it.
-
-    more: what `save` was given under the same name, whose data is filled, too.
-    Does not verify the manifest: `newest_undamaged` or `damage` did. Random number generators continue only in the
-    layout that saved them; in another they stay as they are.
-    """
-    record = read_state(path)
-    index = read_index(path)
-    wanted = _sharded_tensors(chunks, optimizer, groups, is_loading=True)
-    random_state, known = _sharded_random_state(groups.rank), index.state_dict_metadata
-    # A GPU's generators have states of another size than a CPU's.
-    same = all(s.key in known and known[s.key].size == s.data.shape for s in random_state.values())
-    if same and record["layout"] == _layout(groups):
-        wanted["random"] = random_state
-    elif groups.rank == 0:
-        log.warning("%s was saved in the layout %s; random numbers start anew", path, record["layout"])
-    wanted["more"] = dict(more or {})
-    places = {part: {name: sharded.data for name, sharded in wanted[part].items()} for part in ("model", "more")}
-    loaded = load_tensors(wanted, path, index)
-    for part, tensors in places.items():
-        _fill(tensors, loaded.get(part, {}))  # megatron-core drops what is empty
-    _load_optimizer(optimizer, loaded["optimizer"], record["optimizer_step"])
-    if "random" in loaded:
-        set_random_state(loaded["random"])
-    return Loaded(path, record["step"], record["state"])
-
-
-def load_weights(path: Path, chunks: Sequence[torch.nn.Module], groups: Groups) -> None:
-    """Fill only the model from a checkpoint of any layout, as the start of a new run; every rank calls it.
-
-    Raises CheckpointError, naming the file, where one is not as the manifest says, and where the model is another one.
-    """
-    problems = gather_failures("; ".join(damage(path, groups.rank, groups.world_size)))
-    if problems:
-        raise CheckpointError(f"cannot start from {path}: {'; '.join(problems)}")
-    read_state(path)
-    wanted = _sharded_tensors(chunks, None, groups, is_loading=True)
-    index = read_index(path)
-    if problems := gather_failures(_first_difference(wanted["model"], index)):
-        raise CheckpointError(f"cannot start from {path}, which is of another model: {problems[0]}")
-    weights = {name: sharded.data for name, sharded in wanted["model"].items()}
-    _fill(weights, load_tensors(wanted, path, index)["model"])
-
-
-def _first_difference(model: ShardedStateDict, index: Metadata) -> str:
-    """A tensor that the checkpoint lacks, or has in another shape; empty where there is none."""
-    for sharded in model.values():
-        for piece in sharded.build() if isinstance(sharded, ShardedTensorFactory) else [sharded]:
-            found = index.state_dict_metadata.get(piece.key)
-            if found is None:
-                return f"it has no {piece.key}"
-            if tuple(found.size) != tuple(piece.global_shape) and not piece.allow_shape_mismatch:
-                return f"{piece.key} is {list(found.size)} there, {list(piece.global_shape)} here"
-    return ""
-
-
-# --- what is in a checkpoint ------------------------------------------------------------------------------------------
-
-
-def _sharded_tensors(
-    chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, groups: Groups, is_loading: bool
-) -> dict[str, Any]:
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": groups.dp_cp}
-    model: dict[str, Any] = {}
-    for chunk in unwrap_model(list(chunks)):  # names without the wrappers' "module."
-        model.update(chunk.sharded_state_dict(metadata=metadata))
-    tensors: dict[str, Any] = {"model": model}
-    if optimizer is not None:
-        initialise_state(optimizer)
-        state = _only(optimizer).sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-        # The rest of it is hyper-parameters, which come from the settings, and the step, which is in state.json.
-        tensors["optimizer"] = state["param_state"]
-    return tensors
-
-
-@torch.no_grad()
-def _fill(weights: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> None:
-    """Copy what was loaded into the model; plain tensors were read in place, those cut into parts were not."""
-    for name, weight in weights.items():
-        if loaded[name].data_ptr() != weight.data_ptr():
-            weight.copy_(loaded[name])
-
-
-def _sharded_random_state(rank: int) -> dict[str, ShardedTensor]:
-    state = get_random_state()
-    return {name: ShardedTensor.from_rank_offsets(f"random.{rank}.{name}", value) for name, value in state.items()}
-
-
-def _layout(groups: Groups) -> dict[str, int]:
-    fields = ("tp_size", "pp_size", "vpp", "dp_size", "cp_size")
-    return {field.removesuffix("_size"): getattr(groups, field) for field in fields}
-
-
-def _only(optimizer: MegatronOptimizer) -> Any:
-    if isinstance(optimizer, ChainedOptimizer):
-        (optimizer,) = optimizer.chained_optimizers
-    return optimizer
-
-
-def initialise_state(optimizer: MegatronOptimizer) -> None:
-    """Zero moments where no step was taken yet: megatron-core cannot describe the state of an untouched optimizer."""
-    distributed = _only(optimizer)
-    inner = distributed.optimizer
-    if inner.state:
-        return
-    distributed.init_state_fn(inner, distributed.config)
-    if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                device = parameter.device if group["fused"] or group["capturable"] else None
-                inner.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=device)
-
-
-def _optimizer_step(optimizer: MegatronOptimizer) -> int:
-    """Updates taken: torch's Adam counts them for each parameter, Transformer Engine's and apex's for each group."""
-    inner = _only(optimizer).optimizer
-    counts = [state["step"] for state in inner.state.values() if "step" in state]
-    counts = counts or [group["step"] for group in inner.param_groups if "step" in group]
-    return max((int(count) for count in counts), default=0)
-
-
-def _load_optimizer(optimizer: MegatronOptimizer, param_state: dict[int, Any], step: int) -> None:
-    distributed = _only(optimizer)
-    state = distributed.state_dict()
-    for group in state["optimizer"]["param_groups"]:
-        group["step"] = step
-    state["param_state"], state["param_state_sharding_type"] = param_state, "fully_reshardable"
-    distributed.load_state_dict(state)
-    # megatron-core gives all parameters one tensor, and none where Transformer Engine or apex is installed.
-    for own in distributed.optimizer.state.values():
-        if "step" in own:
-            own["step"] = torch.full_like(own["step"], step)
 
 
 def _free_space(folder: Path) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from ranks import RankError, run_ranks
 
-from prism_mcore.train.manifest import damage
+from prism_mcore.checkpoint.durable import damage
 from prism_mcore.train.settings import CheckpointSettings
 
 STEPS = 3
@@ -22,7 +22,7 @@ STEPS = 3
 def open_toy(groups, folder, bf16=False, **settings):
     from tiny.toy import Toy
 
-    from prism_mcore.train.checkpoint import Checkpoints
+    from prism_mcore.checkpoint.save import Checkpoints
 
     toy = Toy(groups, bf16=bf16)
     return toy, Checkpoints(folder, CheckpointSettings(**settings), groups)
@@ -49,7 +49,7 @@ def train_and_save(groups, folder, bf16=False, async_save=False, steps=STEPS):
 @contextmanager
 def writing_is_slow():
     """Long enough for the steps after the save to change the weights before they are written."""
-    from prism_mcore.train.checkpoint import _Writer
+    from prism_mcore.checkpoint.save import _Writer
 
     write = _Writer.write
     _Writer.write = lambda self: (time.sleep(1), write(self))
@@ -64,7 +64,8 @@ def latest_step(folder):
 
 
 def load_newest(groups, toy, folder):
-    from prism_mcore.train.checkpoint import load, newest_undamaged
+    from prism_mcore.checkpoint.folder import newest_undamaged
+    from prism_mcore.checkpoint.load import load
 
     path = newest_undamaged(folder)
     return None if path is None else load(path, toy.chunks, toy.optimizer, groups)
@@ -168,14 +169,14 @@ def test_a_run_without_a_checkpoint_has_none_to_load(tmp_path):
 
 def load_on_another_device(groups, folder):
     """The states of its generators have another size."""
-    from prism_mcore.train import checkpoint
+    from prism_mcore.checkpoint import random_state
 
-    plain = checkpoint.get_random_state
-    checkpoint.get_random_state = lambda: {name: state[:16] for name, state in plain().items()}
+    plain = random_state.get_random_state
+    random_state.get_random_state = lambda: {name: state[:16] for name, state in plain().items()}
     try:
         return load_step(groups, folder)[0]
     finally:
-        checkpoint.get_random_state = plain
+        random_state.get_random_state = plain
 
 
 def test_generators_of_another_device_start_anew(tmp_path):
@@ -224,7 +225,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_loaded(two_checkpoi
 
 
 def test_a_file_of_another_node_is_in_the_manifest_though_not_listed_yet(tmp_path):
-    from prism_mcore.train.manifest import describe, write_manifest
+    from prism_mcore.checkpoint.durable import describe, write_manifest
 
     ours, theirs = tmp_path / "__0_0.distcp", tmp_path / "__9_0.distcp"
     ours.write_bytes(b"ours")
@@ -248,7 +249,7 @@ def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(two_checkpoints
 
 def reseal(checkpoint):
     """Give a changed checkpoint a manifest that fits it, as an attacker would."""
-    from prism_mcore.train.manifest import write_manifest
+    from prism_mcore.checkpoint.durable import write_manifest
 
     write_manifest(checkpoint, {})
 
@@ -271,7 +272,8 @@ class Malice:
 
 
 def read_the_index(groups, path):
-    from prism_mcore.train.checkpoint import CheckpointError, read_index
+    from prism_mcore.checkpoint.folder import CheckpointError
+    from prism_mcore.checkpoint.index import read_index
 
     with pytest.raises(CheckpointError) as error:
         read_index(path)
@@ -287,7 +289,7 @@ def test_a_pickle_that_calls_something_is_refused(two_checkpoints, tmp_path):
 
 
 def index_names(groups, path):
-    from prism_mcore.train.checkpoint import read_index
+    from prism_mcore.checkpoint.index import read_index
 
     return sorted(read_index(path).state_dict_metadata)
 
@@ -323,11 +325,11 @@ def test_a_full_disk_on_one_rank_is_told_on_all_and_leaves_the_previous_checkpoi
 
 
 def hang_in_save(groups, folder):
-    from prism_mcore.train import checkpoint
+    from prism_mcore.checkpoint import save
 
     toy, checkpoints = open_toy(groups, folder, save_deadline_s=2.0)
     if groups.rank == 1:
-        checkpoint._Writer.write = lambda self: time.sleep(600)
+        save._Writer.write = lambda self: time.sleep(600)
     checkpoints.save(2, toy.chunks, toy.optimizer, {})
 
 
@@ -341,11 +343,11 @@ def test_a_save_that_hangs_ends_the_run(tmp_path):
 
 
 def die_in_save(groups, folder):
-    from prism_mcore.train import checkpoint
+    from prism_mcore.checkpoint import save
 
     toy, checkpoints = open_toy(groups, folder)
     if groups.rank == 1:
-        checkpoint._Writer.write = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+        save._Writer.write = lambda self: os.kill(os.getpid(), signal.SIGKILL)
     checkpoints.save(2, toy.chunks, toy.optimizer, {})
 
 
@@ -358,7 +360,7 @@ def test_a_rank_killed_in_a_save_leaves_nothing_that_looks_whole(tmp_path):
 
 
 def start_from_weights(groups, path):
-    from prism_mcore.train.checkpoint import load_weights
+    from prism_mcore.checkpoint.load import load_weights
 
     toy, _ = open_toy(groups, path.parent)
     load_weights(path, toy.chunks, groups)

@@ -1,0 +1,89 @@
+"""The folder of a run's checkpoints: whole or not at all, verified before they are opened, the newest found again.
+
+<run>/checkpoints/
+    step_00000100/           written as .tmp_step_00000100, synced, renamed when complete
+        __0_0.distcp ...     tensors under their global names, megatron-core's torch_dist format
+        .metadata            where each tensor is (torch's index, a pickle: read as data by index.py)
+        metadata.json        megatron-core's name of the format
+        common.pt            empty, and never opened; megatron-core wants it
+        state.json           everything that is not a tensor
+        manifest.json        size and SHA-256 of every file above
+    latest                   the name of the newest complete one
+"""
+
+import contextlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from prism_mcore.agree import gather_failures
+from prism_mcore.checkpoint.durable import damage
+
+FORMAT_VERSION = 1
+STATE = "state.json"
+LATEST = "latest"
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the same on every rank."""
+
+
+def step_name(step: int) -> str:
+    """The folder of the checkpoint after `step` steps."""
+    return f"step_{step:08d}"
+
+
+def complete_steps(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step_" + "[0-9]" * 8) if path.is_dir())
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint that `latest` names, else the newest complete one; None where there is none."""
+    steps = complete_steps(folder)
+    with contextlib.suppress(FileNotFoundError):
+        named = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
+        if named in steps:
+            return named
+        log.warning("%s names %s, which is not there", folder / LATEST, named.name)
+    return steps[-1] if steps else None
+
+
+def newest_undamaged(folder: Path) -> Path | None:
+    """The newest checkpoint whose every file is as its manifest says; None where there is no checkpoint at all.
+
+    Every rank calls it, and the ranks share the hashing. Damage is logged by file name.
+    """
+    candidates: list[list[Path]] = [[]]
+    if dist.get_rank() == 0:
+        newest = latest(folder)
+        candidates = [[path for path in reversed(complete_steps(folder)) if newest is not None and path <= newest]]
+    dist.broadcast_object_list(candidates, src=0)
+    for path in candidates[0]:
+        problems = gather_failures("; ".join(damage(path, dist.get_rank(), dist.get_world_size())))
+        if not problems:
+            return path
+        if dist.get_rank() == 0:
+            log.error("NOT loading %s: %s. Trying the checkpoint before it.", path, "; ".join(sorted(set(problems))))
+    if candidates[0]:
+        raise CheckpointError(
+            f"every checkpoint in {folder} is damaged, see the log; move the folder away to start from the beginning"
+        )
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint: format_version, step, layout, optimizer_step, state; unknown versions are refused."""
+    record = json.loads((path / STATE).read_text(encoding="utf-8"))
+    version = record.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}; this program reads version {FORMAT_VERSION}."
+            " Load it with the version of prism_mcore that wrote it"
+        )
+    return record
