@@ -26,7 +26,7 @@ _PLAN_ROWS = (
 
 @dataclass(frozen=True)
 class Source:
-    """One open token file, cut into a training and a validation part."""
+    """One open token file, split into a training and a validation part."""
 
     name: str  # data.sources[i].path
     domain: str
@@ -262,12 +262,12 @@ def open_sources(settings: DataSettings, vocab_size: int) -> list[Source]:
 
 def _open_source(source: SourceSettings, share: float, settings: DataSettings, vocab_size: int) -> Source:
     file = TokenFile(source.path)
-    largest = (file.manifest or {}).get("max_token_id", -1)
+    manifest = file.manifest or {}
+    largest = manifest.get("max_token_id", -1)
     if largest >= vocab_size:
         raise TokenFileError(
-            f"{file.prefix}.bin: token id {largest} in document "
-            f"{file.manifest and file.manifest['max_token_document']} is "
-            f"outside the vocabulary of {vocab_size}; tokenize with the model's own tokenizer"
+            f"{file.prefix}.bin: token id {largest} in document {manifest.get('max_token_document', '?')} is outside"
+            f" the vocabulary of {vocab_size}; tokenize with the model's own tokenizer"
         )
     cut = split_documents(file, settings.validation_fraction)
     make = PACKINGS[settings.packing]

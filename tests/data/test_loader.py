@@ -1,5 +1,6 @@
 """Batches: exact fields, the same samples in any layout, resumed by one integer, and errors that name the file."""
 
+import struct
 import threading
 from dataclasses import fields
 from itertools import pairwise
@@ -298,3 +299,24 @@ def test_a_missing_source_is_named(tmp_path):
 def test_a_global_batch_that_does_not_divide_is_an_error(two_sources):
     with pytest.raises(ValueError, match=r"global_batch=10 is not a multiple of micro_batch\*dp=4; try 12"):
         loader(settings(*two_sources), global_batch=10, dp_size=2)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_what_the_idx_leaves_out_is_never_trained_on(tmp_path, packing):
+    """Every second document of 40; the epoch is that of a file that never had the others."""
+    path = write_tokens(tmp_path / "c", [20] * 40)
+    kept = np.arange(0, 40, 2)
+    lengths, pointers = np.full(20, 20, np.int32), 2 * 20 * kept
+    head = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, 20, 21)
+    with open(f"{path}.idx", "wb") as idx:
+        idx.writelines([head, lengths.data, pointers.data, np.arange(21).data])
+    (tmp_path / "c.json").unlink()
+    with TokenFileWriter(tmp_path / "alone", np.uint16) as writer:
+        writer.add(np.concatenate([np.arange(20 * n, 20 * n + 20) for n in kept]), lengths)
+    filtered, alone = (
+        [batch for step in take(loader(settings(p, packing=packing)).steps(), 6) for batch in step]
+        for p in (path, str(tmp_path / "alone"))
+    )
+    assert all(same(one, other) for one, other in zip(filtered, alone, strict=True))
+    seen = torch.cat([batch.tokens[batch.loss_mask] for batch in filtered])
+    assert set((seen // 20 % 2).tolist()) == {0}
