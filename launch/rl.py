@@ -63,7 +63,9 @@ def _prompt_notes(settings: Settings, spec: "ModelSpec") -> list[str]:
         raise SettingsError(str(error)) from error
     held_out = f" and {len(prompts.held_out):,} held out" if prompts.held_out else ""
     rewards = ", ".join(sorted(prompts.training.rewards))
-    return [f"{len(prompts.training):,} prompts{held_out} were read and are in order; rewards: {rewards}"]
+    blank = prompts.training.blank + (prompts.held_out.blank if prompts.held_out else 0)
+    skipped = f"; {blank:,} blank lines were skipped" if blank else ""
+    return [f"{len(prompts.training):,} prompts{held_out} were read and are in order; rewards: {rewards}{skipped}"]
 
 
 def _train(settings: Settings, spec: "ModelSpec") -> int:

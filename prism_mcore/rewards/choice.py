@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from prism_mcore.json_lines import shown
 from prism_mcore.rewards.format import boxed, final_answer
 
 # A small letter, or I, that a word follows is English: "the answer is a prime number", "the answer I found".
@@ -15,6 +16,13 @@ def choice(record: Mapping[str, Any], response: str) -> dict[str, float]:
     """correct = 1 where the letter chosen is record["answer"]: the last boxed one, "answer: X", or a lone letter."""
     chosen = chosen_letter(final_answer(response))
     return {"correct": float(chosen is not None and chosen == str(record["answer"]).strip().strip("()").upper())}
+
+
+def check(record: Mapping[str, Any]) -> None:
+    """Raises ValueError where record["answer"] is no letter that a response could choose."""
+    answer = record["answer"]
+    if not isinstance(answer, str) or not choice(record, f"\\boxed{{{answer}}}")["correct"]:
+        raise ValueError(f"answer is {shown(answer)}; needed: the letter of the right choice, A to J")
 
 
 def chosen_letter(answer: str) -> str | None:

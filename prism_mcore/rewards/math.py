@@ -1,9 +1,11 @@
 """Mathematical answers, compared as expressions by math-verify."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from prism_mcore.json_lines import shown
 from prism_mcore.rewards.format import boxed, final_answer
 
 
@@ -20,6 +22,15 @@ def mathematics(record: Mapping[str, Any], response: str) -> dict[str, float]:
     if (found if found is not None else answer).strip() == gold:
         return {"correct": 1.0}
     return {"correct": float(_equal(gold, answer if found is None else f"${found}$"))}
+
+
+def check(record: Mapping[str, Any]) -> None:
+    """Raises ValueError where record["answer"] is no one answer, or would not be taken for right in a box."""
+    answer = record["answer"]
+    if type(answer) not in (str, int, float) or (isinstance(answer, float) and not math.isfinite(answer)):
+        raise ValueError(f"answer is {shown(answer)}; needed: one answer, a text or a number")
+    if not mathematics(record, f"\\boxed{{{answer}}}")["correct"]:
+        raise ValueError(f"answer {shown(answer)} is not right when it is the response; do its braces match?")
 
 
 def _equal(gold: str, answer: str) -> bool:

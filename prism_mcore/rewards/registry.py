@@ -1,27 +1,53 @@
 """The rewards by name, and what each needs of a prompt's record. A reward of your own is one more row."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prism_mcore.rewards.choice import choice
-from prism_mcore.rewards.gym import gym
-from prism_mcore.rewards.math import mathematics
+from prism_mcore.json_lines import shown
+from prism_mcore.rewards import choice, gym, math
 
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Reward:
-    """`function(record, response)` returns named parts, such as {"correct": 1.0}."""
+    """`function(record, response)` returns named parts, such as {"correct": 1.0}.
+
+    check(record) raises ValueError, or whatever the function would, where no response could be rewarded: it tries the
+    record's own answer where there is one. It is called once for each prompt, before a run starts.
+    """
 
     function: Callable[[Record, str], dict[str, float]]
-    needs: tuple[str, ...]  # keys of the record
+    needs: tuple[str, ...] = ()  # keys of the record, none of which may be missing, null or blank
     package: str = ""  # what it imports, of the `rl` extra
+    check: Callable[[Record], None] | None = None
 
 
 REWARDS: dict[str, Reward] = {
-    "math": Reward(mathematics, ("answer",), "math_verify"),
-    "gym": Reward(gym, ("answer", "metadata"), "reasoning_gym"),
-    "choice": Reward(choice, ("answer",)),
+    "math": Reward(math.mathematics, ("answer",), "math_verify", math.check),
+    "gym": Reward(gym.gym, ("metadata",), "reasoning_gym", gym.check),
+    "choice": Reward(choice.choice, ("answer",), check=choice.check),
 }
+
+
+def check_record(record: Record) -> str:
+    """The name of the reward that a record asks for. Raises ValueError where that reward cannot use the record."""
+    name = record.get("reward")
+    if not isinstance(name, str) or name not in REWARDS:
+        raise ValueError(f"reward {shown(name)}; known rewards are {', '.join(REWARDS)}")
+    reward = REWARDS[name]
+    if reward.package and importlib.util.find_spec(reward.package) is None:
+        raise ValueError(f"reward {name} needs {reward.package}: pip install 'prism_mcore[rl]'")
+    for key in reward.needs:
+        value = record.get(key)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            raise ValueError(f"reward {name} needs {key!r}; the record has {', '.join(sorted(record))}")
+    if reward.check is not None:
+        try:
+            reward.check(record)
+        except Exception as error:  # of a package, perhaps: what it is given comes from outside
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"reward {name} cannot use the record: {what}") from error
+    return name

@@ -1,6 +1,5 @@
 """Prompts with verifiable answers: JSONL files, rendered to tokens, mixed by weight, the same order in every layout."""
 
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import numpy as np
 from prism_mcore.batch import Prompt
 from prism_mcore.data.mixture import Mixture
 from prism_mcore.data.order import key_of, permute
-from prism_mcore.rewards import REWARDS
+from prism_mcore.json_lines import JsonLines, Line, shown
+from prism_mcore.rewards import check_record
 from prism_mcore.text import Tokenizer, end_tokens, load_tokenizer, render_chat
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class PromptFile:
     tokens: np.ndarray  # int32, of all prompts in order
     ends: np.ndarray  # [n + 1] int64: prompt i is tokens[ends[i]:ends[i + 1]]
     rewards: frozenset[str]  # names that occur
+    blank: int = 0  # lines without anything, which were skipped
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -72,6 +73,11 @@ class PromptSet:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def blank(self) -> int:
+        """Lines of the files that hold nothing."""
+        return sum(file.blank for file in self.files)
 
     @property
     def rewards(self) -> frozenset[str]:
@@ -174,68 +180,49 @@ def _read(source: PromptSource, tokenizer: Tokenizer, longest: int) -> PromptFil
             tokens.append(np.array(ids, dtype=np.int32))
         numbered.clear()
 
-    for number, offset, record in _records(path):
-        numbered.append((number, _checked(path, number, record)))
+    file = JsonLines(path)
+    for number, offset, record in _records(file):
+        try:
+            rewards.add(check_record(record))
+            numbered.append((number, _checked(record)))
+        except ValueError as error:
+            raise PromptError(f"{path}, line {number}: {error}") from error
         lines.append(offset)
-        rewards.add(record["reward"])
         if len(numbered) == _ENCODE_AT_ONCE:
             encode()
     encode()
     if not lines:
         raise PromptError(f"{path} has no prompts; needed: one JSON object per line")
     ends = np.cumsum([0, *map(len, tokens)])
-    return PromptFile(source.name or path.stem, path, np.array(lines), np.concatenate(tokens), ends, frozenset(rewards))
+    return PromptFile(
+        source.name or path.stem, path, np.array(lines), np.concatenate(tokens), ends, frozenset(rewards), file.blank
+    )
 
 
-def _records(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(line number from 1, byte offset, object) of every line that is not blank."""
+def _records(file: JsonLines) -> Iterator[Line]:
     try:
-        file = path.open("rb")
+        yield from file
     except OSError as error:
-        raise PromptError(f"rl.prompts: cannot read {path}: {error.strerror}") from error
-    offset = 0
-    with file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise PromptError(f"{path}, line {number}: not JSON: {error}") from error
-                if not isinstance(record, dict):
-                    raise PromptError(f"{path}, line {number}: a JSON {type(record).__name__}; needed: an object")
-                yield number, offset, record
-            offset += len(line)
+        raise PromptError(f"rl.prompts: cannot read {file.path}: {error.strerror}") from error
+    except ValueError as error:
+        raise PromptError(str(error)) from error
 
 
-def _checked(path: Path, number: int, record: dict[str, Any]) -> str:
-    """The rendered prompt of a record that has all it needs."""
-    where = f"{path}, line {number}"
-    name = record.get("reward")
-    if not isinstance(name, str) or name not in REWARDS:
-        raise PromptError(f"{where}: reward {name!r}; known rewards are {', '.join(REWARDS)}")
-    reward = REWARDS[name]
-    if reward.package and importlib.util.find_spec(reward.package) is None:
-        raise PromptError(f"{where}: reward {name} needs {reward.package}: pip install 'prism_mcore[rl]'")
-    missing = [key for key in reward.needs if record.get(key) in (None, "")]
-    if missing:
-        raise PromptError(f"{where}: reward {name} needs {missing[0]!r}; the record has {', '.join(sorted(record))}")
-    if record.get("messages") is None and not isinstance(record.get("prompt"), str):
-        raise PromptError(f"{where}: no text under 'prompt' and no 'messages'; the record has {sorted(record)}")
-    try:
-        text = render(record)
-    except (ValueError, TypeError) as error:
-        raise PromptError(f"{where}: {error}") from error
-    turns = _turns(record)
-    if not turns or not turns[-1]["content"].strip():
-        raise PromptError(f"{where}: the prompt is empty")
+def _checked(record: dict[str, Any]) -> str:
+    """The rendered prompt of a record. Raises ValueError where it is none."""
+    if not record.get("messages") and not isinstance(record.get("prompt"), str):
+        raise ValueError(f"no text under 'prompt' and no 'messages'; the record has {', '.join(sorted(record))}")
+    text, turns = render(record), _turns(record)
+    if not turns[-1]["content"].strip():
+        raise ValueError("the prompt is empty")
     if turns[-1]["role"] == "assistant":
-        raise PromptError(
-            f"{where}: the last message is the assistant's, the answer perhaps; needed: the question last"
-        )
+        raise ValueError("the last message is the assistant's, the answer perhaps; needed: the question last")
     return text
 
 
 def _turns(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The messages of a record; a file of both kinds of records has null under the other's key."""
-    messages = record.get("messages")
-    return [{"role": "user", "content": record["prompt"]}] if messages is None else messages
+    """The messages of a record; a file of both kinds of records has null, or no message, under the other's key."""
+    messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+    if not isinstance(messages, list):
+        raise ValueError(f"messages is {shown(messages)}; needed: a list of {{role, content}}")
+    return messages

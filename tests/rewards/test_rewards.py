@@ -1,14 +1,18 @@
 """Rewards on responses whose verdict is plain, and the pool that survives those whose verification is not."""
 
+import json
+import math
 import os
+import re
 import subprocess
 import sys
 import time
 
 import psutil
 import pytest
+import reasoning_gym
 
-from prism_mcore.rewards import REWARDS, Reward
+from prism_mcore.rewards import REWARDS, Reward, check_record
 from prism_mcore.rewards.choice import chosen_letter
 from prism_mcore.rewards.format import final_answer, is_formatted, repeated_fraction
 from prism_mcore.rewards.settings import RewardSettings
@@ -91,6 +95,58 @@ def test_reasoning_gym_scores_with_its_own_scorers():
     assert REWARDS["gym"].function(record, "<think>4 + 3 = 7</think> 7") == {"correct": 1.0}
     for wrong in ("<think>4 + 3 = 7</think> 8", "17", "7 and a half"):
         assert REWARDS["gym"].function(record, wrong) == {"correct": 0.0}
+
+
+def gym_record(task, **changes):
+    return {"reward": "gym", "answer": "7", "metadata": {"source_dataset": task}} | changes
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"reward": "math", "answer": "2 \\frac{2}{3}"}, None),
+        ({"reward": "math", "answer": "\\text{north}"}, None),
+        ({"reward": "math", "answer": 7}, None),
+        ({"reward": "math", "answer": 0}, None),
+        ({"reward": "math", "answer": "He has 4 - 1 = 3 left.\n#### 3"}, None),
+        ({"reward": "math", "answer": [7]}, "answer is [7]; needed: one answer, a text or a number"),
+        ({"reward": "math", "answer": {"value": 7}}, 'answer is {"value": 7}; needed'),
+        ({"reward": "math", "answer": math.nan}, "answer is NaN; needed"),
+        ({"reward": "math", "answer": False}, "answer is false; needed"),
+        ({"reward": "math", "answer": "\\frac{1}{2"}, "do its braces match?"),
+        ({"reward": "math", "answer": None}, "reward math needs 'answer'; the record has answer, reward"),
+        ({"reward": "math", "answer": "\t"}, "reward math needs 'answer'"),
+        ({"reward": "choice", "answer": "B"}, None),
+        ({"reward": "choice", "answer": "(b)"}, None),
+        *(
+            ({"reward": "choice", "answer": wrong}, "needed: the letter of the right choice, A to J")
+            for wrong in ("L", 1, "C. Rome", "Rome", ["A"], "AB")
+        ),
+        (gym_record("chain_sum"), None),
+        (gym_record("chain_summ"), 'metadata.source_dataset is "chain_summ", which is no task'),
+        (gym_record("chain_sum", metadata={"level": 2}), "needed: an object whose source_dataset names the task"),
+        (gym_record("chain_sum", metadata="chain_sum"), "needed: an object whose source_dataset names the task"),
+        (gym_record("chain_sum", metadata={"source_dataset": 3}), "needed: an object whose source_dataset"),
+        (gym_record("chain_sum", answer=7), "answer is 7; needed: a text, as reasoning-gym writes it, or null"),
+        (gym_record("chain_sum", answer=None), "reward gym cannot use the record: TypeError"),
+        (gym_record("rubiks_cube", answer=None), "reward gym cannot use the record: KeyError: 'cube_size'"),
+        (gym_record("rearc", answer="1 2"), "rearc's scorer does not give the record's own answer"),
+        ({"reward": "gym", "answer": "7"}, "reward gym needs 'metadata'; the record has answer, reward"),
+        ({"answer": "7"}, "reward null; known rewards are math, gym, choice"),
+    ],
+)
+def test_each_reward_tries_its_record_before_a_run(record, problem):
+    if problem is None:
+        assert check_record(record) == record["reward"]
+    else:
+        with pytest.raises(ValueError, match=re.escape(problem)):
+            check_record(record)
+
+
+@pytest.mark.parametrize("task", ["boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"])
+def test_tasks_without_an_answer_of_their_own_are_taken(task):
+    entry = json.loads(json.dumps(reasoning_gym.create_dataset(task, size=1, seed=5)[0]))
+    assert entry["answer"] is None and check_record({"reward": "gym", "prompt": entry["question"], **entry}) == "gym"
 
 
 def test_repetition_is_the_share_of_ngrams_seen_before():

@@ -41,6 +41,8 @@ def test_a_prompt_is_rendered_as_user_and_assistant_with_bos_and_without_eos(tmp
     prompts = load(write(tmp_path / "p.jsonl", both_kinds, "", chat), tokenizer=tokenizer).first(5)
     assert [prompt.text for prompt in prompts] == ["User: add two\nAssistant:", "add\nUser: two and three\nAssistant:"]
     assert [WORDS[i] for i in prompts[0].tokens] == ["<s>", "User", ":", "add", "two", "Assistant", ":"]
+    files = load(write(tmp_path / "q.jsonl", "", record() | {"messages": []}, "  ", ""), tokenizer=tokenizer)
+    assert len(files) == 1 and files.blank == 3 and files.first(1)[0].text == "User: add two\nAssistant:"
     assert prompts[1].record == chat and prompts[1].source == "p"
     assert render(record()) == "User: add two\nAssistant:"
 
@@ -65,12 +67,27 @@ def test_every_step_has_its_prompts_in_their_shares_and_no_pass_repeats_one(tmp_
     ("second", "message"),
     [
         ('{"prompt": ', r"p.jsonl, line 2: not JSON"),
-        ("[1]", r"p.jsonl, line 2: a JSON list; needed: an object"),
-        (record(reward="maths"), r"p.jsonl, line 2: reward 'maths'; known rewards are math, gym, choice"),
+        ("[1]", r"p.jsonl, line 2: \[1\]; needed: a JSON object"),
+        (record(reward="maths"), r"p.jsonl, line 2: reward \"maths\"; known rewards are math, gym, choice"),
         (record(answer=""), r"p.jsonl, line 2: reward math needs 'answer'; the record has answer, prompt, reward"),
+        (record(answer=" "), r"p.jsonl, line 2: reward math needs 'answer'"),
+        (record(reward=["math"]), r"line 2: reward \[.math.\]; known rewards are"),
         (record(reward="gym"), r"p.jsonl, line 2: reward gym needs 'metadata'"),
+        (record(answer=["5", "five"]), r"line 2: reward math cannot use the record: answer is .*; needed: one answer"),
+        (record(answer={"value": "5"}), "line 2: reward math cannot use the record: answer is .*; needed: one answer"),
+        (record(answer=True), "line 2: reward math cannot use the record: answer is true"),
+        ('{"prompt": "add", "reward": "math", "answer": NaN}', "line 2: answer is nan, which JSON has no number for"),
+        (record(answer="5\udc80"), r"line 2: answer holds half a character, the lone surrogate .udc80"),
+        (record("add \ud83d two"), r"line 2: prompt holds half a character, the lone surrogate .ud83d"),
+        (record(answer="}{"), "line 2: reward math cannot use the record: answer .* is not right when it is the respo"),
+        (
+            record(reward="choice", answer="Paris"),
+            "line 2: reward choice cannot use .* needed: the letter of",
+        ),
+        (record(reward="gym", metadata={"level": 1}), "line 2: reward gym cannot .* an object whose source_dataset"),
         (record("  "), r"p.jsonl, line 2: the prompt is empty"),
         ({"reward": "math", "answer": "1"}, r"p.jsonl, line 2: no text under 'prompt' and no 'messages'"),
+        (record() | {"messages": 5}, r"p.jsonl, line 2: messages is 5; needed: a list"),
         (record() | {"messages": [{"role": "bot"}]}, r"p.jsonl, line 2: message .* needs a role"),
         ({"messages": None, "reward": "math", "answer": "1"}, r"p.jsonl, line 2: no text under 'prompt'"),
         (
