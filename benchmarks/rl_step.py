@@ -85,7 +85,7 @@ def measure(shape: str, parity: str, new_tokens: int, repeat: int, training: boo
         prompts = open_prompts(wanted, resolve_spec(wanted))
         groups = init_groups(wanted.parallel)
         run = loop.build(wanted, prompts, groups, torch.device("cpu"), opened)
-        run.roller.clock = clock = StepClock(time.process_time)
+        run.rollouts.clock = clock = StepClock(time.process_time)
         metrics = opened.enter_context(RLMetrics(run, 0, clock))
         steps = []
         mark = HighWater()
@@ -94,8 +94,8 @@ def measure(shape: str, parity: str, new_tokens: int, repeat: int, training: boo
             return {"training_mb": mark.added_mb()}
         for step in range(1, repeat + 2):
             clock.start()
-            made = loop.rolled(run, step)
-            updates = loop.learn(run, step, made, 1e-6)
+            made = loop.training_rollouts(run, step)
+            updates = loop.update_policy(run, step, made, 1e-6)
             metrics.log(step, made, updates, 1e-6, run.tokens)
             steps.append((clock.step_s, dict(clock.parts)))
         steps = steps[1:]  # one to warm up
@@ -111,14 +111,14 @@ def measure(shape: str, parity: str, new_tokens: int, repeat: int, training: boo
             "overhead_share": overhead,
             "gap_max": updates[-1].gap.size,
             "rl_mb": mark.added_mb(),
-            "cache_mb": run.roller.engine.statistics.cache_bytes / 1e6,
+            "cache_mb": run.rollouts.engine.statistics.cache_bytes / 1e6,
         }
 
 
 def train_like(run: Any) -> None:
     """Two mid-training steps, updates included, on as many tokens as the rollouts have, in packs of the same size."""
     from prism_mcore.train.optimizer import update
-    from prism_mcore.train.step import train_step
+    from prism_mcore.train.step import backward
 
     context = run.settings.rl.context
     rows = run.settings.train.micro_batch
@@ -138,7 +138,7 @@ def train_like(run: Any) -> None:
     )
     micro_batches = -(-PROMPTS * SAMPLES // rows)
     for _ in range(2):
-        stats = train_step(run.chunks, run.optimizer, [batch] * micro_batches, run.groups, num_sources=1)
+        stats = backward(run.chunks, run.optimizer, [batch] * micro_batches, run.groups, num_sources=1)
         update(run.optimizer, stats.grad_norm, 1e-6)
 
 

@@ -31,7 +31,7 @@ from prism_mcore.parallel import Groups, init_groups
 from prism_mcore.plan.throughput import peak_flops
 from prism_mcore.train.metrics import peak_memory_gb
 from prism_mcore.train.optimizer import build_optimizer, update, wrap
-from prism_mcore.train.step import train_step
+from prism_mcore.train.step import backward
 
 # megatron-core's timers that a step of ours passes through.
 PHASES = {
@@ -91,7 +91,7 @@ class Step:
         self.batches = synthetic_batches(settings, spec, groups)
 
     def __call__(self) -> None:
-        stats = train_step(self.chunks, self.optimizer, self.batches, self.groups, num_sources=1)
+        stats = backward(self.chunks, self.optimizer, self.batches, self.groups, num_sources=1)
         update(self.optimizer, stats.grad_norm, self.lr)
 
     def timed(self, steps: int) -> list[float]:

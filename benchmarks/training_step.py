@@ -103,7 +103,7 @@ def our_step(spec: ModelSpec, dtype: torch.dtype) -> Callable[[], float]:
     from prism_mcore.model.ops import Ops
     from prism_mcore.train.optimizer import build_optimizer, update, wrap
     from prism_mcore.train.settings import OptimizerSettings
-    from prism_mcore.train.step import train_step
+    from prism_mcore.train.step import backward
 
     device, groups = torch.device("cpu"), one_rank()
     settings = OptimizerSettings(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, clip_grad=CLIP)
@@ -115,7 +115,7 @@ def our_step(spec: ModelSpec, dtype: torch.dtype) -> Callable[[], float]:
     batches = [batch()]
 
     def step() -> float:
-        stats = train_step(wrapped, optimizer, batches, groups, num_sources=1)
+        stats = backward(wrapped, optimizer, batches, groups, num_sources=1)
         update(optimizer, stats.grad_norm, LR)
         return stats.loss
 

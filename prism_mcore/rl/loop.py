@@ -6,36 +6,28 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 
 from prism_mcore import platform
 from prism_mcore.batch import PackedBatch, PolicyBatch, RolloutGroup
-from prism_mcore.checkpoint.folder import newest_undamaged, read_state
-from prism_mcore.checkpoint.load import load
 from prism_mcore.checkpoint.optimizer_state import initialise_state
-from prism_mcore.checkpoint.save import Checkpoints
-from prism_mcore.config import Settings, SettingsError, dump, resolve_spec
-from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
+from prism_mcore.config import Settings, SettingsError, resolve_spec
+from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
 from prism_mcore.generate.engine import Engine
-from prism_mcore.model.build import chunks_of
-from prism_mcore.model.spec import ModelSpec
-from prism_mcore.parallel import Groups, init_groups
+from prism_mcore.parallel import Groups
 from prism_mcore.rewards.verifier import Verifier
 from prism_mcore.rl import parity
 from prism_mcore.rl.metrics import RLMetrics
 from prism_mcore.rl.packing import micro_batches, pack, samples_of
 from prism_mcore.rl.prompts import Prompts
 from prism_mcore.rl.reference import Reference
-from prism_mcore.rl.rollout import Roller
-from prism_mcore.rl.step import PolicyStats, policy_step, score
-from prism_mcore.train.guards import Guard, GuardStop, Stats
-from prism_mcore.train.loop import due, longest_wait, models, require_shared, set_initial_weights, spec_record
-from prism_mcore.train.optimizer import build_optimizer, finish_parameter_gather, gathered_parameters, update, wrap
+from prism_mcore.rl.rollout import RolloutWorker
+from prism_mcore.rl.step import PolicyStats, policy_backward, score
+from prism_mcore.train.guards import GuardedStats
+from prism_mcore.train.optimizer import gathered_parameters, update
+from prism_mcore.train.run import Run, build_run, carry_out, due, resume_run, save_run
 from prism_mcore.train.schedule import learning_rate
 from prism_mcore.train.signals import Signals
 
@@ -46,91 +38,69 @@ LONGEST_WAIT = timedelta(hours=1)
 
 
 def run(settings: Settings, prompts: Prompts) -> int:
-    """Improve a policy for `train.steps`, going on from the newest checkpoint; returns one of exit_codes.py."""
+    """Improve a policy for `train.steps`, resuming from the newest checkpoint; returns one of exit_codes.py."""
     with_parity(settings)  # refuses what cannot be exact, before anything starts
-    timeout = max(LONGEST_WAIT, longest_wait(settings))
-    device = platform.start(timeout=timeout, deterministic=settings.run.deterministic)
-    groups = init_groups(settings.parallel, settings.run.seed, timeout)
-    logging.basicConfig(level=logging.INFO if groups.rank == 0 else logging.ERROR, format="%(message)s")
-    logging.getLogger("megatron").setLevel(logging.WARNING)
-    with ExitStack() as opened:
-        started = build(settings, prompts, groups, device, opened)
-        try:
-            code = train(started)
-        except GuardStop as stop:  # the same on every rank
-            if groups.rank == 0:
-                log.error("%s", stop)
-            code = STOPPED_BY_GUARD
-            started.checkpoints.wait()
-        except FloatingPointError as error:  # from generation, perhaps of this replica alone
-            log.error("rank %d: %s", groups.rank, error)
-            return STOPPED_BY_GUARD
-    # Not after another error: NCCL would first wait for what this rank has begun and other ranks may never join.
-    platform.shutdown()
-    return code
+    return carry_out(
+        settings,
+        build=lambda groups, device, opened: build(settings, prompts, groups, device, opened),
+        train=lambda started: train(started),
+        longest_wait=LONGEST_WAIT,
+    )
 
 
 @dataclass
-class Run:
-    """Everything a run is made of, on this rank."""
+class PolicyRun(Run):
+    """A run that samples from the model that it trains."""
 
-    settings: Settings
-    spec: ModelSpec
-    groups: Groups
-    chunks: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
     prompts: Prompts
-    roller: Roller
+    rollouts: RolloutWorker
     reference: Reference | None  # None without a KL term
-    checkpoints: Checkpoints
-    guard: Guard
-    resume_from: Path | None  # the newest undamaged checkpoint of the run, to go on from
     tokens: int = 0  # in the losses so far
 
 
-def train(run: Run) -> int:
+def train(run: PolicyRun) -> int:
     """The loop."""
     settings, steps = run.settings, run.settings.train.steps
     start = resume(run)
-    with RLMetrics(run, start, run.roller.clock) as metrics, Signals() as signals:
+    with RLMetrics(run, start, run.rollouts.clock) as metrics, Signals() as signals:
         if start == 0:
-            metrics.log_validation(0, held_out(run, 0))
+            metrics.log_validation(0, held_out_rollouts(run, 0))
         for step in range(start + 1, steps + 1):
             metrics.clock.start()
-            groups = rolled(run, step)
+            groups = training_rollouts(run, step)
             metrics.write_rollouts(step, groups)  # before anything can stop the step
             lr = learning_rate(step, settings.optimizer, steps)
-            updates = learn(run, step, groups, lr)
+            updates = update_policy(run, step, groups, lr)
             metrics.log(step, groups, updates, lr, run.tokens)
 
             if due(step, settings.train.validate_every, steps):
-                metrics.log_validation(step, held_out(run, step))
+                metrics.log_validation(step, held_out_rollouts(run, step))
             stop = signals.received()
             if stop or due(step, settings.checkpoint.every, steps):
                 save(run, step)
             run.checkpoints.poll()
             if stop and step < steps:
-                log.info("stopped by a signal after step %d; the same command goes on from here", step)
+                log.info("stopped by a signal after step %d; the same command resumes from here", step)
                 break
     run.checkpoints.wait()
     return STOPPED_BY_SIGNAL if start < steps and step < steps else DONE
 
 
-def rolled(run: Run, step: int) -> list[RolloutGroup]:
+def training_rollouts(run: PolicyRun, step: int) -> list[RolloutGroup]:
     """The step's groups, on every rank: a pure function of (seed, step, weights)."""
     prompts = run.prompts.training.batch(step, run.settings.rl.prompts_per_step)
     with gathered_parameters(run.chunks):
-        return run.roller.roll(prompts, run.settings.sampling, step=step, version=version(run.settings, step))
+        return run.rollouts.generate(prompts, run.settings.sampling, step=step, version=version(run.settings, step))
 
 
-def held_out(run: Run, step: int) -> list[RolloutGroup]:
+def held_out_rollouts(run: PolicyRun, step: int) -> list[RolloutGroup]:
     """Answers to the held-out prompts, with the same uniform numbers after every step; none without such prompts."""
     if run.prompts.held_out is None:
         return []
     rl = run.settings.rl
     sampling = run.settings.sampling.model_copy(update={"samples": rl.held_out_samples})
     with gathered_parameters(run.chunks):
-        return run.roller.roll(
+        return run.rollouts.generate(
             run.prompts.held_out.first(rl.held_out_prompts),
             sampling,
             step=0,  # training's steps count from 1
@@ -138,19 +108,19 @@ def held_out(run: Run, step: int) -> list[RolloutGroup]:
         )
 
 
-def learn(run: Run, step: int, groups: Sequence[RolloutGroup], lr: float) -> list[PolicyStats]:
+def update_policy(run: PolicyRun, step: int, groups: Sequence[RolloutGroup], lr: float) -> list[PolicyStats]:
     """The step's updates; the stats of each that had anything to learn from."""
-    clock, seen = run.roller.clock, []
+    clock, seen = run.rollouts.clock, []
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     platform.release_freed_memory()
     updates = with_reference(run, updates_of(run, step, groups))
     platform.release_freed_memory()
     clock.mark("reference")
     for batches in updates:
-        stats = policy_step(run.chunks, run.optimizer, batches, run.settings.rl, run.groups)
+        stats = policy_backward(run.chunks, run.optimizer, batches, run.settings.rl, run.groups)
         clock.mark("policy")
         if run.guard.admits(step, stats, batches):
-            parity.check(stats, rollouts, models(run.chunks)[0], run.settings.rl, step)
+            parity.check(stats, rollouts, run.models[0], run.settings.rl, step)
             update(run.optimizer, stats.grad_norm, lr)
         clock.mark("update")
         run.tokens += stats.tokens
@@ -161,7 +131,7 @@ def learn(run: Run, step: int, groups: Sequence[RolloutGroup], lr: float) -> lis
     return seen
 
 
-def updates_of(run: Run, step: int, groups: Sequence[RolloutGroup]) -> list[list[PolicyBatch]]:
+def updates_of(run: PolicyRun, step: int, groups: Sequence[RolloutGroup]) -> list[list[PolicyBatch]]:
     """This rank's micro-batches of each of `rl.updates` parts of the groups; a part without any sample is left out."""
     settings, ranks = run.settings, run.groups
     per_update = len(groups) // settings.rl.updates
@@ -185,7 +155,7 @@ def updates_of(run: Run, step: int, groups: Sequence[RolloutGroup]) -> list[list
     return updates
 
 
-def with_reference(run: Run, updates: list[list[PolicyBatch]]) -> list[list[PolicyBatch]]:
+def with_reference(run: PolicyRun, updates: list[list[PolicyBatch]]) -> list[list[PolicyBatch]]:
     """The same with the reference policy's log-probs, where there is a reference."""
     if run.reference is None or not updates:
         return updates
@@ -217,7 +187,7 @@ def budget(settings: Settings) -> int:
     return settings.train.micro_batch * settings.rl.context
 
 
-def suspects(stats: Stats, batches: Sequence[PackedBatch]) -> list[str]:
+def suspects(stats: GuardedStats, batches: Sequence[PackedBatch]) -> list[str]:
     """The rollouts of this rank's micro-batches whose loss is not finite; all where only a gradient is not."""
     losses = [loss for (loss,) in stats.row_losses or []]
     listed = [
@@ -228,25 +198,47 @@ def suspects(stats: Stats, batches: Sequence[PackedBatch]) -> list[str]:
     return [f"rollout {place} of the step" for ids in listed for place in ids.tolist() if place >= 0]
 
 
-# --- start, save, go on -----------------------------------------------------------------------------------------------
+# --- build, save, resume ----------------------------------------------------------------------------------------------
 
 
-def save(run: Run, step: int) -> None:
-    """A checkpoint after `step` steps: weights, optimizer, reference, and what `resume` needs beside them."""
-    finish_parameter_gather(run.chunks)
-    state = {
-        "prompts": step * run.settings.rl.prompts_per_step,  # the data cursor
-        "tokens": run.tokens,
-        "guard": run.guard.state(),
-        "spec": spec_record(run.spec),
-        "settings": dump(run.settings),
-        "kept": kept(run.settings),
-    }
+def build(settings: Settings, prompts: Prompts, groups: Groups, device: torch.device, opened: ExitStack) -> PolicyRun:
+    """What every run has, with an engine, a verifier and a reference; `opened` closes what must be closed."""
+    every = build_run(with_parity(settings), resolve_spec(settings), groups, device, suspects)
+    initialise_state(every.optimizer)  # else the first update makes its moments, in memory that the caches leave free
+    reference = Reference(every.chunks, every.optimizer, groups) if settings.rl.kl_coefficient else None
+    verifier = None
+    if groups.tp_rank == 0:
+        rewards = prompts.training.rewards | (prompts.held_out.rewards if prompts.held_out else frozenset())
+        verifier = opened.enter_context(Verifier(settings.rewards.workers, settings.rewards.timeout_s, rewards))
+    engine = Engine(
+        every.models[0], prompts.tokenizer, settings=settings.generate, eos=prompts.eos, context=settings.rl.context
+    )
+    rollouts = RolloutWorker(
+        engine, settings.sampling.stop, verifier, prompts.tokenizer, settings.rewards, settings.run.seed, groups
+    )
+    return PolicyRun(**vars(every) | {"settings": settings}, prompts=prompts, rollouts=rollouts, reference=reference)
+
+
+def save(run: PolicyRun, step: int) -> None:
+    """A checkpoint after `step` steps, the reference policy included."""
+    state = {"prompts": step * run.settings.rl.prompts_per_step, "tokens": run.tokens}
     reference = run.reference.sharded_state() if run.reference is not None else {}
-    run.checkpoints.save(step, models(run.chunks), run.optimizer, state, reference)
+    save_run(run, step, state, fixed_settings(run.settings), reference)
 
 
-def kept(settings: Settings) -> dict[str, Any]:
+def resume(run: PolicyRun) -> int:
+    """Load the checkpoint to resume from, where there is one; returns the steps taken so far."""
+    reference = run.reference.sharded_state() if run.reference is not None else {}
+    loaded = resume_run(run, "prompts", fixed_settings(run.settings), reference)
+    if loaded is None:
+        return 0
+    if run.reference is not None:
+        run.reference.load(reference)
+    run.tokens = loaded.state["tokens"]
+    return loaded.step
+
+
+def fixed_settings(settings: Settings) -> dict[str, Any]:
     """What must not change in the middle of a run: each would silently make it another one."""
     rl = settings.rl
     return {
@@ -257,79 +249,3 @@ def kept(settings: Settings) -> dict[str, Any]:
         "sampling.samples": settings.sampling.samples,
         "rl.kl_coefficient > 0": rl.kl_coefficient > 0,
     }
-
-
-def resume(run: Run) -> int:
-    """Load the checkpoint to go on from, where there is one; returns the steps taken so far."""
-    newest = run.resume_from
-    if newest is None:
-        return 0
-    record = read_state(newest)["state"]
-    if "prompts" not in record:
-        raise SettingsError(
-            f"{newest} is of a mid-training run; to start from it give run.name another value, and"
-            f" model.init={newest.parent.parent}"
-        )
-    if record["spec"] != spec_record(run.spec):
-        raise SettingsError(f"{newest} is of another model; give run.name another value, or model.spec the one it had")
-    for name, now in kept(run.settings).items():
-        if (then := record["kept"][name]) != now:
-            raise SettingsError(
-                f"{newest} was trained with {name}={then}, not {now}; go on with {then}, or give run.name another value"
-            )
-    reference = run.reference.sharded_state() if run.reference is not None else {}
-    loaded = load(newest, models(run.chunks), run.optimizer, run.groups, reference)
-    if run.reference is not None:
-        run.reference.load(reference)
-    run.guard.restore(loaded.state["guard"])
-    run.tokens = loaded.state["tokens"]
-    log.info("going on from %s", loaded.path)
-    return loaded.step
-
-
-def build(settings: Settings, prompts: Prompts, groups: Groups, device: torch.device, opened: ExitStack) -> Run:
-    """This rank's model with its initial weights, its optimizer, engine and verifier; `opened` closes what must be."""
-    spec = resolve_spec(settings)
-    chunks = chunks_of(with_parity(settings), spec, groups, device)
-    checkpoints = Checkpoints(settings.run_dir / "checkpoints", settings.checkpoint, groups)
-    require_shared(checkpoints.folder, groups)
-    resume_from = newest_undamaged(checkpoints.folder) if settings.checkpoint.resume else None
-    if resume_from is None:
-        set_initial_weights(settings, chunks, groups)
-    wrapped = wrap(
-        chunks,
-        groups,
-        optimizer_instances=settings.parallel.optimizer_instances,
-        overlap=device.type == "cuda",
-    )
-    optimizer = build_optimizer(wrapped, settings.optimizer, groups)
-    initialise_state(optimizer)  # else the first update makes its moments, in memory that the caches leave free
-    reference = Reference(wrapped, optimizer, groups) if settings.rl.kl_coefficient else None
-    verifier = None
-    if groups.tp_rank == 0:
-        rewards = prompts.training.rewards | (prompts.held_out.rewards if prompts.held_out else frozenset())
-        verifier = opened.enter_context(Verifier(settings.rewards.workers, settings.rewards.timeout_s, rewards))
-    engine = Engine(
-        chunks[0], prompts.tokenizer, settings=settings.generate, eos=prompts.eos, context=settings.rl.context
-    )
-    return Run(
-        settings,
-        spec,
-        groups,
-        wrapped,
-        optimizer,
-        prompts,
-        Roller(
-            engine,
-            settings.sampling.stop,
-            verifier,
-            prompts.tokenizer,
-            settings.rewards,
-            settings.run.seed,
-            groups,
-        ),
-        reference,
-        checkpoints,
-        Guard(settings.guards, settings.run_dir, groups, suspects),
-        resume_from,
-    )

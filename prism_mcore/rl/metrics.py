@@ -26,7 +26,7 @@ from prism_mcore.train.metrics import (
 )
 
 if TYPE_CHECKING:
-    from prism_mcore.rl.loop import Run
+    from prism_mcore.rl.loop import PolicyRun
     from prism_mcore.rl.step import PolicyStats
 
 CORRECT = "correct"  # the part of a reward that says whether the answer is right
@@ -37,11 +37,11 @@ WORK = ("generation", "rewards", "reference", "policy", "update")  # parts of a 
 class RLMetrics:
     """Writes down each step, its rollouts and the held-out answers; on rank 0, and quietly nothing elsewhere."""
 
-    def __init__(self, run: Run, start: int, clock: StepClock):
+    def __init__(self, run: PolicyRun, start: int, clock: StepClock):
         settings = run.settings
         self.steps, self.every, self.show = settings.train.steps, settings.log.every, settings.rl.show
         self.run_dir, self.settings, self.clock = settings.run_dir, settings.rl, clock
-        self.roller, self.decode = run.roller, run.roller.text
+        self.rollouts, self.decode = run.rollouts, run.rollouts.text
         self._step_times: deque[float] = deque(maxlen=20)
         files = (STEPS_FILE, VALIDATION_FILE)
         self.records = Records(
@@ -79,8 +79,8 @@ class RLMetrics:
             "lr": lr,
             "tokens": tokens,
             **rollout_metrics(groups),
-            "generation/tokens_per_s": generated / self.roller.generation_s,
-            "generation/idle_share": self.roller.idle_share,
+            "generation/tokens_per_s": generated / self.rollouts.generation_s,
+            "generation/idle_share": self.rollouts.idle_share,
             "time/step_s": step_s,
             **self.clock.parts,
             "time/overhead_share": 1 - worked / step_s,

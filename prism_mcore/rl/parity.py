@@ -77,7 +77,7 @@ def _name(place: int, rollout: Rollout) -> str:
 
 
 @dataclass
-class Path:
+class Trace:
     """A rollout's way through the model: what each place gave each token, and each token's log-probability."""
 
     states: dict[str, list[Tensor]] = field(default_factory=dict)  # place -> [., d] pieces of [t, d], in order
@@ -86,7 +86,7 @@ class Path:
 
 def explain(model: HybridModel, rollout: Rollout, position: int) -> str:
     """Where the two paths of a rollout part first: the place in the model and the token; position: in the response."""
-    trained, decoded = trained_path(model, rollout), decoded_path(model, rollout)
+    trained, decoded = trained_trace(model, rollout), decoded_trace(model, rollout)
     last = len(rollout.prompt_tokens) + position  # tokens that the log-prob depends on
     for place, pieces in trained.states.items():
         differs = (torch.cat(pieces)[:last] != torch.cat(decoded.states[place])[:last]).any(-1)
@@ -105,26 +105,26 @@ def explain(model: HybridModel, rollout: Rollout, position: int) -> str:
 
 
 @torch.no_grad()
-def trained_path(model: HybridModel, rollout: Rollout) -> Path:
+def trained_trace(model: HybridModel, rollout: Rollout) -> Trace:
     """One packed forward pass over the rollout alone."""
     text = torch.tensor([rollout.prompt_tokens + rollout.tokens])
     tokens = text.shape[1] - 1
     ranks = model.context.groups.tp_size if model.config.sequence_parallel else 1
-    with _watched(model) as path:
+    with _watched(model) as trace:
         batch = to_device(one_document_each(text, -text.shape[1] % ranks), next(model.parameters()).device)
         logprobs, _ = model(batch, temperature=rollout.temperature or 1.0)
-    return Path({place: [torch.cat(x)[:tokens]] for place, x in path.states.items()}, [logprobs[:tokens]])
+    return Trace({place: [torch.cat(x)[:tokens]] for place, x in trace.states.items()}, [logprobs[:tokens]])
 
 
 @torch.no_grad()
-def decoded_path(model: HybridModel, rollout: Rollout) -> Path:
+def decoded_trace(model: HybridModel, rollout: Rollout) -> Trace:
     """The prompt prefilled, then the response token by token through fresh caches."""
     groups, temperature = model.context.groups, rollout.temperature or 1.0
     text = torch.tensor(rollout.prompt_tokens + rollout.tokens, device=next(model.parameters()).device)
     blocks, prompt = -(-len(text) // BLOCK), len(rollout.prompt_tokens)
     caches, device = model.caches(1, blocks, BLOCK), text.device
     slot, table = torch.zeros(1, dtype=torch.int64, device=device), torch.arange(blocks, device=device).int()[None]
-    with model.whole_sequences(), _watched(model) as path:
+    with model.whole_sequences(), _watched(model) as trace:
         for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, len(text) - 1))]:
             places = torch.arange(start, end, device=device)
             ends = torch.tensor([0, end - start], dtype=torch.int32)
@@ -135,21 +135,21 @@ def decoded_path(model: HybridModel, rollout: Rollout) -> Path:
             logits = model.next_logits(x, temperature)
             first = groups.tp_rank * (model.embedding.weight.shape[0])
             tp = groups.tp if groups.tp_size > 1 else None
-            path.logprobs.append(token_logprobs(logits, text[start + 1 : end + 1], first, tp))
-    return path
+            trace.logprobs.append(token_logprobs(logits, text[start + 1 : end + 1], first, tp))
+    return trace
 
 
 @contextmanager
-def _watched(model: HybridModel) -> Iterator[Path]:
-    """Inside, what every part of the model gives goes into the path."""
-    path = Path()
+def _watched(model: HybridModel) -> Iterator[Trace]:
+    """Inside, what every part of the model gives goes into the trace."""
+    trace = Trace()
 
     def keep(place: str, x: Tensor) -> None:
         if model.config.sequence_parallel:
             parts = [torch.empty_like(x) for _ in range(model.context.groups.tp_size)]
             dist.all_gather(parts, x.contiguous(), group=model.context.groups.tp)
             x = torch.cat(parts)
-        path.states.setdefault(place, []).append(x.squeeze(1).clone())
+        trace.states.setdefault(place, []).append(x.squeeze(1).clone())
 
     hooks = [model.embedding.register_forward_hook(lambda _module, _inputs, x: keep("embedding", x))]
     for name, layer in model.layers.items():
@@ -161,7 +161,7 @@ def _watched(model: HybridModel) -> Iterator[Path]:
         )
     )
     try:
-        yield path
+        yield trace
     finally:
         for hook in hooks:
             hook.remove()

@@ -16,11 +16,12 @@ from prism_mcore.parallel import Groups
 from prism_mcore.rewards.settings import RewardSettings
 from prism_mcore.rewards.verifier import Verdict, Verifier, reward_parts
 from prism_mcore.text import Tokenizer, before_stop
+from prism_mcore.train.guards import GuardStop
 from prism_mcore.train.metrics import StepClock
 
 
 @dataclass
-class Roller:
+class RolloutWorker:
     """Makes rollouts with one replica's engine; every rank has one, and the first of each replica verifies.
 
     Prompts go to replicas by index. The uniform numbers of a sample come from its key (seed, step, prompt, sample) and
@@ -36,16 +37,33 @@ class Roller:
     groups: Groups
     clock: StepClock = field(default_factory=StepClock)
     tickets: int = 0  # given out so far
-    idle_share: float = 0.0  # of the engine's slots in the last roll
+    idle_share: float = 0.0  # of the engine's slots in the last call
     generation_s: float = 0.0  # of the slowest replica since the clock was started
 
-    def roll(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int, version: int) -> list[RolloutGroup]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int, version: int) -> list[RolloutGroup]:
         """A group of sampling.samples rollouts for each prompt, in their order, the same on every rank.
 
         version: optimizer updates that the weights have seen. Marks the clock: generation, rewards, gather.
         """
         keys = self._keys(prompts, sampling.samples, step)
         mine = list(enumerate(prompts))[self.groups.dp_rank :: self.groups.dp_size]
+        rollouts: list[Rollout] = []
+        failure = ""
+        try:
+            finished = self._sampled(mine, keys, sampling)
+            self.clock.mark("generation")
+            rollouts = self._verified(finished, mine, keys, sampling, version)
+            self.clock.mark("rewards")
+        except FloatingPointError as error:  # perhaps of this replica alone: the others hear of it where they meet
+            failure = f"rank {self.groups.rank}: {error}"
+        ordered = sorted(self._gathered(rollouts, failure, step), key=lambda r: (r.group, r.sample))
+        by_group = {group: tuple(members) for group, members in groupby(ordered, key=lambda r: r.group)}
+        return [RolloutGroup(prompt, by_group[place]) for place, prompt in enumerate(prompts)]
+
+    def _sampled(
+        self, mine: Sequence[tuple[int, Prompt]], keys: Sequence[tuple[Key, ...]], sampling: Sampling
+    ) -> list[tuple[int, str, Completion]]:
+        """(ticket, text, completion) of this replica's samples; each is being verified since it was finished."""
         before = self.engine.statistics
         requests = [Request(prompt.tokens, keys[place]) for place, prompt in mine]
         finished: list[tuple[int, str, Completion]] = []
@@ -58,20 +76,32 @@ class Roller:
         after = self.engine.statistics
         slots, running = after.slot_steps - before.slot_steps, after.running_steps - before.running_steps
         self.idle_share = 1 - running / slots if slots else 0.0
-        self.clock.mark("generation")
+        return finished
+
+    def _verified(
+        self,
+        finished: Sequence[tuple[int, str, Completion]],
+        mine: Sequence[tuple[int, Prompt]],
+        keys: Sequence[tuple[Key, ...]],
+        sampling: Sampling,
+        version: int,
+    ) -> list[Rollout]:
         verdicts = {verdict.ticket: verdict for verdict in self.verifier.results(block=True)} if self.verifier else {}
-        rollouts = [
+        return [
             self._rollout(*mine[completion.request], keys, completion, verdicts[ticket], text, sampling, version)
             for ticket, text, completion in finished
         ]
-        self.clock.mark("rewards")
-        everyone: list[tuple[list[Rollout], float]] = [([], 0.0)] * self.groups.tp_dp_cp.size()
-        dist.all_gather_object(everyone, (rollouts, self.clock.parts["time/generation_s"]), group=self.groups.tp_dp_cp)
-        self.generation_s = max(seconds for _, seconds in everyone)
+
+    def _gathered(self, rollouts: list[Rollout], failure: str, step: int) -> list[Rollout]:
+        """Every replica's rollouts; GuardStop on every rank where one could not generate. Marks the clock: gather."""
+        everyone: list[tuple[list[Rollout], float, str]] = [([], 0.0, "")] * self.groups.tp_dp_cp.size()
+        here = rollouts, self.clock.parts.get("time/generation_s", 0.0), failure
+        dist.all_gather_object(everyone, here, group=self.groups.tp_dp_cp)
+        if failures := [failure for *_, failure in everyone if failure]:
+            raise GuardStop(f"step {step}: {'; '.join(failures)}")
+        self.generation_s = max(seconds for _, seconds, _ in everyone)
         self.clock.mark("gather")
-        ordered = sorted((r for of_rank, _ in everyone for r in of_rank), key=lambda r: (r.group, r.sample))
-        by_group = {group: tuple(members) for group, members in groupby(ordered, key=lambda r: r.group)}
-        return [RolloutGroup(prompt, by_group[place]) for place, prompt in enumerate(prompts)]
+        return [rollout for of_rank, *_ in everyone for rollout in of_rank]
 
     def text(self, tokens: Sequence[int], stop_token: bool) -> str:
         """A response as people and rewards read it, special tokens included, without the token or text that ends it."""

@@ -51,7 +51,7 @@ class PolicyStats:
     row_losses: list[list[float]]  # of this rank's micro-batches: [[loss], ...]
 
 
-def policy_step(
+def policy_backward(
     chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     batches: list[PolicyBatch],

@@ -25,7 +25,7 @@ class GuardStop(RuntimeError):
     """More bad steps than guards.skip_budget; the same on every rank. Exit code: exit_codes.STOPPED_BY_GUARD."""
 
 
-class Stats(Protocol):
+class GuardedStats(Protocol):
     """What a guard looks at of a step's stats; the same on every rank but for row_losses."""
 
     @property
@@ -39,10 +39,10 @@ class Stats(Protocol):
         """Of this rank's rows, by micro-batch; None where no loss is computed."""
 
 
-Suspects = Callable[[Stats, Sequence[PackedBatch]], list[str]]
+Suspects = Callable[[GuardedStats, Sequence[PackedBatch]], list[str]]
 
 
-def worst_sequences(stats: Stats, batches: Sequence[PackedBatch]) -> list[str]:
+def worst_sequences(stats: GuardedStats, batches: Sequence[PackedBatch]) -> list[str]:
     """This rank's sequences that are to blame, the worst first: those whose loss is not finite, else the highest.
 
     Where no loss is computed (before the last stage) nobody knows.
@@ -85,7 +85,7 @@ class Guard:
         self._skipped = state["skipped"]
         self._good_losses.extend(state["good_losses"])
 
-    def admits(self, step: int, stats: Stats, batches: Sequence[PackedBatch]) -> bool:
+    def admits(self, step: int, stats: GuardedStats, batches: Sequence[PackedBatch]) -> bool:
         """May this step's gradients be applied? Every rank calls it; one small reduction when all is well.
 
         A bad step is dumped, named in the log and answered with False, or GuardStop beyond the budget.
@@ -109,7 +109,7 @@ class Guard:
             log.error("%s The step is skipped, %d of %d.", message, self._skipped, self.settings.skip_budget)
         return False
 
-    def _complaint(self, stats: Stats) -> str:
+    def _complaint(self, stats: GuardedStats) -> str:
         if not math.isfinite(stats.loss):
             return f"the loss is {stats.loss}"
         if not math.isfinite(stats.grad_norm):
@@ -129,7 +129,7 @@ class Guard:
         return bool(flag.item())
 
     def _dump(
-        self, folder: Path, complaint: str, stats: Stats, batches: Sequence[PackedBatch], suspects: list[str]
+        self, folder: Path, complaint: str, stats: GuardedStats, batches: Sequence[PackedBatch], suspects: list[str]
     ) -> None:
         if self.groups.tp_rank > 0 or not (self.groups.is_first_stage or self.groups.is_last_stage):
             return

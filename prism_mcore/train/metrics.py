@@ -19,7 +19,7 @@ from prism_mcore.model.flops import flops_per_token
 from prism_mcore.plan.throughput import peak_flops
 
 if TYPE_CHECKING:
-    from prism_mcore.train.loop import Run
+    from prism_mcore.train.loop import MidtrainRun
     from prism_mcore.train.step import StepStats
 
 STEPS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
@@ -98,7 +98,7 @@ class Metrics:
     validation: step, validation/loss/<domain>. On resume both lose what lies beyond the step resumed from.
     """
 
-    def __init__(self, run: Run, start: int):
+    def __init__(self, run: MidtrainRun, start: int):
         settings = run.settings
         self.steps, self.every = settings.train.steps, settings.log.every
         self.tokens_per_step = settings.train.global_batch * settings.data.seq_len

@@ -35,7 +35,7 @@ class StepStats:
     row_losses: list[list[float]] | None  # of this rank's rows, by micro-batch; None before the last stage
 
 
-def train_step(
+def backward(
     chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     batches: list[PackedBatch],

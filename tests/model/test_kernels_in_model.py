@@ -15,7 +15,7 @@ from prism_mcore.model.ops import Ops
 from prism_mcore.model.spec import spec_from_config
 from prism_mcore.train.optimizer import build_optimizer, update, wrap
 from prism_mcore.train.settings import OptimizerSettings
-from prism_mcore.train.step import train_step
+from prism_mcore.train.step import backward
 
 STEPS = 2
 # The ops of a training step.
@@ -52,7 +52,7 @@ def train(groups, name, overrides, dtype):
     optimizer = build_optimizer(wrapped, OptimizerSettings(lr=3e-3), groups)
     losses, first = [], None
     for batch in packed_batches(spec, STEPS):
-        stats = train_step(wrapped, optimizer, [batch], groups, num_sources=2)
+        stats = backward(wrapped, optimizer, [batch], groups, num_sources=2)
         first = first or {key: g.clone() for key, g in whole_gradients(chunks, wrapped, groups).items()}
         update(optimizer, stats.grad_norm, 3e-3)
         losses.append(stats.loss)

@@ -16,11 +16,11 @@ from prism_mcore.rl.settings import RLSettings
 
 def gradients_of(groups, spec, settings, budget, version=0):
     """Gradients of the whole model, and the stats."""
-    from prism_mcore.rl.step import policy_step
+    from prism_mcore.rl.step import policy_backward
 
     chunks, optimizer = open_policy(groups, spec)
     batches = batches_of(groups, spec, settings, budget=budget, first=version)
-    stats = policy_step(chunks, optimizer, batches, settings, groups)
+    stats = policy_backward(chunks, optimizer, batches, settings, groups)
     return whole_gradients([chunk.module for chunk in chunks], chunks, groups), stats, len(batches)
 
 
@@ -55,12 +55,12 @@ def test_the_gradient_does_not_depend_on_micro_batches_or_layout(spec, case):
 
 def plainly(groups, settings):
     """The same loss one rollout at a time, written down from the formula, by autograd through full logits."""
-    from prism_mcore.rl.step import policy_step
+    from prism_mcore.rl.step import policy_backward
 
     chunks, optimizer = open_policy(groups, "dense")
     model, spec = chunks[0].module, SPECS["dense"]
     samples = samples_of(random_groups(spec.vocab_size), settings)
-    stats = policy_step(chunks, optimizer, batches_of(groups, "dense", settings), settings, groups)
+    stats = policy_backward(chunks, optimizer, batches_of(groups, "dense", settings), settings, groups)
     got = {name: tensor.main_grad.clone() for name, tensor, _ in model.table()}
     total, gaps, entropies = 0.0, [], []
     for chunk in chunks:
@@ -129,11 +129,11 @@ def test_the_cpu_waits_for_nothing_between_forward_and_backward(spec):
 
 def nothing_to_learn(groups):
     from prism_mcore.rl.packing import pack
-    from prism_mcore.rl.step import policy_step
+    from prism_mcore.rl.step import policy_backward
 
     chunks, optimizer = open_policy(groups, "dense")
     batches = [pack([], version=0, temperature=1.0)]
-    stats = policy_step(chunks, optimizer, batches, RLSettings(), groups)
+    stats = policy_backward(chunks, optimizer, batches, RLSettings(), groups)
     return stats.tokens, stats.loss, stats.grad_norm, stats.gap.rollout, math.isnan(stats.entropy)
 
 

@@ -10,7 +10,7 @@ from prism_mcore.rl.settings import RLSettings
 
 def in_place_and_back(groups, spec, dtype, overlap):
     from prism_mcore.rl.reference import Reference
-    from prism_mcore.rl.step import policy_step, score
+    from prism_mcore.rl.step import policy_backward, score
     from prism_mcore.train.optimizer import gathered_parameters, update
 
     settings = RLSettings(kl_coefficient=0.0)
@@ -19,12 +19,14 @@ def in_place_and_back(groups, spec, dtype, overlap):
     reference = Reference(chunks, optimizer, groups)
     start = score(chunks, batches)
     for _ in range(2):
-        update(optimizer, policy_step(chunks, optimizer, batches, settings, groups).grad_norm, 1e-2)
+        update(optimizer, policy_backward(chunks, optimizer, batches, settings, groups).grad_norm, 1e-2)
     moved = score(chunks, batches)
     with gathered_parameters(chunks), reference.in_place():
         scored = score(chunks, batches)
     again = score(chunks, batches)
-    stats = policy_step(chunks, optimizer, batches, settings, groups)  # the optimizer goes on as if nothing had been
+    stats = policy_backward(
+        chunks, optimizer, batches, settings, groups
+    )  # the optimizer goes on as if nothing had been
     assert all(torch.equal(a, b) for a, b in zip(start, scored, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(moved, again, strict=True))
     assert not torch.equal(start[0], moved[0])
@@ -63,7 +65,7 @@ def test_a_weight_that_does_not_come_back_is_noticed():
 
 def soft_update(groups):
     from prism_mcore.rl.reference import Reference
-    from prism_mcore.rl.step import policy_step
+    from prism_mcore.rl.step import policy_backward
     from prism_mcore.train.optimizer import update
 
     settings = RLSettings(kl_coefficient=0.0)
@@ -71,7 +73,7 @@ def soft_update(groups):
     reference = Reference(chunks, optimizer, groups)
     batches = batches_of(groups, "dense", settings)
     old = [shard.reference.clone() for shard in reference._shards]
-    update(optimizer, policy_step(chunks, optimizer, batches, settings, groups).grad_norm, 1e-2)
+    update(optimizer, policy_backward(chunks, optimizer, batches, settings, groups).grad_norm, 1e-2)
     reference.update(0.25)
     for shard, before in zip(reference._shards, old, strict=True):
         torch.testing.assert_close(shard.reference, 0.25 * shard.master + 0.75 * before)

@@ -171,7 +171,7 @@ def test_a_run_goes_on_in_another_layout(files, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rl": {"parity": "off"}}, "trained with rl.parity=tolerance, not off; go on with tolerance"),
+        ({"rl": {"parity": "off"}}, "trained with rl.parity=tolerance, not off; resume with tolerance"),
         ({"rl": {"prompts_per_step": 2}}, "rl.prompts_per_step=4, not 2"),
         ({"rl": {"kl_coefficient": 0.0}}, "rl.kl_coefficient > 0=True, not False"),
         ({"spec": "dense"}, "is of another model"),
@@ -188,17 +188,20 @@ def test_another_run_is_not_continued(files, tmp_path_factory, change, message):
 def midtrained(groups, settings):
     """A checkpoint as mid-training leaves it."""
     from prism_mcore.rl import loop
+    from prism_mcore.train.run import spec_record
 
     with ExitStack() as opened:
         run = loop.build(settings, open_prompts(settings, resolve_spec(settings)), groups, torch.device("cpu"), opened)
-        state = {"samples": 8, "spec": loop.spec_record(run.spec), "kept": {}}
-        run.checkpoints.save(1, loop.models(run.chunks), run.optimizer, state)
+        state = {"samples": 8, "spec": spec_record(run.spec), "kept": {}}
+        run.checkpoints.save(1, run.models, run.optimizer, state)
 
 
 def test_rl_does_not_take_a_mid_training_run_for_its_own(files, tmp_path):
     wanted = settings(files, tmp_path)
     run_ranks(1, midtrained, wanted)
-    with pytest.raises(RankError, match=r"step_00000001 is of a mid-training run; to start from it give run\.name"):
+    with pytest.raises(
+        RankError, match=r"step_00000001 is of another kind of run; to start from its weights give run\.name"
+    ):
         run_ranks(1, train, wanted)
 
 
@@ -241,9 +244,9 @@ def timed(groups, settings):
     with ExitStack() as opened:
         run = loop.build(settings, open_prompts(settings, resolve_spec(settings)), groups, torch.device("cpu"), opened)
         ticks = itertools.count(0.0, 1.0 + 4.0 * groups.rank)
-        run.roller.clock = StepClock(lambda: next(ticks))
-        loop.rolled(run, 1)
-        return run.roller.clock.parts["time/generation_s"], run.roller.generation_s
+        run.rollouts.clock = StepClock(lambda: next(ticks))
+        loop.training_rollouts(run, 1)
+        return run.rollouts.clock.parts["time/generation_s"], run.rollouts.generation_s
 
 
 def test_tokens_per_second_are_those_until_the_slowest_replica_is_done(files, tmp_path):
@@ -264,14 +267,14 @@ def test_where_the_first_part_of_a_step_has_no_samples_the_second_is_on_policy(f
 
 def overlapped(groups, settings):
     """The same run with gradients and parameters travelling while the model computes."""
-    from prism_mcore.rl import loop
+    from prism_mcore.train import run as run_module
 
-    plain = loop.wrap
-    loop.wrap = lambda chunks, groups, **options: plain(chunks, groups, **(options | {"overlap": True}))
+    plain = run_module.wrap
+    run_module.wrap = lambda chunks, groups, **options: plain(chunks, groups, **(options | {"overlap": True}))
     try:
         return train(groups, settings)
     finally:
-        loop.wrap = plain
+        run_module.wrap = plain
 
 
 def test_generation_waits_for_overlapped_parameters(files, tmp_path):
@@ -358,7 +361,7 @@ def poisoned(groups, settings):
     """One weight becomes NaN for the update of step 2, after its rollouts, on one rank."""
     from prism_mcore.rl import loop
 
-    plain = loop.learn
+    plain = loop.update_policy
 
     def with_poison(run, step, *rest):
         weight = run.chunks[0].module.final_norm.weight
@@ -371,11 +374,11 @@ def poisoned(groups, settings):
             if step == 2 and groups.rank == 1:
                 weight.data[0] = good
 
-    loop.learn = with_poison
+    loop.update_policy = with_poison
     try:
         return train(groups, settings)
     finally:
-        loop.learn = plain
+        loop.update_policy = plain
 
 
 @pytest.mark.parametrize("parity", ["off", "exact"])
@@ -435,7 +438,7 @@ def test_how_a_run_ends_that_cannot_go_on(files, tmp_path):
     """After an error of one rank nothing is waited for; a guard's stop leaves the save before complete."""
     wanted = settings(files, tmp_path, checkpoint={"every": 2, "async_save": True})
     assert run_ranks(1, whole_process, wanted, failing) == [("out of memory", False)]
-    assert run_ranks(1, whole_process, wanted, generating_nan) == [(STOPPED_BY_GUARD, False)]
+    assert run_ranks(1, whole_process, wanted, generating_nan) == [(STOPPED_BY_GUARD, True)]
     assert run_ranks(1, whole_process, wanted, saved_then_stopped) == [(STOPPED_BY_GUARD, True)]
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000002"
 

@@ -14,9 +14,9 @@ from prism_mcore.generate import Engine, GenerateSettings, Request, Sampling
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
 from prism_mcore.rl.packing import pack, samples_of
-from prism_mcore.rl.parity import check, decoded_path, op_set, trained_path
+from prism_mcore.rl.parity import check, decoded_trace, op_set, trained_trace
 from prism_mcore.rl.settings import RLSettings
-from prism_mcore.rl.step import policy_step
+from prism_mcore.rl.step import policy_backward
 from prism_mcore.train.optimizer import build_optimizer, wrap
 from prism_mcore.train.settings import OptimizerSettings
 
@@ -69,7 +69,7 @@ def one_step(groups, spec, dtype, recompute="", fault=None):
         plant(model, fault)
     chunks = wrap([model], groups)
     optimizer = build_optimizer(chunks, OptimizerSettings(), groups)
-    stats = policy_step(chunks, optimizer, [batch], EXACT, groups)
+    stats = policy_backward(chunks, optimizer, [batch], EXACT, groups)
     check(stats, [r for group in everyone for r in group.rollouts], model, EXACT, step=1)
     return stats
 
@@ -121,7 +121,7 @@ def both_paths(groups, spec, temperature):
     for c in engine.stream(requests, Sampling(temperature=temperature, max_tokens=12)):
         prompt = requests[c.request].tokens
         sampled = replace(rollout(c.tokens, prompt=prompt, logprobs=c.logprobs), temperature=temperature)
-        trained, decoded = trained_path(engine.model, sampled), decoded_path(engine.model, sampled)
+        trained, decoded = trained_trace(engine.model, sampled), decoded_trace(engine.model, sampled)
         assert list(trained.states) == list(decoded.states)
         states = [torch.cat(trained.states[place]) - torch.cat(decoded.states[place]) for place in trained.states]
         wanted = torch.from_numpy(c.logprobs)

@@ -12,7 +12,7 @@ from prism_mcore.model.parameters import parameters, shard
 from prism_mcore.train.optimizer import build_optimizer, update, wrap
 from prism_mcore.train.schedule import learning_rate
 from prism_mcore.train.settings import OptimizerSettings
-from prism_mcore.train.step import train_step
+from prism_mcore.train.step import backward
 
 STEPS = 20
 SETTINGS = OptimizerSettings(lr=1e-2, schedule="cosine", warmup_steps=5, weight_decay=0.1, eps=1e-8, clip_grad=0.5)
@@ -43,7 +43,7 @@ def our_curve(groups, spec_name, weights):
     curve = []
     for step in range(1, STEPS + 1):
         batches = step_batches(spec, step)[groups.dp_rank :: groups.dp_size]
-        stats = train_step(wrapped, optimizer, batches, groups, num_sources=2)
+        stats = backward(wrapped, optimizer, batches, groups, num_sources=2)
         update(optimizer, stats.grad_norm, learning_rate(step, SETTINGS, STEPS))
         curve.append((stats.loss, stats.grad_norm))
     return curve

@@ -22,7 +22,9 @@ from prism_mcore.config import Settings
 from prism_mcore.data.token_file import TokenFileWriter
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
 from prism_mcore.train import loop, optimizer
+from prism_mcore.train import run as run_module
 from prism_mcore.train.loop import train as train_loop
+from prism_mcore.train.run import longest_save
 
 SOURCES = [("text", 0.7), ("code", 0.3)]
 
@@ -183,12 +185,12 @@ def test_a_run_goes_on_in_another_layout(corpus, tmp_path, spec):
 
 def overlapped(groups, settings, until=None):
     """The same run with gradients and parameters travelling while the model computes."""
-    plain = loop.wrap
-    loop.wrap = lambda chunks, groups, **options: plain(chunks, groups, **(options | {"overlap": True}))
+    plain = run_module.wrap
+    run_module.wrap = lambda chunks, groups, **options: plain(chunks, groups, **(options | {"overlap": True}))
     try:
         return train(groups, settings, until)
     finally:
-        loop.wrap = plain
+        run_module.wrap = plain
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -252,7 +254,7 @@ def test_a_run_of_another_model_or_batch_is_not_continued(corpus, tmp_path):
     run_ranks(1, train, settings(corpus, tmp_path), 2)
     with pytest.raises(RankError, match="is of another model"):
         run_ranks(1, train, settings(corpus, tmp_path, spec="dense"))
-    with pytest.raises(RankError, match=r"train.global_batch=4, not 8; go on with 4"):
+    with pytest.raises(RankError, match=r"train.global_batch=4, not 8; resume with 4"):
         run_ranks(1, train, settings(corpus, tmp_path, train={"steps": 6, "global_batch": 8}))
     with pytest.raises(RankError, match=r"data.validation_fraction=0.1, not 0.2"):
         run_ranks(1, train, settings(corpus, tmp_path, data={"validation_fraction": 0.2}))
@@ -304,9 +306,9 @@ def whole_process(groups, settings, replaced):
 
 def test_a_collective_waits_as_long_as_a_save_may_take(corpus, tmp_path):
     saving = {"save_deadline_s": 3600}
-    assert loop.longest_wait(settings(corpus, tmp_path, checkpoint=saving)) == timedelta(hours=1)
+    assert longest_save(settings(corpus, tmp_path, checkpoint=saving)) == timedelta(hours=1)
     in_the_background = settings(corpus, tmp_path, checkpoint=saving | {"async_save": True})
-    assert loop.longest_wait(in_the_background) == platform.COLLECTIVE_TIMEOUT
+    assert longest_save(in_the_background) == timedelta(0)
 
 
 def failing(run):
@@ -400,4 +402,27 @@ def test_weights_of_another_model_are_no_start(corpus, tmp_path, name):
     wanted = settings(corpus, second, model={"spec": str(other), "init": str(tmp_path / "run")})
     with pytest.raises(RankError, match=f"SettingsError: model.init=.*of another model: .*{message}") as error:
         run_ranks(2, train, wanted, pp=2)
+    assert set(error.value.reports) == {0, 1}
+
+
+def below_a_file(folder):
+    (folder / "taken").write_text("a file")
+    return folder / "taken" / "runs"
+
+
+UNUSABLE = {
+    "below a file": (below_a_file, "Not a directory"),
+    "a name too long": (lambda folder: folder / ("n" * 300), "File name too long"),
+    "a file": (lambda folder: below_a_file(folder).parent, "Not a directory"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_a_folder_that_cannot_be_made_is_a_mistake_in_the_settings(corpus, tmp_path, kind):
+    where, complaint = UNUSABLE[kind]
+    wanted = settings(corpus, tmp_path, run={"name": "run", "dir": str(where(tmp_path))})
+    with pytest.raises(
+        RankError, match=f"SettingsError: run.dir: cannot write into .*{complaint}.*give run.dir"
+    ) as error:
+        run_ranks(2, train, wanted)
     assert set(error.value.reports) == {0, 1}

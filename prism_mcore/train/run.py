@@ -1,0 +1,248 @@
+"""What every training run is made of: start and finish, its folder, model and optimizer, saving and resuming."""
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from prism_mcore import platform
+from prism_mcore.agree import gather_failures
+from prism_mcore.checkpoint.folder import CheckpointError, latest, newest_undamaged, read_state
+from prism_mcore.checkpoint.load import Loaded, load, load_weights
+from prism_mcore.checkpoint.save import Checkpoints
+from prism_mcore.config import Settings, SettingsError, dump
+from prism_mcore.convert.checkpoint import SOURCE, remember_source
+from prism_mcore.convert.hf import load_hf
+from prism_mcore.exit_codes import STOPPED_BY_GUARD
+from prism_mcore.model.build import chunks_of
+from prism_mcore.model.hybrid import HybridModel
+from prism_mcore.model.spec import ModelSpec
+from prism_mcore.parallel import Groups, init_groups
+from prism_mcore.train.guards import Guard, GuardStop, Suspects, worst_sequences
+from prism_mcore.train.optimizer import build_optimizer, finish_parameter_gather, wrap
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """What every run has on this rank; each loop adds what it reads."""
+
+    settings: Settings
+    spec: ModelSpec
+    groups: Groups
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    checkpoints: Checkpoints
+    guard: Guard
+    resume_from: Path | None  # the newest undamaged checkpoint of the run
+
+    @property
+    def models(self) -> list[HybridModel]:
+        """The chunks without their wrappers."""
+        return [chunk.module for chunk in self.chunks]
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+
+def carry_out(
+    settings: Settings,
+    build: Callable[[Groups, torch.device, ExitStack], AnyRun],
+    train: Callable[[AnyRun], int],
+    longest_wait: timedelta = platform.COLLECTIVE_TIMEOUT,
+) -> int:
+    """Start, build, train, finish; returns one of exit_codes.py. What `build` enters into the stack is closed.
+
+    longest_wait: between two collectives, beside what a save may take.
+    """
+    timeout = max(longest_wait, longest_save(settings))
+    device = platform.start(timeout=timeout, deterministic=settings.run.deterministic)
+    groups = init_groups(settings.parallel, settings.run.seed, timeout)
+    logging.basicConfig(level=logging.INFO if groups.rank == 0 else logging.ERROR, format="%(message)s")
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    with ExitStack() as opened:
+        run = build(groups, device, opened)
+        try:
+            code = train(run)
+        except GuardStop as stop:  # the same on every rank
+            if groups.rank == 0:
+                log.error("%s", stop)
+            code = STOPPED_BY_GUARD
+            run.checkpoints.wait()
+    # Not after another error: NCCL would first wait for what this rank has begun and other ranks may never join.
+    platform.shutdown()
+    return code
+
+
+def longest_save(settings: Settings) -> timedelta:
+    """The longest that ranks wait in a collective for others that still write their part of a checkpoint."""
+    checkpoint = settings.checkpoint
+    return timedelta(seconds=0 if checkpoint.async_save else checkpoint.save_deadline_s)
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    """Is it time for something done every so many steps, and at the end in any case?"""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+# --- build ------------------------------------------------------------------------------------------------------------
+
+
+def build_run(
+    settings: Settings,
+    spec: ModelSpec,
+    groups: Groups,
+    device: torch.device,
+    suspects: Suspects = worst_sequences,
+) -> Run:
+    """This rank's part of the model, with its initial weights where there is nothing to resume, and its optimizer."""
+    chunks = chunks_of(settings, spec, groups, device)
+    checkpoints = Checkpoints(settings.run_dir / "checkpoints", settings.checkpoint, groups)
+    require_shared(checkpoints.folder, groups)
+    resume_from = newest_undamaged(checkpoints.folder) if settings.checkpoint.resume else None
+    if resume_from is None:
+        set_initial_weights(settings, chunks, groups)
+    wrapped = wrap(
+        chunks,
+        groups,
+        optimizer_instances=settings.parallel.optimizer_instances,
+        # On one data-parallel rank, too: megatron-core splits its buffers into buckets only then, and a save holds two
+        # copies of a bucket in fp32 on the GPU.
+        overlap=device.type == "cuda",
+    )
+    optimizer = build_optimizer(wrapped, settings.optimizer, groups)
+    guard = Guard(settings.guards, settings.run_dir, groups, suspects)
+    return Run(settings, spec, groups, wrapped, optimizer, checkpoints, guard, resume_from)
+
+
+def require_shared(folder: Path, groups: Groups) -> None:
+    """Make the folder; a SettingsError on every rank where one cannot use it, or does not see what rank 0 puts there.
+
+    No save would succeed.
+    """
+    failure, marks = "", [folder / f".tmp_{uuid4().hex}"]
+    if groups.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            marks[0].touch()
+        except OSError as error:
+            failure = unusable(folder, error)
+    dist.broadcast_object_list(marks, src=0)
+    if not failure and groups.rank > 0:
+        failure = _unseen(folder / marks[0].name, groups.rank)
+    failures = gather_failures(failure)
+    if groups.rank == 0 and not failure:
+        marks[0].unlink(missing_ok=True)
+    if failures:
+        raise SettingsError(f"run.dir: {failures[0]}")
+
+
+def unusable(folder: Path, error: OSError) -> str:
+    """What the system says against a run's folder, and what to change."""
+    return (
+        f"cannot write into {folder} ({error.strerror}: {error.filename}); give run.dir and run.name a folder that can"
+        " be made and written"
+    )
+
+
+def _unseen(mark: Path, rank: int) -> str:
+    try:
+        mark.stat()
+    except FileNotFoundError:
+        return f"rank {rank} does not see {mark}, which rank 0 has written; put it where all nodes see it"
+    except OSError as error:
+        return f"rank {rank}: {unusable(mark.parent, error)}"
+    return ""
+
+
+def set_initial_weights(settings: Settings, chunks: list[HybridModel], groups: Groups) -> None:
+    """Weights as `model.init` says: drawn from run.seed, those of a Hugging Face directory, or of a checkpoint."""
+    init = settings.model.init
+    if init == "random":
+        for chunk in chunks:
+            chunk.initialise(settings.run.seed)
+    elif (Path(init) / "config.json").is_file():
+        load_hf(init, chunks, groups)
+    else:
+        try:
+            load_weights(checkpoint_of(init), chunks, groups)
+        except CheckpointError as error:
+            raise SettingsError(f"model.init={init}: {error}") from error
+    if groups.rank == 0:  # what an export needs to know
+        remember_source(init, settings.model.spec, settings.run_dir / SOURCE)
+
+
+def checkpoint_of(path: str) -> Path:
+    """A checkpoint's folder, given that or a run's: then its newest."""
+    for folder in (Path(path), Path(path) / "checkpoints"):
+        if (found := folder if (folder / "state.json").is_file() else latest(folder)) is not None:
+            return found
+    raise SettingsError(
+        f"model.init={path} holds neither a Hugging Face model nor a checkpoint; give a directory that does, or random"
+    )
+
+
+# --- save and resume --------------------------------------------------------------------------------------------------
+
+
+def save_run(
+    run: Run, step: int, state: dict[str, Any], fixed: dict[str, Any], more: ShardedStateDict | None = None
+) -> None:
+    """A checkpoint after `step` steps: weights, optimizer, random numbers, and what `resume_run` needs beside them.
+
+    state: the loop's own, with its cursor. fixed: settings that must not change in the middle of a run.
+    """
+    finish_parameter_gather(run.chunks)
+    shared = {
+        "guard": run.guard.state(),
+        "spec": spec_record(run.spec),
+        "settings": dump(run.settings),
+        "fixed": fixed,
+    }
+    run.checkpoints.save(step, run.models, run.optimizer, state | shared, more)
+
+
+def resume_run(run: Run, cursor: str, fixed: dict[str, Any], more: ShardedStateDict | None = None) -> Loaded | None:
+    """Load the checkpoint that the run resumes from, once it is known to be this run's; None at the beginning.
+
+    cursor: the key of the loop's own state that no other kind of run has. Raises SettingsError where model, kind of run
+    or fixed settings are others.
+    """
+    newest = run.resume_from
+    if newest is None:
+        return None
+    state = read_state(newest)["state"]
+    if cursor not in state:
+        raise SettingsError(
+            f"{newest} is of another kind of run; to start from its weights give run.name another value, and"
+            f" model.init={newest.parent.parent}"
+        )
+    if state["spec"] != spec_record(run.spec):
+        raise SettingsError(f"{newest} is of another model; give run.name another value, or model.spec the one it had")
+    before = state.get("fixed", state.get("kept", {}))  # earlier versions called them kept, or had none
+    for name, now in fixed.items():
+        if (then := before.get(name, now)) != now:
+            raise SettingsError(
+                f"{newest} was trained with {name}={then}, not {now}; resume with {then}, or give run.name another"
+                " value"
+            )
+    loaded = load(newest, run.models, run.optimizer, run.groups, more)
+    run.guard.restore(loaded.state["guard"])
+    log.info("resuming from %s", loaded.path)
+    return loaded
+
+
+def spec_record(spec: ModelSpec) -> dict:
+    """The spec as JSON holds it, infinity as text."""
+    return {name: repr(value) for name, value in asdict(spec).items()}
