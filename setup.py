@@ -32,6 +32,15 @@ setup(
         "prism_mcore.plan",
         "prism_mcore.rl",
         "prism_kernels",
+        "prism_kernels.activation",
+        "prism_kernels.adamw",
+        "prism_kernels.attention",
+        "prism_kernels.conv",
+        "prism_kernels.linear",
+        "prism_kernels.loss",
+        "prism_kernels.norm",
+        "prism_kernels.rope",
+        "prism_kernels.scan",
     ],
     package_data={"prism_mcore.model": ["configs/*.json"]},  # the shapes that recipes name
     install_requires=[

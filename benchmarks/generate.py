@@ -28,7 +28,7 @@ def ours(shape: str, new: int, stop: list[int], exact: bool) -> dict:
     import torch
     from training_step import SHAPES
 
-    from prism_kernels.backends import IMPLEMENTATIONS
+    from prism_kernels.table import OPS
     from prism_mcore import platform
     from prism_mcore.generate import Engine, GenerateSettings, Request, Sampling
     from prism_mcore.model.build import build_chunks
@@ -38,7 +38,7 @@ def ours(shape: str, new: int, stop: list[int], exact: bool) -> dict:
 
     device = platform.start(threads=1)
     spec = spec_from_config(SHAPES[shape])
-    ops = Ops({op: "exact" for op, table in IMPLEMENTATIONS.items() if exact and "exact" in table}, device)
+    ops = Ops({name: "exact" for name, op in OPS.items() if exact and "exact" in op.backends}, device)
     layers = [list(range(len(spec.pattern)))]
     (model,) = build_chunks(spec, layers, init_groups(ParallelSettings()), ops, dtype=torch.float32, device=device)
     model.initialise(0)

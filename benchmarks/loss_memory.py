@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from training_step import DTYPES, SHAPES, B, S, our_step
 
-from prism_kernels import reference
+from prism_kernels.loss import reference
 from prism_mcore import platform
 from prism_mcore.model.spec import spec_from_config
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.caches import ConvCache, PagedCache, ScanCache
-from prism_kernels.reference import rope_table
+from prism_kernels.rope.angles import rope_table
 from prism_mcore.model.spec import SHIPPED, ModelSpec, read_spec
 
 MODELS = [path.stem for path in sorted(SHIPPED.glob("*.json")) if not path.stem.startswith("demo")]

@@ -18,8 +18,15 @@ import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.nemotron_h import modeling_nemotron_h as nemotron
 
-from prism_kernels import reference
+from prism_kernels.activation import reference as activations
+from prism_kernels.attention import reference as attentions
 from prism_kernels.boundaries import Boundaries
+from prism_kernels.conv import reference as convolutions
+from prism_kernels.loss import reference as losses
+from prism_kernels.norm import reference as norms
+from prism_kernels.rope import reference as rotations
+from prism_kernels.rope.angles import rope_table
+from prism_kernels.scan import reference as scans
 from prism_mcore.megatron_patches import ParallelLinear
 
 BATCH, LENGTH, HIDDEN, HEADS, HEAD_DIM, VOCAB = 4, 512, 256, 8, 64, 8192
@@ -50,7 +57,7 @@ def scan(dtype: torch.dtype, groups: int, state: int, boundaries: Boundaries) ->
     D, dt_bias = leaf(HEADS, dtype=torch.float32), torch.full((HEADS,), -3.0, requires_grad=True)
 
     def ours(x, dt, A_log, B, C, D, dt_bias):
-        return reference.ssd_scan(x, dt, A_log, B, C, D, dt_bias, boundaries, 128)
+        return scans.ssd_scan(x, dt, A_log, B, C, D, dt_bias, boundaries, 128)
 
     def peer(x, dt, A_log, B, C, D, dt_bias):
         x, dt, B, C = (y.unflatten(0, (BATCH, LENGTH)) for y in (x, dt, B, C))
@@ -70,40 +77,40 @@ def conv(dtype: torch.dtype, boundaries: Boundaries) -> Sides:
         return nemotron.causal_conv1d_fn(rows, weight, bias, activation="silu").transpose(1, 2).flatten(0, 1)
 
     inputs = (x, weight, bias)
-    return both_ways(lambda x, w, b: reference.causal_conv1d(x, w, b, boundaries), *inputs), both_ways(peer, *inputs)
+    return both_ways(lambda x, w, b: convolutions.causal_conv1d(x, w, b, boundaries), *inputs), both_ways(peer, *inputs)
 
 
 def rms_norm(dtype: torch.dtype) -> Sides:
     x, weight = leaf(TOKENS, HIDDEN, dtype=dtype), leaf(HIDDEN, dtype=dtype)
     norm = LlamaRMSNorm(HIDDEN, 1e-5).to(dtype)
-    ours = both_ways(lambda x, w: reference.rms_norm(x, w, 1e-5), x, weight)
+    ours = both_ways(lambda x, w: norms.rms_norm(x, w, 1e-5), x, weight)
     return ours, both_ways(lambda x, w: norm(x), x, norm.weight)
 
 
 def gated_rms_norm(dtype: torch.dtype) -> Sides:
     y, z, weight = leaf(TOKENS, INNER, dtype=dtype), leaf(TOKENS, INNER, dtype=dtype), leaf(INNER, dtype=dtype)
     norm = nemotron.NemotronHRMSNormGated(INNER, INNER // 2, 1e-5).to(dtype)
-    ours = both_ways(lambda y, z, w: reference.gated_rms_norm(y, z, w, 1e-5, 2), y, z, weight)
+    ours = both_ways(lambda y, z, w: norms.gated_rms_norm(y, z, w, 1e-5, 2), y, z, weight)
     return ours, both_ways(lambda y, z, w: norm(y, z), y, z, norm.weight)
 
 
 def swiglu(dtype: torch.dtype) -> Sides:
     x = leaf(TOKENS, 2 * 768, dtype=dtype)
-    return both_ways(reference.swiglu, x), both_ways(lambda x: F.silu(x[:, :768]) * x[:, 768:], x)
+    return both_ways(activations.swiglu, x), both_ways(lambda x: F.silu(x[:, :768]) * x[:, 768:], x)
 
 
 def squared_relu(dtype: torch.dtype) -> Sides:
     x = leaf(TOKENS, 1024, dtype=dtype)
-    return both_ways(reference.squared_relu, x), both_ways(lambda x: torch.square(F.relu(x)), x)
+    return both_ways(activations.squared_relu, x), both_ways(lambda x: torch.square(F.relu(x)), x)
 
 
 def rope(dtype: torch.dtype) -> Sides:
     q, k = leaf(TOKENS, 4, HEAD_DIM, dtype=dtype), leaf(TOKENS, 2, HEAD_DIM, dtype=dtype)
-    cos, sin = reference.rope_table(torch.arange(LENGTH).repeat(BATCH), HEAD_DIM, 10_000.0)
+    cos, sin = rope_table(torch.arange(LENGTH).repeat(BATCH), HEAD_DIM, 10_000.0)
     wide = [x.unflatten(0, (BATCH, LENGTH)).to(dtype) for x in (cos, torch.cat([sin[:, 32:]] * 2, 1))]
 
     def ours(q, k):
-        return torch.cat(reference.apply_rope(q, k, cos, sin), 1)
+        return torch.cat(rotations.rope(q, k, cos, sin), 1)
 
     def peer(q, k):
         q, k = (x.unflatten(0, (BATCH, LENGTH)).transpose(1, 2) for x in (q, k))
@@ -120,7 +127,9 @@ def attention(dtype: torch.dtype, boundaries: Boundaries) -> Sides:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.125, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
 
-    return both_ways(lambda q, k, v: reference.attention(q, k, v, boundaries, 0.125), q, k, v), both_ways(peer, q, k, v)
+    return both_ways(lambda q, k, v: attentions.attention(q, k, v, boundaries, 0.125), q, k, v), both_ways(
+        peer, q, k, v
+    )
 
 
 def cross_entropy(dtype: torch.dtype, fused: bool) -> Sides:
@@ -129,7 +138,7 @@ def cross_entropy(dtype: torch.dtype, fused: bool) -> Sides:
     token_weights = torch.ones(TOKENS) if fused else None
 
     def ours(hidden, weight):
-        result = reference.linear_cross_entropy(hidden, weight, labels, token_weights=token_weights, vocab_size=VOCAB)
+        result = losses.linear_cross_entropy(hidden, weight, labels, token_weights=token_weights, vocab_size=VOCAB)
         return result[0] if isinstance(result, tuple) else result.sum()
 
     def peer(hidden, weight):

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prism_kernels.backends import IMPLEMENTATIONS, PACKAGES, Backends, select, why_not
+from prism_kernels.backends import SelectedBackend, select, why_not
+from prism_kernels.table import BACKENDS, OPS
 
 # distribution -> what it is for
 REQUIRED = {
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     device = torch.device(options.device)
     try:
-        chosen = select(_overrides(options.overrides), device)
+        selected = select(_overrides(options.overrides), device)
     except ValueError as error:
         print(f"doctor: {error}", file=sys.stderr)
         return 2
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(_devices())
     console.print(_packages())
     console.print(_backends(device))
-    console.print(_ops(chosen, device))
+    console.print(_ops(selected, device))
     missing = [name for name in REQUIRED if _version(name) is None]
     if missing:
         print(f"doctor: missing {', '.join(missing)}; pip install -e . installs them", file=sys.stderr)
@@ -115,22 +116,22 @@ def _version(distribution: str) -> str | None:
 
 def _backends(device: torch.device) -> Table:
     table = Table("backend", "here", title=f"Backends on {device.type}")
-    for backend in PACKAGES:
+    for backend in BACKENDS:
         why = why_not(backend, device)
         table.add_row(backend, "yes" if why is None else f"[dim]{escape(why)}[/dim]")
     return table
 
 
-def _ops(chosen: Backends, device: torch.device) -> Table:
+def _ops(selected: dict[str, SelectedBackend], device: torch.device) -> Table:
     title = f"Ops on {device.type} (dim: not here; same bits: a token's result does not depend on its batch)"
     table = Table("op", "backend", "why", "others", "same bits", title=title)
-    for op, choice in chosen.items():
+    for op, backend in selected.items():
         others = [
-            backend if why_not(backend, device) is None else f"[dim]{backend}[/dim]"
-            for backend in IMPLEMENTATIONS[op]
-            if backend != choice.backend
+            other if why_not(other, device) is None else f"[dim]{other}[/dim]"
+            for other in OPS[op].backends
+            if other != backend.name
         ]
-        table.add_row(op, choice.backend, choice.reason, ", ".join(others), "yes" if choice.batch_invariant else "no")
+        table.add_row(op, backend.name, backend.reason, ", ".join(others), "yes" if backend.batch_invariant else "no")
     return table
 
 

@@ -298,3 +298,15 @@ def document_ends(boundaries: Boundaries) -> Tensor:
     """
     ends = torch.tensor([0, *(end for _, _, end in boundaries.documents)], dtype=torch.int32)
     return copied(ends, boundaries.cu_seqlens.device)
+
+
+def document_ids(boundaries: Boundaries) -> Tensor:
+    """[1, t] int32: which document each token is of."""
+    ids = torch.empty(1, boundaries.num_tokens, dtype=torch.int32)
+    for i, start, end in boundaries.documents:
+        ids[0, start:end] = i
+    return copied(ids, boundaries.cu_seqlens.device)
+
+
+def longest_document(boundaries: Boundaries) -> int:
+    return max(end - start for _, start, end in boundaries.documents)

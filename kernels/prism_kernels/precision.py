@@ -1,6 +1,11 @@
 """Which dtype sums, statistics, decays and states are kept in."""
 
+import math
+
 import torch
+
+LOG2_E = math.log2(math.e)  # exp(x) = exp2(x * LOG2_E)
+HALF = (torch.bfloat16, torch.float16)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -31,9 +31,9 @@ class _Graph(NamedTuple):
 
 def capturable(ops: Ops, head_dim: int, device: torch.device) -> bool:
     """On a GPU, with kernels that never ask the device how long a sequence is: the reference of attention does."""
-    if device.type != "cuda" or ops.choices["attention_decode"].backend != "triton":
+    if device.type != "cuda" or ops.backends["attention_decode"].name != "triton":
         return False
-    from prism_kernels.attention_decode import HEAD_DIMS  # triton
+    from prism_kernels.attention.decode import HEAD_DIMS  # triton
 
     return head_dim in HEAD_DIMS
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from prism_kernels.caches import PagedCache
-from prism_kernels.exact_loss import token_logprobs
+from prism_kernels.loss.exact import token_logprobs
 from prism_mcore.generate.sampler import Sampler, Vocabulary
 from prism_mcore.generate.settings import GenerateSettings, Sampling
 from prism_mcore.model.hybrid import HybridModel

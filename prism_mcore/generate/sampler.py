@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prism_kernels.reference_loss import LOG2_E
+from prism_kernels.precision import LOG2_E
 from prism_mcore.parallel import Groups
 
 TILE = 128  # tokens
@@ -81,7 +81,7 @@ class Vocabulary:
         return mine
 
 
-# log-softmax of logits [n, v], whose columns start at token `first`, at tokens [n]; one is in prism_kernels.exact_loss
+# log-softmax of logits [n, v], whose columns start at token `first`, at tokens [n]; one is in prism_kernels.loss.exact
 TokenLogprobs = Callable[[Tensor, Tensor, int, dist.ProcessGroup | None], Tensor]
 
 

@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from prism_kernels.exact_linear import linear, sum_over_ranks
+from prism_kernels.linear.exact import linear, sum_over_ranks
 
 
 def column_parallel(x: Tensor, weight: Tensor, group: dist.ProcessGroup, sequence_parallel: bool) -> Tensor:

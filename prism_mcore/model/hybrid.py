@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.matmul import mm
-from prism_kernels.reference import rope_table
+from prism_kernels.rope.angles import rope_table
 from prism_mcore.batch import PackedBatch
 from prism_mcore.model.attention import Attention
 from prism_mcore.model.context import ModelContext

@@ -7,8 +7,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor, nn
 
-from prism_kernels.exact import add_scaled
 from prism_kernels.matmul import mm
+from prism_kernels.norm.exact import add_scaled
 from prism_mcore.model.context import ModelContext
 from prism_mcore.model.exact import ExactColumnLinear, ExactRowLinear, column_parallel
 

@@ -10,7 +10,7 @@ an MLP keeps what is planned, attention up to 1.4 times and a Mamba mixer 2 (fp3
 import math
 from dataclasses import dataclass
 
-from prism_kernels.reference_loss import CHUNK_BYTES, MOST_ROUNDED_SUMS
+from prism_kernels.loss.reference import CHUNK_BYTES, MOST_ROUNDED_SUMS
 from prism_mcore.config import Settings, num_micro_batches
 from prism_mcore.model.parameters import Parameter, padded_vocabulary, parameters
 from prism_mcore.model.spec import ATTENTION, LAYER_NAMES, MAMBA, MLP, ModelSpec

@@ -1,6 +1,6 @@
 """Do sampler and training give a token the same log-probability? `rl.parity`: the op set, the gate, the explanation.
 
-Under `exact` both use one op set (prism_kernels/exact.py) and one differing bit stops the run; the rollout is then
+Under `exact` both use one op set (prism_kernels/*/exact.py) and one differing bit stops the run; the rollout is then
 replayed on both paths with the hidden states of every sub-layer kept, to name the first place where they part.
 """
 
@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prism_kernels.backends import IMPLEMENTATIONS, select
+from prism_kernels.attention.exact import BLOCK
+from prism_kernels.backends import select
 from prism_kernels.boundaries import Boundaries
-from prism_kernels.exact_attention import BLOCK
-from prism_kernels.exact_loss import token_logprobs
+from prism_kernels.loss.exact import token_logprobs
+from prism_kernels.table import OPS
 from prism_mcore.batch import Rollout
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.model.spec import LAYER_NAMES
@@ -33,10 +34,10 @@ def op_set(parity: str, kernels: Mapping[str, str], device: torch.device | str) 
     """`kernels.*` as `rl.parity` needs them. A ValueError where exact cannot be had: see its message."""
     if parity != "exact":
         return dict(kernels)
-    ops = [op for op, backends in IMPLEMENTATIONS.items() if "exact" in backends]
+    ops = [name for name, op in OPS.items() if "exact" in op.backends]
     if torch.device(device).type == "cuda":
-        choices = select(kernels, device)
-        varying = [f"{op} ({choices[op].backend})" for op in ops if not choices[op].batch_invariant]
+        selected = select(kernels, device)
+        varying = [f"{op} ({selected[op].name})" for op in ops if not selected[op].batch_invariant]
         if varying:
             raise ValueError(
                 "rl.parity=exact: on a GPU every op has to give a row the same bits in any batch; these do not:"

@@ -76,7 +76,7 @@ def build_optimizer(
     model: HybridModel = chunks[0].module
     for part in optimizer.chained_optimizers:
         if part.optimizer is not None:  # this rank holds a share of the parameters
-            part.optimizer = _adamw(model.context.ops.choices["adamw"].backend, part.optimizer)
+            part.optimizer = _adamw(model.context.ops.backends["adamw"].name, part.optimizer)
     return optimizer
 
 
@@ -93,7 +93,7 @@ def _adamw(backend: str, theirs: torch.optim.Optimizer) -> torch.optim.Optimizer
             )
         return theirs
     if backend == "triton":
-        from prism_kernels.adamw import FusedAdamW
+        from prism_kernels.adamw.triton import FusedAdamW
 
         return _over(theirs.param_groups, FusedAdamW)
     ours = theirs if package == "torch" else _over(theirs.param_groups, torch.optim.AdamW)

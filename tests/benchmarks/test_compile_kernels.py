@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prism_kernels import backends
+from prism_kernels import table
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 OPS = [
@@ -85,7 +85,7 @@ from compile_kernels import KernelReport, PassReport
 from launches import compile_launch, recorded
 
 from prism_kernels.boundaries import Boundaries
-from prism_kernels.ssd_scan import ssd_scan
+from prism_kernels.scan.triton import ssd_scan
 
 
 def meta(*shape, dtype=torch.bfloat16):
@@ -118,7 +118,7 @@ sys.path.insert(0, sys.argv[1])
 from launches import compile_launch, recorded
 
 from prism_kernels.boundaries import Boundaries
-from prism_kernels.causal_conv1d import causal_conv1d
+from prism_kernels.conv.triton import causal_conv1d
 
 x, weight = (torch.empty(shape, device="meta").requires_grad_() for shape in ((64, 32), (32, 4)))
 boundaries = Boundaries(torch.tensor([0, 64], dtype=torch.int32))
@@ -201,6 +201,6 @@ def test_measuring_needs_a_gpu_and_says_so_but_runs_toy_shapes_without():
 
 def test_every_op_with_a_triton_kernel_is_compiled_and_measured():
     source = (BENCHMARKS / "op_cases.py").read_text()
-    ops = {op for op, places in backends.IMPLEMENTATIONS.items() if "triton" in places}
+    ops = {name for name, op in table.OPS.items() if "triton" in op.backends}
     ops.remove("ssd_prefill")  # ssd_scan's kernels, and a copy of its final states
     assert [op for op in sorted(ops) if not re.search(rf'Row\(\s*"[^"]+",\s*"{op}"', source)] == []

@@ -1,67 +1,137 @@
-"""The table of backends, and the records of boundaries."""
+"""Selecting backends, and the records of boundaries."""
 
+import importlib
 from inspect import signature
 
 import pytest
 import torch
 from tiny.accuracy import documents
 
-from prism_kernels import reference
-from prism_kernels.backends import IMPLEMENTATIONS, function, select
+from prism_kernels.attention import reference as attention
+from prism_kernels.backends import function, select, why_not
 from prism_kernels.boundaries import Boundaries
+from prism_kernels.conv import reference as conv
+from prism_kernels.scan import reference as scan
+from prism_kernels.table import BACKENDS, OPS, place
+
+LIBRARIES = {
+    "te": ("transformer_engine.pytorch", "transformer_engine.wheel_lib.transformer_engine_torch"),
+    "apex": ("apex.optimizers.fused_adam", "amp_C"),
+    "flash_attn": ("flash_attn.flash_attn_interface", "flash_attn_2_cuda"),
+    "mamba_ssm": ("mamba_ssm.ops.triton.ssd_combined",),
+    "causal_conv1d": ("causal_conv1d.causal_conv1d_interface", "causal_conv1d_cuda"),
+}
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """`install("flash_attn.flash_attn_interface")` makes a package of files that must not be imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def files(*modules: str) -> None:
+        for module in modules:
+            folder = tmp_path
+            *packages, name = module.split(".")
+            for package in packages:
+                folder = folder / package
+                folder.mkdir(exist_ok=True)
+                (folder / "__init__.py").write_text("raise RuntimeError('selecting a backend imports nothing')")
+            (folder / f"{name}.py").write_text("raise RuntimeError('selecting a backend imports nothing')")
+        importlib.invalidate_caches()
+
+    return files
+
+
+def names(selected):
+    return {op: backend.name for op, backend in selected.items()}
 
 
 def test_every_op_has_a_backend_and_a_reason():
-    chosen = select({"ssd_scan": "reference", "rope": "auto"}, "cpu")
-    assert set(chosen) == set(IMPLEMENTATIONS)
-    assert chosen["ssd_scan"].reason == "asked for by kernels.ssd_scan"
-    assert {choice.backend for choice in chosen.values()} == {"reference", "megatron", "torch"}
+    selected = select({"ssd_scan": "reference", "rope": "auto"}, "cpu")
+    assert set(selected) == set(OPS)
+    assert selected["ssd_scan"].reason == "asked for by kernels.ssd_scan"
+    assert set(names(selected).values()) == {"reference", "megatron", "torch"}
 
 
-def test_transformer_engine_is_taken_on_a_gpu_where_it_is_installed(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda package: package)
-    on_gpu, on_cpu = select({}, "cuda"), select({}, "cpu")
-    from_te = {op for op, choice in on_gpu.items() if choice.backend == "te"}
-    assert from_te == {"linear", "rms_norm", "attention", "adamw"}
-    assert not [op for op, choice in on_cpu.items() if choice.backend == "te"]
-    assert select({"attention": "reference"}, "cuda")["attention"].backend == "reference"
+def test_transformer_engine_is_taken_on_a_gpu_where_it_is_installed(install):
+    install(*LIBRARIES["te"])
+    on_gpu, on_cpu = names(select({}, "cuda")), names(select({}, "cpu"))
+    assert {op for op, backend in on_gpu.items() if backend == "te"} == {"linear", "rms_norm", "attention", "adamw"}
+    assert "te" not in on_cpu.values()
+    assert select({"attention": "reference"}, "cuda")["attention"].name == "reference"
 
 
-def test_other_libraries_kernels_are_second_to_ours_on_a_gpu_and_attention_of_flash_attn_is_first(monkeypatch):
-    absent = {"transformer_engine", "apex"}
-    monkeypatch.setattr("importlib.util.find_spec", lambda package: None if package in absent else package)
-    chosen = {op: choice.backend for op, choice in select({}, "cuda").items()}
-    assert chosen["attention"] == "flash_attn" and chosen["linear"] == "megatron"
-    assert {chosen[op] for op in ("ssd_scan", "causal_conv1d", "adamw", "rms_norm", "linear_cross_entropy")} == {
+def test_other_libraries_kernels_are_second_to_ours_on_a_gpu_and_attention_of_flash_attn_is_first(install):
+    install(*LIBRARIES["flash_attn"], *LIBRARIES["mamba_ssm"], *LIBRARIES["causal_conv1d"])
+    selected = names(select({}, "cuda"))
+    assert selected["attention"] == "flash_attn" and selected["linear"] == "megatron"
+    assert {selected[op] for op in ("ssd_scan", "causal_conv1d", "adamw", "rms_norm", "linear_cross_entropy")} == {
         "triton"
     }
     asked = {"ssd_scan": "mamba_ssm", "causal_conv1d": "causal_conv1d", "adamw": "torch"}
-    assert {op: select(asked, "cuda")[op].backend for op in asked} == asked
-    with pytest.raises(ValueError, match=r"kernels.adamw=apex: .*apex is not installed: see github.com"):
+    assert {op: select(asked, "cuda")[op].name for op in asked} == asked
+    with pytest.raises(ValueError, match=r"kernels.adamw=apex: .*optimizers.fused_adam is not installed: see github"):
         select({"adamw": "apex"}, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("backend", "files", "missing"),
+    [
+        ("apex", ["apex.models", "apex.forms"], "apex.optimizers.fused_adam"),  # PyPI's
+        ("apex", ["apex.optimizers"], "apex.optimizers.fused_adam"),
+        ("apex", ["apex.optimizers.fused_adam"], "amp_C"),  # NVIDIA's, built without its CUDA extensions
+        ("flash_attn", ["flash_attn.cute.interface"], "flash_attn.flash_attn_interface"),  # flash-attn-4
+        ("flash_attn", ["flash_attn.flash_attn_interface"], "flash_attn_2_cuda"),
+        ("te", ["transformer_engine.pytorch", "transformer_engine.common"], "transformer_engine_torch"),
+        ("mamba_ssm", ["mamba_ssm.models"], "mamba_ssm.ops.triton.ssd_combined"),
+        ("causal_conv1d", ["causal_conv1d"], "causal_conv1d.causal_conv1d_interface"),
+    ],
+)
+def test_a_package_of_the_same_name_is_not_the_one_that_is_called(install, backend, files, missing):
+    install(*files)
+    assert why_not(backend, GPU) == f"{missing} is not installed: {BACKENDS[backend].install}"
+    assert backend not in names(select({}, "cuda")).values()
+    install(*LIBRARIES[backend])
+    if backend != "causal_conv1d":  # its file of that name hides the folder
+        assert why_not(backend, GPU) is None
+
+
+def test_flash_attn_4_in_a_namespace_without_an_init_is_not_flash_attn_2(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "flash_attn.flash_attn_interface is not installed" in str(why_not("flash_attn", GPU))
+    assert select({}, "cuda")["attention"].name == "triton"
 
 
 def test_every_function_in_the_table_exists_and_takes_what_its_reference_takes():
     """kernels of packages that are not here are imported when they are called"""
-    for op, table in IMPLEMENTATIONS.items():
-        reference = signature(function(op, "reference")) if "reference" in table else None
-        for backend, place in table.items():
-            if place and backend != "exact":
-                assert signature(function(op, backend)) == reference, f"{op} by {backend}"
+    for name, op in OPS.items():
+        reference = signature(function(name, "reference")) if "reference" in op.backends else None
+        for backend in op.backends:
+            if backend == "exact":
+                assert callable(function(name, backend))
+            elif place(name, backend):
+                assert signature(function(name, backend)) == reference, f"{name} by {backend}"
+
+
+def test_a_class_of_a_library_has_no_function_and_says_so():
+    with pytest.raises(LookupError, match="linear of te is no function but a class"):
+        function("linear", "te")
 
 
 def test_what_other_libraries_do_not_cover_goes_to_the_reference(caplog):
     boundaries, q = documents(5, 3), torch.randn(8, 2, 8)
-    attention = function("attention", "flash_attn")  # fp32
-    assert torch.equal(attention(q, q, q, boundaries, 0.3), reference.attention(q, q, q, boundaries, 0.3))
+    attend = function("attention", "flash_attn")  # fp32
+    assert torch.equal(attend(q, q, q, boundaries, 0.3), attention.attention(q, q, q, boundaries, 0.3))
     x, weight = torch.randn(8, 16), torch.randn(16, 4)
     convolve = function("causal_conv1d", "causal_conv1d")
-    expected = reference.causal_conv1d(x, weight, None, boundaries, return_final_state=True)
+    expected = conv.causal_conv1d(x, weight, None, boundaries, return_final_state=True)
     for a, b in zip(convolve(x, weight, None, boundaries, return_final_state=True), expected, strict=True):
         assert torch.equal(a, b)
     inputs = (q, torch.randn(8, 2), torch.randn(2), q, q, None, torch.randn(2), boundaries)
-    scan = function("ssd_scan", "mamba_ssm")
-    assert torch.equal(scan(*inputs, 24), reference.ssd_scan(*inputs, 24))
+    scanned = function("ssd_scan", "mamba_ssm")
+    assert torch.equal(scanned(*inputs, 24), scan.ssd_scan(*inputs, 24))
     assert [record.message.split(";")[0] for record in caplog.records] == [
         "attention: flash-attn has no torch.float32: needs bf16 or fp16",
         "causal_conv1d: causal-conv1d takes no states together with packed documents",
@@ -70,11 +140,11 @@ def test_what_other_libraries_do_not_cover_goes_to_the_reference(caplog):
 
 
 def test_only_what_is_shown_to_be_is_called_independent_of_the_batch():
-    exact = {op: "exact" for op, table in IMPLEMENTATIONS.items() if "exact" in table}
-    assert all(choice.batch_invariant for op, choice in select(exact, "cpu").items() if op in exact)
-    chosen = select({"swiglu": "triton", "linear_cross_entropy": "triton"}, "cpu")
-    assert chosen["swiglu"].batch_invariant and not chosen["linear_cross_entropy"].batch_invariant
-    assert not chosen["linear"].batch_invariant and not chosen["attention"].batch_invariant
+    exact = {name: "exact" for name, op in OPS.items() if "exact" in op.backends}
+    assert all(backend.batch_invariant for op, backend in select(exact, "cpu").items() if op in exact)
+    selected = select({"swiglu": "triton", "linear_cross_entropy": "triton"}, "cpu")
+    assert selected["swiglu"].batch_invariant and not selected["linear_cross_entropy"].batch_invariant
+    assert not selected["linear"].batch_invariant and not selected["attention"].batch_invariant
 
 
 def test_lengths_known_on_the_cpu_are_not_asked_of_the_device():
@@ -85,11 +155,11 @@ def test_lengths_known_on_the_cpu_are_not_asked_of_the_device():
 
 
 def test_a_backend_that_is_not_there_is_refused_with_what_to_do():
-    with pytest.raises(ValueError, match=r"kernels.rope=flash_attn: .*this version has no flash_attn"):
+    with pytest.raises(ValueError, match=r"kernels.rope=flash_attn: rope has no such backend; it has auto, triton"):
         select({"rope": "flash_attn"}, "cpu")
     with pytest.raises(ValueError, match=r"kernels.attention=flash_attn: .*pip install flash-attn|needs a GPU"):
         select({"attention": "flash_attn"}, "cpu")
-    with pytest.raises(ValueError, match=r"kernels.attn: no such op; ops are linear, rms_norm"):
+    with pytest.raises(ValueError, match=r"kernels.attn: no such op .*; ops are linear, rms_norm"):
         select({"attn": "reference"}, "cpu")
 
 

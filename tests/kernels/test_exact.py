@@ -8,12 +8,22 @@ import torch.distributed as dist
 from ranks import run_ranks
 from tiny.accuracy import assert_as_exact_as, documents, randn
 
-from prism_kernels import exact, reference
+from prism_kernels.activation import exact as activation
+from prism_kernels.activation import reference as plain_activation
+from prism_kernels.attention import exact as attention
+from prism_kernels.attention import reference as plain_attention
 from prism_kernels.backends import select
 from prism_kernels.caches import ConvCache, PagedCache
-from prism_kernels.exact_linear import linear, mm, sum_over_ranks
-from prism_kernels.exact_loss import token_logprobs
-from prism_kernels.exact_scan import _Softplus
+from prism_kernels.conv import exact as conv
+from prism_kernels.conv import reference as plain_conv
+from prism_kernels.linear.exact import linear, mm, sum_over_ranks
+from prism_kernels.loss.exact import linear_cross_entropy, lm_logits, token_logprobs
+from prism_kernels.norm import exact as norm
+from prism_kernels.norm import reference as plain_norm
+from prism_kernels.rope import exact as rotary
+from prism_kernels.scan import exact as scan
+from prism_kernels.scan import reference as plain_scan
+from prism_kernels.scan.exact import _Softplus
 
 DTYPES = [torch.float32, torch.bfloat16]
 LENGTHS = (5, 1, 130, 64, 71)  # shorter than a block, one token, more than two blocks, a whole one
@@ -55,27 +65,27 @@ def test_rows_of_a_product(k, n, dtype):
 
 
 def rms(x):
-    return exact.rms_norm(x, torch.linspace(0.5, 2, x.shape[-1]).to(x.dtype), 1e-5)
+    return norm.rms_norm(x, torch.linspace(0.5, 2, x.shape[-1]).to(x.dtype), 1e-5)
 
 
 def add_rms(x):
-    normed, h = exact.add_rms_norm(x, x.flip(-1), 0.22, torch.linspace(0.5, 2, x.shape[-1]).to(x.dtype), 1e-5)
+    normed, h = norm.add_rms_norm(x, x.flip(-1), 0.22, torch.linspace(0.5, 2, x.shape[-1]).to(x.dtype), 1e-5)
     return torch.cat([normed, h], -1)
 
 
 def gated_rms(x):
-    return exact.gated_rms_norm(x, x.flip(-1), torch.linspace(0.5, 2, x.shape[-1]).to(x.dtype), 1e-5, 2)
+    return norm.gated_rms_norm(x, x.flip(-1), torch.linspace(0.5, 2, x.shape[-1]).to(x.dtype), 1e-5, 2)
 
 
 def rope(x):
     heads = x.unflatten(-1, (2, -1))
     heads = heads[..., : heads.shape[-1] // 2 * 2]
     angles = x[:, : heads.shape[-1]].float()
-    return exact.apply_rope(heads, heads, angles.cos(), angles.sin())[0]
+    return rotary.rope(heads, heads, angles.cos(), angles.sin())[0]
 
 
 def log_softmax(x):
-    logits = exact.logits(x, torch.eye(x.shape[-1], dtype=x.dtype)[: min(61, x.shape[-1] - 3)], 1.7)
+    logits = lm_logits(x, torch.eye(x.shape[-1], dtype=x.dtype)[: min(61, x.shape[-1] - 3)], 1.7)
     return token_logprobs(logits, torch.full((len(x),), 2))
 
 
@@ -89,7 +99,7 @@ def columns_of_a_buffer(function):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "op",
-    [rms, add_rms, gated_rms, exact.swiglu, exact.squared_relu, _Softplus.apply, rope, log_softmax],
+    [rms, add_rms, gated_rms, activation.swiglu, activation.squared_relu, _Softplus.apply, rope, log_softmax],
     ids=["rms_norm", "add_rms_norm", "gated_rms_norm", "swiglu", "squared_relu", "softplus", "rope", "log_softmax"],
 )
 def test_rows_of_elementwise_ops_norms_and_softmax(op, dtype, width):
@@ -117,13 +127,13 @@ def test_convolution_step_by_step(dtype):
     channels, taps = 37, 4
     x, weight = randn(sum(LENGTHS), channels, dtype=dtype), randn(channels, taps, dtype=dtype)
     bias = randn(channels, dtype=dtype)
-    whole, final = exact.causal_conv1d(x, weight, bias, documents(*LENGTHS), return_final_state=True)
+    whole, final = conv.causal_conv1d(x, weight, bias, documents(*LENGTHS), return_final_state=True)
     cache = ConvCache.allocate(len(LENGTHS), channels, taps, dtype, torch.device("cpu"))
     for rows, at, _ in steps(LENGTHS):
-        assert torch.equal(exact.conv_step(x[at], weight, bias, cache, rows), whole[at])
+        assert torch.equal(conv.conv_step(x[at], weight, bias, cache, rows), whole[at])
     assert torch.equal(cache.state, final)
     for start, n in zip(starts(LENGTHS).tolist(), LENGTHS, strict=True):
-        alone = exact.causal_conv1d(x[start : start + n], weight, bias, documents(n))
+        alone = conv.causal_conv1d(x[start : start + n], weight, bias, documents(n))
         assert torch.equal(alone, whole[start : start + n])
 
 
@@ -137,7 +147,7 @@ def decoded_attention(q, k, v, scale, window):
     for rows, at, i in steps(LENGTHS):
         cache.write(table[rows, i // 64].long() * 64 + i % 64, k[at], v[at])
         lengths = torch.full((len(rows),), i + 1, dtype=torch.int32)
-        out[at] = exact.attention_decode(q[at], cache, table[rows], lengths, scale, window)
+        out[at] = attention.attention_decode(q[at], cache, table[rows], lengths, scale, window)
     return out
 
 
@@ -146,11 +156,11 @@ def decoded_attention(q, k, v, scale, window):
 def test_attention_step_by_step(dtype, heads, key_heads, head_dim, window):
     t = sum(LENGTHS)
     q, k, v = (randn(t, n, head_dim, dtype=dtype) for n in (heads, key_heads, key_heads))
-    whole = exact.attention(q, k, v, documents(*LENGTHS), head_dim**-0.5, window)
+    whole = attention.attention(q, k, v, documents(*LENGTHS), head_dim**-0.5, window)
     assert torch.equal(decoded_attention(q, k, v, head_dim**-0.5, window), whole)
     for start, n in zip(starts(LENGTHS).tolist(), LENGTHS, strict=True):
         document = slice(start, start + n)
-        alone = exact.attention(q[document], k[document], v[document], documents(n), head_dim**-0.5, window)
+        alone = attention.attention(q[document], k[document], v[document], documents(n), head_dim**-0.5, window)
         assert torch.equal(alone, whole[document])
 
 
@@ -160,16 +170,18 @@ def test_rows_of_different_lengths_decode_together():
     cache = PagedCache.allocate(16, 64, 2, 16, torch.float32, torch.device("cpu"))
     cache.keys.copy_(randn(*cache.keys.shape)), cache.values.copy_(randn(*cache.values.shape))
     q, table = randn(4, 4, 16, dtype=torch.float32), torch.arange(16, dtype=torch.int32).view(4, 4)
-    together = exact.attention_decode(q, cache, table, lengths, 0.25)
+    together = attention.attention_decode(q, cache, table, lengths, 0.25)
     for i, n in enumerate(lengths.tolist()):
-        alone = exact.attention_decode(q[i : i + 1], cache, table[i : i + 1, : -(-n // 64)], lengths[i : i + 1], 0.25)
+        alone = attention.attention_decode(
+            q[i : i + 1], cache, table[i : i + 1, : -(-n // 64)], lengths[i : i + 1], 0.25
+        )
         assert torch.equal(alone[0], together[i])
 
 
 def test_attention_decode_wants_blocks_as_training_has_them():
     cache = PagedCache.allocate(2, 32, 1, 16, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match="blocks of 32 tokens; exact mode needs 64"):
-        exact.attention_decode(randn(1, 1, 16), cache, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1), 1.0)
+        attention.attention_decode(randn(1, 1, 16), cache, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1), 1.0)
 
 
 def scan_inputs(t, heads, head_dim, groups, state, dtype):
@@ -186,32 +198,32 @@ def scan_inputs(t, heads, head_dim, groups, state, dtype):
 def test_scan_step_by_step(dtype, heads, head_dim, groups, state, limit):
     """Prompts of any length go into the cache, fork into other slots full of rubbish, and are replayed by one row."""
     x, dt, A_log, B, C, D, dt_bias = scan_inputs(sum(LENGTHS), heads, head_dim, groups, state, dtype)
-    whole = exact.ssd_scan(x, dt, A_log, B, C, D, dt_bias, documents(*LENGTHS), 128, limit)
-    cache = exact.ssd_cache(2 * len(LENGTHS), heads, head_dim, groups, state, dtype, torch.device("cpu"))
+    whole = scan.ssd_scan(x, dt, A_log, B, C, D, dt_bias, documents(*LENGTHS), 128, limit)
+    cache = scan.ssd_cache(2 * len(LENGTHS), heads, head_dim, groups, state, dtype, torch.device("cpu"))
     for tensor in cache.tensors():
         tensor.fill_(1e4)
     prompts = [3, 0, 64, 63, 70]
     prefilled = [r for r, n in enumerate(prompts) if n]
     at = torch.cat([torch.arange(n) + start for n, start in zip(prompts, starts(LENGTHS), strict=True)])
     boundaries, slots = documents(*(prompts[r] for r in prefilled)), torch.tensor(prefilled)
-    y = exact.ssd_prefill(x[at], dt[at], A_log, B[at], C[at], D, dt_bias, boundaries, 128, limit, cache, slots)
+    y = scan.ssd_prefill(x[at], dt[at], A_log, B[at], C[at], D, dt_bias, boundaries, 128, limit, cache, slots)
     assert torch.equal(y, whole[at])
     cache.copy(slots, slots + len(LENGTHS))
     for rows, at, i in steps(LENGTHS, prompts):
         for fork in (0, len(LENGTHS)):
             place = torch.full((len(rows),), i)
             args = x[at], dt[at], A_log, B[at], C[at], D, dt_bias, cache, rows + fork, place, limit
-            assert torch.equal(exact.ssd_step(*args), whole[at])
+            assert torch.equal(scan.ssd_step(*args), whole[at])
 
 
 @with_threads
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_scanned_document_stands_alone(dtype):
     x, dt, A_log, B, C, D, dt_bias = scan_inputs(sum(LENGTHS), 4, 16, 2, 16, dtype)
-    whole = exact.ssd_scan(x, dt, A_log, B, C, D, dt_bias, documents(*LENGTHS), 128)
+    whole = scan.ssd_scan(x, dt, A_log, B, C, D, dt_bias, documents(*LENGTHS), 128)
     for start, n in zip(starts(LENGTHS).tolist(), LENGTHS, strict=True):
         part = slice(start, start + n)
-        alone = exact.ssd_scan(x[part], dt[part], A_log, B[part], C[part], D, dt_bias, documents(n), 128)
+        alone = scan.ssd_scan(x[part], dt[part], A_log, B[part], C[part], D, dt_bias, documents(n), 128)
         assert torch.equal(alone, whole[part])
 
 
@@ -220,12 +232,12 @@ def test_a_scanned_document_stands_alone(dtype):
 def test_training_and_sampler_give_a_token_one_logprob(dtype, weighted):
     hidden, weight, labels = randn(70, 48, dtype=dtype), randn(61, 48, dtype=dtype), torch.randint(57, (70,))
     token_weights = torch.ones(70) if weighted else None
-    out = exact.linear_cross_entropy(
+    out = linear_cross_entropy(
         hidden, weight, labels, token_weights=token_weights, logits_divisor=1.3 * 0.7, vocab_size=57, chunk_tokens=33
     )
     trained = out[1] if weighted else out
     for i in range(0, 70, 3):
-        logits = exact.logits(hidden[i : i + 2], weight[:57], 1.3 * 0.7)
+        logits = lm_logits(hidden[i : i + 2], weight[:57], 1.3 * 0.7)
         assert torch.equal(token_logprobs(logits, labels[i : i + 2]), trained[i : i + 2])
 
 
@@ -233,14 +245,14 @@ def shared_logprobs(groups, hidden, weight, labels):
     rows = len(weight) // groups.tp_size
     first = groups.tp_rank * rows
     mine = weight[first : first + rows]
-    trained = exact.linear_cross_entropy(hidden, mine, labels, token_weights=None, vocab_size=57, group=groups.tp)
-    logits = exact.logits(hidden[3:5], mine[: min(rows, 57 - first)], 1.0)
+    trained = linear_cross_entropy(hidden, mine, labels, token_weights=None, vocab_size=57, group=groups.tp)
+    logits = lm_logits(hidden[3:5], mine[: min(rows, 57 - first)], 1.0)
     return trained, token_logprobs(logits, labels[3:5], first, groups.tp)
 
 
 def test_training_and_sampler_agree_over_a_cut_vocabulary():
     hidden, weight, labels = randn(9, 48).float(), randn(60, 48).float(), torch.randint(57, (9,))
-    whole = exact.linear_cross_entropy(hidden, weight, labels, token_weights=None, vocab_size=57)
+    whole = linear_cross_entropy(hidden, weight, labels, token_weights=None, vocab_size=57)
     for trained, sampled in run_ranks(2, shared_logprobs, hidden, weight, labels, tp=2):
         assert torch.equal(trained[3:5], sampled)
         assert (trained - whole).abs().max() < 1e-5
@@ -264,36 +276,36 @@ def test_sums_over_four_ranks_are_taken_in_rank_order_whatever_their_size(dtype)
 BOUNDARIES = documents(*LENGTHS)
 WITH_GRADIENTS = {
     "linear": (linear, lambda x, w: x @ w.t(), ((50, 24), (30, 24))),
-    "swiglu": (exact.swiglu, reference.swiglu, ((40, 26),)),
+    "swiglu": (activation.swiglu, plain_activation.swiglu, ((40, 26),)),
     "gated_rms_norm": (
-        lambda y, z, w: exact.gated_rms_norm(y, z, w, 1e-5, 2),
-        lambda y, z, w: reference.gated_rms_norm(y, z, w, 1e-5, 2),
+        lambda y, z, w: norm.gated_rms_norm(y, z, w, 1e-5, 2),
+        lambda y, z, w: plain_norm.gated_rms_norm(y, z, w, 1e-5, 2),
         ((40, 24), (40, 24), (24,)),
     ),
     "add_rms_norm": (
-        lambda x, y, w: torch.cat(exact.add_rms_norm(x, y, 0.3, w, 1e-5)),
-        lambda x, y, w: torch.cat([reference.rms_norm(x + 0.3 * y, w, 1e-5), x + 0.3 * y]),
+        lambda x, y, w: torch.cat(norm.add_rms_norm(x, y, 0.3, w, 1e-5)),
+        lambda x, y, w: torch.cat([plain_norm.rms_norm(x + 0.3 * y, w, 1e-5), x + 0.3 * y]),
         ((40, 24), (40, 24), (24,)),
     ),
     "conv": (
-        lambda x, w, b: exact.causal_conv1d(x, w, b, BOUNDARIES),
-        lambda x, w, b: reference.causal_conv1d(x, w, b, BOUNDARIES),
+        lambda x, w, b: conv.causal_conv1d(x, w, b, BOUNDARIES),
+        lambda x, w, b: plain_conv.causal_conv1d(x, w, b, BOUNDARIES),
         ((271, 8), (8, 4), (8,)),
     ),
     "attention": (
-        lambda q, k, v: exact.attention(q, k, v, BOUNDARIES, 0.25, 100),
-        lambda q, k, v: reference.attention(q, k, v, BOUNDARIES, 0.25, 100),
+        lambda q, k, v: attention.attention(q, k, v, BOUNDARIES, 0.25, 100),
+        lambda q, k, v: plain_attention.attention(q, k, v, BOUNDARIES, 0.25, 100),
         ((271, 4, 16), (271, 2, 16), (271, 2, 16)),
     ),
     "scan": (
-        lambda x, dt, B, C: exact.ssd_scan(x, dt, torch.ones(4), B, C, torch.ones(4), torch.ones(4), BOUNDARIES, 64),
-        lambda x, dt, B, C: reference.ssd_scan(
+        lambda x, dt, B, C: scan.ssd_scan(x, dt, torch.ones(4), B, C, torch.ones(4), torch.ones(4), BOUNDARIES, 64),
+        lambda x, dt, B, C: plain_scan.ssd_scan(
             x, dt, torch.ones(4), B, C, torch.ones(4), torch.ones(4), BOUNDARIES, 64
         ),
         ((271, 4, 16), (271, 4), (271, 2, 8), (271, 2, 8)),
     ),
     "loss": (
-        lambda h, w: exact.linear_cross_entropy(
+        lambda h, w: linear_cross_entropy(
             h, w, torch.arange(50) % 29, token_weights=torch.linspace(-1, 1, 50), vocab_size=29
         )[0],
         lambda h, w: (

@@ -9,7 +9,7 @@ from tiny.gradients import whole_gradients
 from tiny.models import DENSE, GRANITE_HYBRID, HYBRID, packed_batches
 
 from prism_kernels import backends
-from prism_kernels.backends import IMPLEMENTATIONS
+from prism_kernels.table import OPS
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.spec import spec_from_config
@@ -20,9 +20,9 @@ from prism_mcore.train.step import backward
 STEPS = 2
 # The ops of a training step.
 TRITON = {
-    op: "triton"
-    for op, table in IMPLEMENTATIONS.items()
-    if "triton" in table and op not in ("conv_step", "ssd_step", "attention_decode")
+    name: "triton"
+    for name, op in OPS.items()
+    if "triton" in op.backends and name not in ("conv_step", "ssd_step", "attention_decode")
 }
 # Shapes that every kernel covers (Granite heads in tests/tiny/models.py are 12 wide): none may fall back to torch.
 GRANITE = {"hidden_size": 64, "mamba_d_head": 32, "layer_types": ["mamba", "attention"], "num_hidden_layers": 2}
@@ -45,7 +45,7 @@ def train(groups, name, overrides, dtype):
     backends.log.handlers = [FellBack()]
     spec, device = SPECS[name], torch.device("cpu")
     ops = Ops(overrides, device)
-    assert all(ops.choices[op].backend == backend for op, backend in overrides.items())
+    assert all(ops.backends[op].name == backend for op, backend in overrides.items())
     chunks = build_chunks(spec, [list(range(len(spec.pattern)))], groups, ops, dtype=dtype, device=device)
     chunks[0].initialise(3)
     wrapped = wrap(chunks, groups)

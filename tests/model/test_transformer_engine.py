@@ -22,7 +22,7 @@ def compare() -> dict[str, float]:
     import torch
     from tiny.models import DENSE, SPECS, packed_batches
 
-    from prism_kernels.backends import Choice
+    from prism_kernels.backends import SelectedBackend
     from prism_mcore import platform
     from prism_mcore.model.build import build_chunks
     from prism_mcore.model.ops import Ops
@@ -38,7 +38,9 @@ def compare() -> dict[str, float]:
         for backend in ("here", "te"):
             ops = Ops({}, device)
             if backend == "te":
-                ops.choices |= {op: Choice("te", "a stub", False) for op in ("linear", "rms_norm", "attention")}
+                ops.backends |= {
+                    op: SelectedBackend("te", "a stub", False) for op in ("linear", "rms_norm", "attention")
+                }
             layers = [list(range(len(spec.pattern)))]
             (model,) = build_chunks(spec, layers, groups, ops, dtype=torch.float32, device=device)
             model.initialise(3)

@@ -115,8 +115,8 @@ def test_one_ssm_group_is_on_every_rank():
 
 @pytest.mark.parametrize(("tp", "micro_batch"), [(1, 1), (2, 1), (1, 6)])
 def test_the_loss_is_planned_as_its_kernel_allocates(tp, micro_batch):
-    from prism_kernels.linear_cross_entropy import _Chunk, _Plan, _WeightGradient
-    from prism_kernels.reference_loss import Shard
+    from prism_kernels.loss.reference import Shard
+    from prism_kernels.loss.triton import _Chunk, _Plan, _WeightGradient
 
     spec, tokens = read_spec("llama-3.1-8b"), 8192 * micro_batch
     rows = spec.vocab_size // tp

@@ -1,0 +1,1 @@
+"""Causal attention within documents, and its decode step over a paged cache."""

@@ -1,0 +1,161 @@
+"""Causal attention within documents in plain torch, in blocks of queries, with an explicit backward.
+
+torch's own CPU kernel computes the half above the diagonal too and multiplies bf16 at fp32's speed; here each block of
+queries meets only the keys it may see, in batched products, with all query heads of one key head in the same product.
+"""
+
+# t packed tokens, b documents of equal length, s tokens of each, h query heads, k key heads, m = h / k, p head_dim;
+# of a decode step: b rows, hk key heads, L longest context in blocks, N (row, block) pairs in use
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prism_kernels.attention.pairs import pairs_of
+from prism_kernels.boundaries import Boundaries
+from prism_kernels.caches import PagedCache
+from prism_kernels.precision import LOG2_E, accumulate_dtype
+
+QUERIES = 64  # in a block
+BLOCK_ELEMENTS = 2**20  # scores alive at a time
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, scale: float, window: int | None = None
+) -> Tensor:
+    """Causal attention within each document: q [t, h, p], k and v [t, hk, p] with h % hk == 0; returns [t, h, p].
+
+    window w: query i sees keys j with i - w < j <= i, itself included (Mistral's convention).
+    Softmax in fp32 (fp64 for fp64); for bf16 inputs the scores are a bf16 product. On a GPU this is torch's SDPA.
+    """
+    boundaries.check(q=q, k=k, v=v)
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window={window}; needs at least 1 (the token itself), or None")
+    equal = _sdpa if q.device.type != "cpu" else _BlockAttention.apply
+    if boundaries.uniform_len:
+        shape = (len(boundaries.documents), boundaries.uniform_len)
+        q, k, v = (x.unflatten(0, shape) for x in (q, k, v))
+        return equal(q, k, v, scale, window).flatten(0, 1)
+    documents = [slice(start, end) for _, start, end in boundaries.documents]
+    return torch.cat([equal(q[None, i], k[None, i], v[None, i], scale, window)[0] for i in documents])
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    length, gqa = q.shape[1], q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if window is None or window >= length:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    else:
+        mask = ~_hidden(0, length, 0, window, q.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    return out.transpose(1, 2)
+
+
+def _hidden(start: int, end: int, first_key: int, window: int | None, device: torch.device) -> Tensor:
+    """[end - start, end - first_key] bool: keys from first_key on that queries start..end do not see."""
+    query = torch.arange(start, end, device=device)[:, None]
+    key = torch.arange(first_key, end, device=device)
+    return key > query if window is None else (key > query) | (key <= query - window)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """q [b, s, h, p], k and v [b, s, hk, p] -> [b, s, h, p]; inside, rows are [b * hk, s * m, p]."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, window):
+        queries, keys, values = _rows(q, k.shape[2]), _rows(k, k.shape[2]), _rows(v, k.shape[2])
+        out = torch.empty_like(queries)
+        lse = torch.empty(queries.shape[:2], dtype=accumulate_dtype(q.dtype))  # base 2
+        for batch, rows, cols, hidden in _blocks(q, k, window):
+            scores = _scores(queries[batch, rows], keys[batch, cols], hidden)
+            highest = scores.amax(-1, keepdim=True).mul_(scale * LOG2_E)
+            torch.sub(scores.mul_(scale * LOG2_E), highest, out=scores).exp2_()
+            sums = scores.sum(-1, keepdim=True)
+            out[batch, rows] = torch.bmm(scores.to(q.dtype), values[batch, cols]).to(sums.dtype).div_(sums)
+            lse[batch, rows] = highest.add_(sums.log2_())[..., 0]
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale, ctx.window = scale, window
+        return _tokens(out, q)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse = ctx.saved_tensors
+        scale, acc = ctx.scale, lse.dtype
+        queries, keys, values, grads = (_rows(x, k.shape[2]) for x in (q, k, v, grad))
+        delta = (grads.to(acc) * out).sum(-1, keepdim=True)
+        grad_q = torch.empty_like(queries)
+        grad_k, grad_v = (torch.zeros_like(x, dtype=acc) for x in (keys, values))
+        for batch, rows, cols, hidden in _blocks(q, k, ctx.window):
+            scores = _scores(queries[batch, rows], keys[batch, cols], hidden)
+            torch.sub(scores.mul_(scale * LOG2_E), lse[batch, rows, None], out=scores).exp2_()
+            grad_v[batch, cols] += torch.bmm(scores.to(q.dtype).transpose(1, 2), grads[batch, rows])
+            grad_scores = torch.bmm(grads[batch, rows], values[batch, cols].transpose(1, 2)).to(acc)
+            grad_scores = grad_scores.sub_(delta[batch, rows]).mul_(scores).mul_(scale).to(q.dtype)
+            grad_q[batch, rows] = torch.bmm(grad_scores, keys[batch, cols])
+            grad_k[batch, cols] += torch.bmm(grad_scores.transpose(1, 2), queries[batch, rows])
+        grad_k, grad_v = (_tokens(x.to(q.dtype), k) for x in (grad_k, grad_v))
+        return _tokens(grad_q, q), grad_k, grad_v, None, None
+
+
+def _rows(x: Tensor, key_heads: int) -> Tensor:
+    """[b, s, h, p] -> [b * hk, s * m, p], contiguous."""
+    b, s, h, p = x.shape
+    return x.reshape(b, s, key_heads, h // key_heads, p).transpose(1, 2).reshape(b * key_heads, -1, p)
+
+
+def _tokens(rows: Tensor, like: Tensor) -> Tensor:
+    """`_rows` undone."""
+    b, s, h, p = like.shape
+    return rows.view(b, len(rows) // b, s, -1, p).transpose(1, 2).reshape(b, s, h, p)
+
+
+def _blocks(q: Tensor, k: Tensor, window: int | None) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+    """(documents x key heads, query rows, keys, which of the last keys each query does not see)."""
+    length, group = q.shape[1], q.shape[2] // k.shape[2]
+    batch = q.shape[0] * k.shape[2]
+    size = max(1, BLOCK_ELEMENTS // (QUERIES * group * length))
+    for start in range(0, length, QUERIES):
+        end = min(start + QUERIES, length)
+        first_key = 0 if window is None else max(0, start - window + 1)
+        # Without a window only the square on the diagonal has hidden keys.
+        hidden = _hidden(start, end, start if window is None else first_key, window, q.device)
+        for i in range(0, batch, size):
+            yield slice(i, i + size), slice(start * group, end * group), slice(first_key, end), hidden
+
+
+def _scores(queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
+    """[b * hk, rows, keys] unscaled, -inf where hidden, in the accumulation dtype."""
+    scores = torch.bmm(queries, keys.transpose(1, 2)).to(accumulate_dtype(queries.dtype))
+    last = scores[..., scores.shape[-1] - hidden.shape[1] :]
+    last.unflatten(1, (len(hidden), -1)).masked_fill_(hidden[:, None], -math.inf)
+    return scores
+
+
+def attention_decode(
+    q: Tensor, cache: PagedCache, block_table: Tensor, lengths: Tensor, scale: float, window: int | None = None
+) -> Tensor:
+    """Attention of each row's newest token over its sequence: q [b, h, p] -> [b, h, p].
+
+    block_table [b, L] int32: the blocks of each sequence in order (any valid block beyond its end); lengths [b] int32:
+    tokens in it, the newest one included, whose key and value are already written. Rows may share blocks.
+    window w: the newest token sees the last w tokens, itself included.
+    """
+    acc, (b, heads, head_dim), key_heads = accumulate_dtype(q.dtype), q.shape, cache.keys.shape[2]
+    pairs = pairs_of(block_table, lengths, cache.block_len, window)
+    keys, values = cache.keys.permute(0, 2, 3, 1), cache.values.transpose(1, 2)  # [blocks, hk, p, block_len] and back
+    by_head = (key_heads, heads // key_heads)
+    mine = q.reshape(b, -1).index_select(0, pairs.rows).view(-1, *by_head, head_dim)
+    scores = pairs.fast_product(mine, keys).flatten(1, 2).to(acc)
+    scores = torch.add(pairs.hidden, scores, alpha=scale * LOG2_E)  # [N, h, block_len]
+    rows = pairs.rows[:, None].expand(-1, heads)
+    highest = scores.new_full((b, heads), -math.inf).scatter_reduce_(0, rows, scores.amax(-1), "amax")
+    weights = scores.sub_(highest.index_select(0, pairs.rows)[..., None]).exp2_()
+    sums = weights.new_zeros(b, heads).index_add_(0, pairs.rows, weights.sum(-1))
+    out = pairs.fast_product(weights.to(q.dtype).unflatten(1, by_head), values).flatten(1).to(acc)
+    out = out.new_zeros(b, heads * head_dim).index_add_(0, pairs.rows, out)
+    return out.view(q.shape).div_(sums[..., None]).to(q.dtype)

@@ -1,0 +1,1 @@
+"""Cross entropy fused with the output projection, and the logits of a decode step."""

@@ -1,0 +1,1 @@
+"""RMSNorm, alone, after a residual sum, and gated."""
