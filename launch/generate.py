@@ -180,7 +180,7 @@ def _progress(total: int, shown: bool) -> Any:
 def _print_plan(settings: Settings, spec: ModelSpec, lines: list["PromptLine"], arguments: argparse.Namespace) -> None:
     from rich.table import Table
 
-    from prism_mcore.console import console, plain
+    from prism_mcore.console import plain, show
     from prism_mcore.generate import unfinished
     from prism_mcore.plan.memory import num_parameters
 
@@ -195,7 +195,7 @@ def _print_plan(settings: Settings, spec: ModelSpec, lines: list["PromptLine"], 
     if done:
         table.add_row("done before", plain(f"{done:,} samples, in {arguments.out}.samples*"))
     table.add_row("running at once", f"at most {settings.generate.slots:,} per replica")
-    console().print(table)
+    show(table)
 
 
 def _complain(error: Exception, code: int) -> int:

@@ -4,9 +4,8 @@ Exit codes are those of prism_mcore/exit_codes.py. torchrun hides its workers' c
 to the file that EXIT_CODE_FILE names, for the script that decides about starting again (launch/slurm/midtrain.sbatch).
 """
 
-import sys
-
 from prism_mcore.config import Settings, SettingsError, load, resolve_spec, validate
+from prism_mcore.console import console, say
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
 from prism_mcore.launching import complain, leave, planned_ranks, rank, recipe_parser, record_exit_code
 
@@ -22,19 +21,17 @@ def main() -> int:
         notes = validate(settings, spec, world_size)
     except SettingsError as error:
         if rank() == 0:
-            print(f"{arguments.recipe}: the settings do not work:\n{error}", file=sys.stderr)
+            say(f"{arguments.recipe}: the settings do not work:\n{error}", stderr=True)
         record_exit_code(BAD_SETTINGS)
         return BAD_SETTINGS
     if arguments.dry_run:
-        from rich.console import Console
-
         from prism_mcore.plan.report import print_plan
 
-        print_plan(settings, spec, world_size, notes, Console())
+        print_plan(settings, spec, world_size, notes, console())
         return DONE
     if rank() == 0:
         for note in notes:
-            print(f"note: {note}")
+            say(f"note: {note}")
     code = _train(settings)
     record_exit_code(code)
     return code
@@ -51,7 +48,7 @@ def _train(settings: Settings) -> int:
     except (SettingsError, ExchangeError) as error:  # these are the same on every rank
         return complain(error, BAD_SETTINGS)
     except TokenFileError as error:  # in the middle of a source: only the ranks that read it there know
-        print(f"error: rank {rank()}: {error}", file=sys.stderr)
+        say(f"error: rank {rank()}: {error}", stderr=True)
         return BAD_SETTINGS
     except CheckpointError as error:
         return complain(error, FAILED)

@@ -4,11 +4,11 @@ Rollouts are generated in the same process, on the weights that are trained. Exi
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prism_mcore.config import Settings, SettingsError, load, resolve_spec, validate_rl
+from prism_mcore.console import console, say
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
 from prism_mcore.launching import complain, leave, planned_ranks, rank, recipe_parser, record_exit_code
 
@@ -29,19 +29,17 @@ def main() -> int:
         notes += _prompt_notes(settings, spec) if arguments.dry_run else []
     except SettingsError as error:
         if rank() == 0:
-            print(f"{arguments.recipe}: the settings do not work:\n{error}", file=sys.stderr)
+            say(f"{arguments.recipe}: the settings do not work:\n{error}", stderr=True)
         record_exit_code(BAD_SETTINGS)
         return BAD_SETTINGS
     if arguments.dry_run:
-        from rich.console import Console
-
         from prism_mcore.plan.report import print_rl_plan
 
-        print_rl_plan(settings, spec, world_size, notes, Console())
+        print_rl_plan(settings, spec, world_size, notes, console())
         return DONE
     if rank() == 0:
         for note in notes:
-            print(f"note: {note}")
+            say(f"note: {note}")
     code = _train(settings, spec)
     record_exit_code(code)
     return code
@@ -78,7 +76,7 @@ def _train(settings: Settings, spec: "ModelSpec") -> int:
         return run(settings, open_prompts(settings, spec))  # prompts before any process group or GPU
     except PromptError as error:  # of this node's files, perhaps
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", stderr=True)
         return BAD_SETTINGS
     except (SettingsError, ExchangeError) as error:  # these are the same on every rank
         return complain(error, BAD_SETTINGS)

@@ -7,13 +7,13 @@ parallel.tp=2 and the like, numbers by precision.dtype=fp32; ranks that are left
 
 import argparse
 import os
-import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism_mcore.config import Settings, SettingsError
+from prism_mcore.console import say
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
 from prism_mcore.launching import complain, leave
 from prism_mcore.model.spec import ModelSpec, read_spec
@@ -40,7 +40,7 @@ def main() -> int:
     except ExchangeError as error:  # the same on every rank
         return complain(error, BAD_SETTINGS)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", stderr=True)
         return FAILED
     return DONE
 
@@ -95,7 +95,7 @@ def _score(arguments: argparse.Namespace, settings: Settings, spec: ModelSpec, t
     if groups.rank == 0:
         file.publish()
         seconds = time.monotonic() - started
-        print(
+        say(
             f"{arguments.out}: {len(tokens):,} sequences of {tokens.shape[1]:,} tokens"
             f" in {seconds:.1f} s ({tokens.numel() / seconds:,.0f} tokens/s)"
         )
@@ -112,15 +112,16 @@ def _progress(total: int) -> AbstractContextManager[Any]:
     """A progress bar; gives the function to call with the number of sequences that were started."""
     from contextlib import contextmanager
 
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    from prism_mcore.console import progress
 
     @contextmanager
     def bar():
         columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("", total=total)
-            yield lambda sequences: progress.advance(task, sequences)
+        with progress(*columns) as shows:
+            task = shows.add_task("", total=total)
+            yield lambda sequences: shows.advance(task, sequences)
 
     return bar()
 
@@ -128,9 +129,9 @@ def _progress(total: int) -> AbstractContextManager[Any]:
 def _print_plan(arguments: argparse.Namespace, settings: Settings, spec: ModelSpec, tokens: "Tensor") -> None:
     import math
 
-    from rich.console import Console
     from rich.table import Table
 
+    from prism_mcore.console import show
     from prism_mcore.plan.memory import num_parameters, plan_memory
 
     parallel = settings.parallel
@@ -143,7 +144,7 @@ def _print_plan(arguments: argparse.Namespace, settings: Settings, spec: ModelSp
     table.add_row("weights per rank", f"{weights / 1e9:.3g} GB")
     table.add_row("sequences", f"{len(tokens):,} of {tokens.shape[1]:,} tokens, {arguments.micro_batch} at a time")
     table.add_row("output", f"{size / 1e9:.3g} GB")
-    Console().print(table)
+    show(table)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from prism_mcore.config import Settings, help_text
+from prism_mcore.console import say
 from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
 
 
@@ -55,7 +56,7 @@ def rank() -> int:
 def complain(error: Exception, code: int) -> int:
     """Say once what every rank found, without the tracebacks of all of them; returns the code."""
     if rank() == 0:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", stderr=True)
     return code
 
 

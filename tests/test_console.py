@@ -1,12 +1,15 @@
 """Texts of others are shown as they are, and showing them never ends a run."""
 
 import io
+import re
 import sys
+from pathlib import Path
 
 import pytest
+from rich.progress import TextColumn
 from rich.table import Table
 
-from prism_mcore.console import console, plain, say, show
+from prism_mcore.console import console, plain, progress, say, show
 
 FOREIGN = r"Solve \[x^2\] [/x] [bold]now[/bold] :smile: [link=a]b"
 
@@ -32,6 +35,19 @@ def test_letters_that_the_terminal_lacks_are_written_out(monkeypatch):
     console().print("é")
     sys.stdout.flush()
     assert raw.getvalue() == b"x\\xb2 [/x] \\udcff\n\\xe9\n"
+
+
+def test_every_program_shows_texts_through_this_console():
+    root = Path(__file__).parents[1]
+    files = [path for folder in ("prism_mcore", "launch", "tools") for path in (root / folder).rglob("*.py")]
+    own = {path.name: re.findall(r"\bConsole\(|\bProgress\(|from_markup", path.read_text()) for path in files}
+    assert {name for name, found in own.items() if found} == {"console.py"}
+
+
+def test_a_file_name_in_a_progress_bar_is_text(capsys):
+    with progress(TextColumn("{task.description}")) as shows:
+        shows.add_task(FOREIGN, total=1)
+    assert capsys.readouterr().err.strip() == FOREIGN
 
 
 def test_what_cannot_be_shown_costs_a_line(capsys):

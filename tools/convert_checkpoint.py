@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-console = Console(stderr=True)
+from prism_mcore.console import progress, say
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, OSError) as error:
-        print(f"convert_checkpoint: {error}", file=sys.stderr)
+        say(f"convert_checkpoint: {error}", stderr=True)
         return 1
     return 0
 
@@ -51,7 +50,7 @@ def from_hf(options: argparse.Namespace) -> None:
         f" {len(plan.source.shards)} files, {_gb(plan.size)}; layout of the files: tp {options.tp}, pp {options.pp}"
     )
     if options.dry_run:
-        console.print(f"would write {options.ckpt_dir}: {summary}", soft_wrap=True)
+        say(f"would write {options.ckpt_dir}: {summary}", stderr=True)
         return
     started = time.monotonic()
     with _progress("importing", plan.size) as advance:
@@ -59,7 +58,7 @@ def from_hf(options: argparse.Namespace) -> None:
     if options.verify:
         _refuse(damage(options.ckpt_dir / step_name(0)))
     _report(options, summary, plan.size, time.monotonic() - started)
-    console.print(f"start a run from it with model.init={options.ckpt_dir}", soft_wrap=True)
+    say(f"start a run from it with model.init={options.ckpt_dir}", stderr=True)
 
 
 def to_hf(options: argparse.Namespace) -> None:
@@ -73,11 +72,11 @@ def to_hf(options: argparse.Namespace) -> None:
         f" {len(plan.source.shards)} files, {_gb(plan.size)}; {len(plan.source.side_files)} side files"
     )
     if options.dry_run:
-        console.print(f"would write {options.hf_dir}: {summary}", soft_wrap=True)
+        say(f"would write {options.hf_dir}: {summary}", stderr=True)
         for file, shard in plan.source.shards.items():
-            console.print(f"  {file}  {_gb(shard.size)}  {len(shard.entries)} tensors", soft_wrap=True)
+            say(f"  {file}  {_gb(shard.size)}  {len(shard.entries)} tensors", stderr=True)
         for path in plan.source.side_files:
-            console.print(f"  {path.name}", soft_wrap=True)
+            say(f"  {path.name}", stderr=True)
         return
     started = time.monotonic()
     with _progress("exporting", plan.size) as advance:
@@ -91,7 +90,7 @@ def _report(options: argparse.Namespace, summary: str, size: int, seconds: float
     checked = "; read back, every SHA-256 agrees" if options.verify else ""
     out = options.ckpt_dir if options.run is from_hf else options.hf_dir
     speed = size / 1e6 / max(seconds, 1e-9)
-    console.print(f"{out}: {summary}; {seconds:.1f} s, {speed:.0f} MB/s{checked}", soft_wrap=True)
+    say(f"{out}: {summary}; {seconds:.1f} s, {speed:.0f} MB/s{checked}", stderr=True)
 
 
 def _refuse(problems: list[str]) -> None:
@@ -106,9 +105,9 @@ def _gb(size: int) -> str:
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(what, total=total)
-        yield lambda size: progress.advance(bar, size)
+    with progress(*columns) as shows:
+        bar = shows.add_task(what, total=total)
+        yield lambda size: shows.advance(bar, size)
 
 
 def _parser() -> argparse.ArgumentParser:

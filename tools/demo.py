@@ -19,10 +19,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from prism_mcore.config import load
+from prism_mcore.console import console as open_console
+from prism_mcore.console import plain
 from prism_mcore.rl.curves import HELD_OUT, plot_held_out
 from prism_mcore.train.curves import plot_run, read_records
 from prism_mcore.train.metrics import STEPS_FILE, VALIDATION_FILE
@@ -42,7 +43,7 @@ RL_RUNS = {
 }
 PICTURE = RUN / "rl.png"
 
-console = Console()
+console = open_console()
 
 
 def main() -> None:
@@ -103,7 +104,7 @@ def call(command: list[str]) -> None:
 
 
 def show(command: list[str]) -> None:
-    console.print("$ " + shlex.join([Path(command[0]).name, *command[1:]]), style="bold", highlight=False)
+    console.print("$ " + shlex.join([Path(command[0]).name, *command[1:]]), style="bold")
 
 
 def exchange() -> None:
@@ -146,8 +147,8 @@ def write_text(prompt: str) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(HF)
     tokens = tokenizer(prompt, return_tensors="pt")
     written = model.generate(**tokens, max_new_tokens=60, do_sample=False)
-    console.print("[bold]transformers writes:[/bold]")
-    console.print(tokenizer.decode(written[0], skip_special_tokens=True), highlight=False, markup=False)
+    console.print("transformers writes:", style="bold")
+    console.print(plain(tokenizer.decode(written[0], skip_special_tokens=True)))
 
 
 def train(settings: Sequence[str] = (), stop_at: int | None = None) -> int:
@@ -162,7 +163,7 @@ def train(settings: Sequence[str] = (), stop_at: int | None = None) -> int:
     while stop_at and process.poll() is None and last_step() < stop_at:
         time.sleep(0.2)
     if process.poll() is None and stop_at:
-        console.print(f"[bold]kill -TERM {process.pid}[/bold] after step {last_step()}")
+        console.print(f"kill -TERM {process.pid} after step {last_step()}", style="bold")
         process.send_signal(signal.SIGTERM)
     code = process.wait()
     if code and not stop_at:

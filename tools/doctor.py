@@ -11,12 +11,12 @@ import sys
 from importlib import metadata
 
 import torch
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from prism_kernels.backends import SelectedBackend, select, why_not
 from prism_kernels.table import BACKENDS, OPS
+from prism_mcore.console import say, show, styled
 
 # distribution -> what it is for
 REQUIRED = {
@@ -55,16 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         selected = select(_overrides(options.overrides), device)
     except ValueError as error:
-        print(f"doctor: {error}", file=sys.stderr)
+        say(f"doctor: {error}", stderr=True)
         return 2
-    console = Console()
-    console.print(_devices())
-    console.print(_packages())
-    console.print(_backends(device))
-    console.print(_ops(selected, device))
+    for table in (_devices(), _packages(), _backends(device), _ops(selected, device)):
+        show(table)
     missing = [name for name in REQUIRED if _version(name) is None]
     if missing:
-        print(f"doctor: missing {', '.join(missing)}; pip install -e . installs them", file=sys.stderr)
+        say(f"doctor: missing {', '.join(missing)}; pip install -e . installs them", stderr=True)
     return 1 if missing else 0
 
 
@@ -101,9 +98,9 @@ def _devices() -> Table:
 def _packages() -> Table:
     table = Table("package", "version", "for", "without it", title="Packages")
     for name, purpose in REQUIRED.items():
-        table.add_row(name, _version(name) or "[red]missing[/red]", purpose, "nothing works")
+        table.add_row(name, _version(name) or styled("missing", "red"), purpose, "nothing works")
     for name, (purpose, without) in OPTIONAL.items():
-        table.add_row(name, _version(name) or "[dim]-[/dim]", purpose, without)
+        table.add_row(name, _version(name) or styled("-", "dim"), purpose, without)
     return table
 
 
@@ -118,7 +115,7 @@ def _backends(device: torch.device) -> Table:
     table = Table("backend", "here", title=f"Backends on {device.type}")
     for backend in BACKENDS:
         why = why_not(backend, device)
-        table.add_row(backend, "yes" if why is None else f"[dim]{escape(why)}[/dim]")
+        table.add_row(backend, "yes" if why is None else styled(why, "dim"))
     return table
 
 
@@ -127,11 +124,12 @@ def _ops(selected: dict[str, SelectedBackend], device: torch.device) -> Table:
     table = Table("op", "backend", "why", "others", "same bits", title=title)
     for op, backend in selected.items():
         others = [
-            other if why_not(other, device) is None else f"[dim]{other}[/dim]"
+            styled(other, "" if why_not(other, device) is None else "dim")
             for other in OPS[op].backends
             if other != backend.name
         ]
-        table.add_row(op, backend.name, backend.reason, ", ".join(others), "yes" if backend.batch_invariant else "no")
+        same = "yes" if backend.batch_invariant else "no"
+        table.add_row(op, backend.name, backend.reason, Text(", ").join(others), same)
     return table
 
 

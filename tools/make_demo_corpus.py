@@ -26,9 +26,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
+
+from prism_mcore.console import progress, say, show
 
 Record = dict[str, Any]
 
@@ -410,17 +411,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=float, default=2.0, help="most megabytes per file (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="which documents, in which order (default: 0)")
     options = parser.parse_args(arguments)
-    console = Console(stderr=True)
     try:
-        with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=console) as progress:
-            written = make_corpus(options.out, options.size, options.seed, progress)
+        with progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn()) as shows:
+            written = make_corpus(options.out, options.size, options.seed, shows)
     except ModuleNotFoundError as error:
-        print(f"make_demo_corpus: {error}; install the demo extra: pip install -e '.[demo]'", file=sys.stderr)
+        say(f"make_demo_corpus: {error}; install the demo extra: pip install -e '.[demo]'", stderr=True)
         return 1
     table = Table("file", "documents", "bytes")
     for name, (documents, size) in written.items():
         table.add_row(name, f"{documents:,}", f"{size:,}")
-    Console().print(table)
+    show(table)
     return 0
 
 

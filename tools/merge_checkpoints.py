@@ -12,12 +12,12 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor
 
+from prism_mcore.console import plain, progress, say, show
 from prism_mcore.convert.export import write_directory
 from prism_mcore.convert.names import ExchangeError
 from prism_mcore.convert.source import Source, read_source
@@ -26,32 +26,29 @@ from prism_mcore.convert.source import Source, read_source
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        merge(options.checkpoints, options.out, options.like, Console())
+        merge(options.checkpoints, options.out, options.like)
     except (ValueError, OSError) as error:  # ExchangeError is a ValueError
-        print(f"merge_checkpoints: {error}", file=sys.stderr)
+        say(f"merge_checkpoints: {error}", stderr=True)
         return 1
     return 0
 
 
-def merge(checkpoints: list[str], out: Path, like: Path | None, console: Console) -> None:
+def merge(checkpoints: list[str], out: Path, like: Path | None) -> None:
     """Write the average of `PATH:WEIGHT`s to `out`, a new directory laid out as `like` or as the first checkpoint."""
     paths, shares = parse(checkpoints)
     sources = [read_source(path) for path in paths]
     layout = read_source(like) if like else sources[0]
     for source in sources:
         check_same_model(source, layout)
-    console.print(_table(paths, shares, checkpoints))
+    show(_table(paths, shares, checkpoints))
     started = time.monotonic()
     size = sum(entry.end - entry.start for _, _, entry in layout.entries())
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Average(sources, shares) as average, Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("", total=size)
-        write_directory(out, layout, average.fill, lambda done: progress.advance(bar, done))
+    with Average(sources, shares) as average, progress(*columns) as shows:
+        bar = shows.add_task("", total=size)
+        write_directory(out, layout, average.fill, lambda done: shows.advance(bar, done))
     seconds = time.monotonic() - started
-    console.print(
-        f"{out}: {len(layout.names):,} tensors in {len(layout.shards)} files, {size / 1e9:.3g} GB in {seconds:.1f} s",
-        soft_wrap=True,
-    )
+    say(f"{out}: {len(layout.names):,} tensors in {len(layout.shards)} files, {size / 1e9:.3g} GB in {seconds:.1f} s")
 
 
 def parse(checkpoints: list[str]) -> tuple[list[Path], list[float]]:
@@ -114,7 +111,7 @@ class Average(ExitStack):
 def _table(paths: list[Path], shares: list[float], given: list[str]) -> Table:
     table = Table("checkpoint", "weight", "share")
     for path, share, text in zip(paths, shares, given, strict=True):
-        table.add_row(str(path), text.rpartition(":")[2], f"{share:.6g}")
+        table.add_row(plain(path), text.rpartition(":")[2], f"{share:.6g}")
     weights = math.fsum(float(text.rpartition(":")[2]) for text in given)
     if not math.isclose(weights, 1.0, abs_tol=1e-9):
         table.caption = f"the weights sum to {weights:g}, not 1; each was divided by that"

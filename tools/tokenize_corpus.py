@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from prism_mcore.console import plain, progress, say
 from prism_mcore.data.corpus import expand
 from prism_mcore.data.tokenizing import tokenize_files, train_bpe
 from prism_mcore.text import load_tokenizer
@@ -25,30 +25,29 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _run(options)
     except (ValueError, OSError) as error:
-        print(f"tokenize_corpus: {error}", file=sys.stderr)
+        say(f"tokenize_corpus: {error}", stderr=True)
         return 1
     return 0
 
 
 def _run(options: argparse.Namespace) -> None:
     inputs = expand(options.inputs)
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with progress(*columns) as shows:
         if options.train_bpe:
-            bar = progress.add_task("training BPE", total=_size(inputs))
+            bar = shows.add_task("training BPE", total=_size(inputs))
             size = train_bpe(
                 inputs,
                 options.train_bpe,
                 options.tokenizer,
                 text_key=options.text_key,
                 single_digits=not options.whole_numbers,
-                on_bytes=_updates(progress, bar),
+                on_bytes=_updates(shows, bar),
             )
-            console.print(f"{options.tokenizer}: {size} tokens (asked for {options.train_bpe})")
+            shows.console.print(plain(f"{options.tokenizer}: {size} tokens (asked for {options.train_bpe})"))
         tokenizer = load_tokenizer(options.tokenizer)
         for prefix, domain, paths in _jobs(options, inputs):
-            bar = progress.add_task(os.path.basename(prefix), total=_size(paths))
+            bar = shows.add_task(plain(os.path.basename(prefix)), total=_size(paths))
             manifest = tokenize_files(
                 paths,
                 prefix,
@@ -58,13 +57,11 @@ def _run(options: argparse.Namespace) -> None:
                 mask_prompts=options.mask_prompts,
                 seed=options.seed,
                 workers=options.workers,
-                on_bytes=_updates(progress, bar),
+                on_bytes=_updates(shows, bar),
             )
-            console.print(
-                f"{prefix}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
-                f"{manifest['skipped_empty_documents']:,} empty documents left out",
-                soft_wrap=True,
-            )
+            done = f"{prefix}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens"
+            empty = f"{manifest['skipped_empty_documents']:,} empty documents left out"
+            shows.console.print(plain(f"{done}, {empty}"), soft_wrap=True)
 
 
 def _jobs(options: argparse.Namespace, inputs: list[str]) -> list[tuple[str, str, list[str]]]:

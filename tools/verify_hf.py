@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from prism_mcore.config import Settings
+from prism_mcore.console import console as open_console
+from prism_mcore.console import say, styled
 from prism_mcore.convert.source import read_source
 from prism_mcore.model.spec import LAYER_NAMES, ModelSpec
 from prism_mcore.parallel import Groups
@@ -47,18 +49,18 @@ class Difference:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    console = Console()
+    console = open_console()
     try:
         differences = verify(options, console)
     except (ValueError, OSError) as error:
-        print(f"verify_hf: {error}", file=sys.stderr)
+        say(f"verify_hf: {error}", stderr=True)
         return 2
     failed = [d.output for d in differences if not d.relative <= options.tolerance]
     console.print(_table(differences, options.tolerance))
     if failed:
-        console.print(f"[red]FAIL[/red]: {len(failed)} of {len(differences)} outputs differ, the first is {failed[0]}")
+        console.print(f"FAIL: {len(failed)} of {len(differences)} outputs differ, the first is {failed[0]}")
         return 1
-    console.print(f"[green]PASS[/green]: all {len(differences)} outputs agree within {options.tolerance:g}")
+    console.print(f"PASS: all {len(differences)} outputs agree within {options.tolerance:g}")
     return 0
 
 
@@ -229,7 +231,7 @@ def difference(name: str, ours: Tensor, theirs: Tensor) -> Difference:
 def _table(differences: list[Difference], tolerance: float) -> Table:
     table = Table("output", "largest difference", "relative to the largest number", "")
     for d in differences:
-        verdict = "[green]ok[/green]" if d.relative <= tolerance else "[red]differs[/red]"
+        verdict = styled("ok", "green") if d.relative <= tolerance else styled("differs", "red")
         table.add_row(d.output, f"{d.largest:.2e}", f"{d.relative:.2e}", verdict)
     return table
 

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prism_mcore.config import Settings, dump, num_micro_batches
+from prism_mcore.console import plain, styled
 from prism_mcore.model.flops import flops_per_token
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import data_parallel_size
@@ -16,20 +17,20 @@ GB = 1e9
 
 def print_plan(settings: Settings, spec: ModelSpec, world_size: int, notes: list[str], console: Console) -> None:
     """Print the plan of validated settings on `world_size` GPUs; starts nothing."""
-    console.print("[bold]Settings[/bold]")
-    console.print(dump(settings), markup=False, highlight=False)
+    console.print(styled("Settings", "bold"))
+    console.print(plain(dump(settings)))
     for note in notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(plain(f"note: {note}"))
     for table in (_layout(settings, spec, world_size), _memory(settings, spec, world_size), _work(settings, spec)):
         console.print(table)
 
 
 def print_rl_plan(settings: Settings, spec: ModelSpec, world_size: int, notes: list[str], console: Console) -> None:
     """Print the plan of validated RL settings on `world_size` GPUs; starts nothing."""
-    console.print("[bold]Settings[/bold]")
-    console.print(dump(settings), markup=False, highlight=False)
+    console.print(styled("Settings", "bold"))
+    console.print(plain(dump(settings)))
     for note in notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(plain(f"note: {note}"))
     packed = as_training(settings, world_size)
     for table in (
         _layout(packed, spec, world_size),

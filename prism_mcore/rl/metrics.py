@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from prism_mcore.batch import Rollout, RolloutGroup
+from prism_mcore.console import plain, say, show
 from prism_mcore.rl.advantage import group_advantages
 from prism_mcore.train.metrics import (
     STEPS_FILE,
@@ -88,9 +87,9 @@ class RLMetrics:
         }
         self.records.write(STEPS_FILE, record)
         if step % self.every == 0 or step == self.steps:
-            print(self._line(record), file=sys.stderr, flush=True)
+            say(self._line(record), stderr=True)
             if self.show:
-                Console(stderr=True).print(rollout_table(groups, self.decode, self.show))
+                show(rollout_table(groups, self.decode, self.show), stderr=True)
 
     def log_validation(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """Write down the held-out answers after a step: validation/<what `rollout_metrics` says>."""
@@ -100,11 +99,10 @@ class RLMetrics:
         record = {"step": step, **{f"validation/{key.removeprefix('rollout/')}": v for key, v in found.items()}}
         self.records.write(VALIDATION_FILE, record)
         right = found.get(f"reward/{CORRECT}", math.nan)
-        print(
+        say(
             f"step {step:>{len(str(self.steps))}}/{self.steps} | held out: correct {right:.3f}"
             f" reward {found['reward/mean']:.3f} of {int(found['rollout/count'])} samples",
-            file=sys.stderr,
-            flush=True,
+            stderr=True,
         )
 
     def write_rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
@@ -240,8 +238,7 @@ def rollout_table(groups: Sequence[RolloutGroup], decode: Callable[..., str], co
 
 
 def _cut(text: str, longest: int = 400) -> str:
-    shown = text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
-    return shown.replace("[", r"\[")  # rich's markup
+    return plain(text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}")
 
 
 def _parts(rollouts: Sequence[Rollout]) -> list[str]:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import resource
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import torch
 
+from prism_mcore.console import say
 from prism_mcore.model.flops import flops_per_token
 from prism_mcore.plan.throughput import peak_flops
 
@@ -154,7 +154,7 @@ class Metrics:
         }
         self.records.write(STEPS_FILE, record)
         if step % self.every == 0 or step == self.steps:
-            print(self._line(record, domains), file=sys.stderr, flush=True)
+            say(self._line(record, domains), stderr=True)
 
     def log_validation(self, step: int, losses: dict[str, float]) -> None:
         """Write down the validation after a step: nats per token by domain; nothing where nothing is held out."""
@@ -163,7 +163,7 @@ class Metrics:
         record = {"step": step, **{f"validation/loss/{domain}": loss for domain, loss in losses.items()}}
         self.records.write(VALIDATION_FILE, record)
         listed = " ".join(f"{domain} {loss:.4f}" for domain, loss in losses.items())
-        print(f"step {step:>{len(str(self.steps))}}/{self.steps} | validation {listed}", file=sys.stderr, flush=True)
+        say(f"step {step:>{len(str(self.steps))}}/{self.steps} | validation {listed}", stderr=True)
 
     def _line(self, record: dict[str, Any], domains: dict[str, float]) -> str:
         step = record["step"]
