@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from prism_kernels.boundaries import document_ends
 from prism_kernels.caches import PagedCache
 from prism_mcore.model.context import ModelContext
-from prism_mcore.model.linear import column_linear, decoded, row_linear
+from prism_mcore.model.linear import column_linear, project, row_linear
 from prism_mcore.model.state import Decode, PackedTokens, State
 
 
@@ -55,8 +55,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, seq: PackedTokens, state: State | None = None) -> Tensor:
         """[t, 1, d] -> [t, 1, d]."""
-        decoding = state is not None and isinstance(state.step, Decode)
-        qkv = decoded(self.qkv, x) if decoding else self.qkv(x)[0]
+        qkv = project(self.qkv, x, state)
         tokens, p = qkv.shape[0], self.spec.head_dim
         grouped = qkv.view(tokens, self.kv_heads, self.heads_per_kv + 2, p)
         q = grouped[:, :, :-2].reshape(tokens, -1, p)
@@ -79,5 +78,4 @@ class Attention(nn.Module):
             y = self.attention(q, k, v, seq)
         else:
             y = self.attention(q, k, v, seq.boundaries, self.spec.attention_scale, self.spec.sliding_window)
-        y = y.reshape(tokens, 1, -1)
-        return decoded(self.out_proj, y) if decoding else self.out_proj(y)[0]
+        return project(self.out_proj, y.reshape(tokens, 1, -1), state)

@@ -26,7 +26,7 @@ from prism_mcore.batch import PackedBatch
 from prism_mcore.model.attention import Attention
 from prism_mcore.model.context import ModelContext
 from prism_mcore.model.linear import add_and_norm, norm, residual_sum
-from prism_mcore.model.mamba import Mamba
+from prism_mcore.model.mamba import GLOBAL_NAMES, Mamba
 from prism_mcore.model.mlp import MLP
 from prism_mcore.model.parameters import Parameter, draw, padded_vocabulary, parameters, shard
 from prism_mcore.model.state import Cache, Decode, PackedTokens, Prefill, State
@@ -287,7 +287,10 @@ class HybridModel(MegatronModule):
 
     def global_name(self, name: str) -> str:
         """The name of a local parameter in the table; the last stage's copy of a tied embedding is the embedding."""
-        return "embedding.weight" if name == "output.weight" and self.spec.tied_embeddings else name
+        if name == "output.weight" and self.spec.tied_embeddings:
+            return "embedding.weight"
+        local = next((local for local in GLOBAL_NAMES if name.endswith(f".{local}")), "")
+        return name.removesuffix(local) + GLOBAL_NAMES[local] if local else name
 
     def table(self) -> list[tuple[str, nn.Parameter, Parameter]]:
         """(global name, local tensor, its row of the table) for every parameter of this chunk."""

@@ -3,14 +3,21 @@
 # t packed tokens (t / tp of them where activations are sequence-parallel), d hidden
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor, nn
 
+from prism_kernels.linear import exact as exact_linear
 from prism_kernels.matmul import mm
 from prism_kernels.norm.exact import add_scaled
 from prism_mcore.model.context import ModelContext
-from prism_mcore.model.exact import ExactColumnLinear, ExactRowLinear, column_parallel
+from prism_mcore.model.state import Decode, State
 
 
 def column_linear(context: ModelContext, rows: int, columns: int) -> nn.Module:
@@ -39,17 +46,26 @@ def row_linear(context: ModelContext, rows: int, columns: int) -> nn.Module:
     return row(columns, rows, input_is_parallel=True, **kwargs)
 
 
-def decoded(linear: nn.Module, x: Tensor) -> Tensor:
-    """`linear(x)[0]` for a decoding step, [b, 1, columns] -> [b, 1, rows].
+def column_linear_of_parts(context: ModelContext, rows: dict[str, int], columns: int) -> nn.Module:
+    """[t, 1, columns] -> [t, 1, sum of rows]: one column-parallel product with several parameters, in their order.
 
-    On one rank it goes straight to the product: what megatron-core does around it is 4% of a step of a small model. It
-    need not wait for an overlapped gather of the weight: a prefill comes first.
+    rows: of each parameter on this rank, whether tensor parallelism shards it or every rank holds it; the parameters
+    are called `<name>_weight`, as Transformer Engine's Linear calls those of its `parameters_split`.
     """
-    plain = isinstance(linear, ColumnParallelLinear | RowParallelLinear) and not isinstance(
-        linear, ExactColumnLinear | ExactRowLinear
-    )
-    if plain and linear.tp_group.size() == 1:
-        return mm(x.squeeze(1), linear.weight.t()).unsqueeze(1)
+    return ColumnLinearOfParts(context, rows, columns)
+
+
+def project(linear: nn.Module, x: Tensor, state: State | None) -> Tensor:
+    """The product of a linear of this file, [t, 1, columns] -> [t, 1, rows]; the one place that knows of decoding.
+
+    A decoding step need not wait for an overlapped gather of the weight: a prefill comes first.
+    """
+    if state is not None and isinstance(state.step, Decode):
+        if type(linear) in (ColumnParallelLinear, RowParallelLinear) and linear.tp_group.size() == 1:
+            # Straight to the product: what megatron-core does around it is 4% of a step of a small model.
+            return mm(x.squeeze(1), linear.weight.t()).unsqueeze(1)
+        if isinstance(linear, ColumnLinearOfParts) and x.is_cuda and not linear.exact:
+            return linear.separate_products(x)
     return linear(x)[0]
 
 
@@ -61,6 +77,101 @@ def _linear_arguments(context: ModelContext) -> dict:
         "skip_bias_add": False,
         "tp_group": context.groups.tp,
     }
+
+
+class ColumnLinearOfParts(nn.Module):
+    """What `column_linear_of_parts` makes, from megatron-core's product or the exact one."""
+
+    def __init__(self, context: ModelContext, rows: dict[str, int], columns: int):
+        super().__init__()
+        self.context, self.exact = context, context.ops.uses_exact("linear")
+        for name, count in rows.items():
+            weight = nn.Parameter(torch.empty(count, columns, dtype=context.config.params_dtype))
+            self.register_parameter(f"{name}_weight", weight)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """The weights are put together for the product and again for its backward, not kept: 76 MB a layer in
+        Nemotron-H at TP 2.
+        """
+        weights = list(self.parameters())
+        weight = torch.cat(weights)
+        place = weight.data_ptr()
+
+        def keep(tensor: Tensor) -> Tensor | None:
+            return None if tensor.data_ptr() == place else tensor
+
+        def restore(tensor: Tensor | None) -> Tensor:
+            return torch.cat([w.detach() for w in weights]) if tensor is None else tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, restore):
+            return self._product(x, weight), None
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        tp, sequence_parallel = self.context.groups.tp, self.context.config.sequence_parallel
+        if self.exact:
+            return exact_column_product(x, weight, tp, sequence_parallel)
+        return linear_with_grad_accumulation_and_async_allreduce(
+            x,
+            weight,
+            None,
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=tp.size() > 1 and not sequence_parallel,
+            sequence_parallel=sequence_parallel,
+            tp_group=tp,
+        )
+
+    def separate_products(self, x: Tensor) -> Tensor:
+        """The same for a decoding step, without gradients: there, weights put together are twice the memory traffic.
+
+        Not on a CPU, where a product's last bits can depend on the number of its columns: MKL's do, in fp32 with one
+        row and two threads.
+        """
+        return torch.cat([mm(x.squeeze(1), weight.t()) for weight in self.parameters()], dim=-1).unsqueeze(1)
+
+
+# --- exact: rows have the same bits in training and decoding ----------------------------------------------------------
+
+
+def exact_column_product(x: Tensor, weight: Tensor, group: dist.ProcessGroup, sequence_parallel: bool) -> Tensor:
+    """[t, 1, d] -> [t, 1, rows]; gathers sequence-parallel input."""
+    if sequence_parallel:
+        x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
+    else:
+        x = copy_to_tensor_model_parallel_region(x, group=group)
+    return exact_linear.linear(x, weight)
+
+
+class ExactColumnLinear(ColumnParallelLinear):
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return exact_column_product(x, self.weight, self.tp_group, self.sequence_parallel), None
+
+
+class ExactRowLinear(RowParallelLinear):
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return _SumOverRanks.apply(exact_linear.linear(x, self.weight), self.tp_group, self.sequence_parallel), None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Each rank's part of [t, 1, d] -> their sum, or this rank's tokens of it where sequence-parallel."""
+
+    @staticmethod
+    def forward(ctx, x, group, sequence_parallel):
+        ctx.group, ctx.sequence_parallel = group, sequence_parallel
+        total = exact_linear.sum_over_ranks(x, group)
+        if sequence_parallel:
+            return total.chunk(dist.get_world_size(group))[dist.get_rank(group)].contiguous()
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not ctx.sequence_parallel:
+            return grad, None, None
+        whole = grad.new_empty(len(grad) * dist.get_world_size(ctx.group), *grad.shape[1:])
+        dist.all_gather_into_tensor(whole, grad.contiguous(), group=ctx.group)
+        return whole, None, None
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -117,31 +228,3 @@ class Weight(nn.Module):
 
     def forward(self) -> Tensor:
         return self.weight
-
-
-def column_product(x: Tensor, weights: list[Tensor], context: ModelContext) -> Tensor:
-    """One column-parallel product with several weights of `rows` each: [t, 1, d] x [rows, d] -> [t, 1, sum of rows].
-
-    They are put together for the product and again for its backward, not kept: 76 MB a layer in Nemotron-H at TP 2.
-    """
-    weight = torch.cat(weights)
-    place, sequence_parallel = weight.data_ptr(), context.config.sequence_parallel
-
-    def keep(tensor: Tensor) -> Tensor | None:
-        return None if tensor.data_ptr() == place else tensor
-
-    def restore(tensor: Tensor | None) -> Tensor:
-        return torch.cat([w.detach() for w in weights]) if tensor is None else tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, restore):
-        if context.ops.uses_exact("linear"):
-            return column_parallel(x, weight, context.groups.tp, sequence_parallel)
-        return linear_with_grad_accumulation_and_async_allreduce(
-            x,
-            weight,
-            None,
-            gradient_accumulation_fusion=False,
-            allreduce_dgrad=context.groups.tp_size > 1 and not sequence_parallel,
-            sequence_parallel=sequence_parallel,
-            tp_group=context.groups.tp,
-        )

@@ -7,8 +7,14 @@ from torch import Tensor, nn
 
 from prism_kernels.caches import ConvCache
 from prism_mcore.model.context import ModelContext
-from prism_mcore.model.linear import Weight, column_product, decoded, row_linear
+from prism_mcore.model.linear import Weight, column_linear_of_parts, project, row_linear
 from prism_mcore.model.state import Decode, MambaCache, PackedTokens, State
+
+# Parameters of the table whose names here follow from the module that computes with both.
+GLOBAL_NAMES = {
+    "mixer.in_proj.zdtx_weight": "mixer.in_proj.weight",
+    "mixer.in_proj.bc_weight": "mixer.in_proj_bc.weight",
+}
 
 OPS = ("causal_conv1d", "conv_step", "ssd_scan", "ssd_cache", "ssd_prefill", "ssd_step")
 
@@ -24,7 +30,7 @@ class Mamba(nn.Module):
     def __init__(self, context: ModelContext):
         super().__init__()
         spec, tp = context.spec, context.groups.tp_size
-        self.context, self.spec = context, spec
+        self.spec = spec
         self.heads = spec.mamba_num_heads // tp
         self.groups = max(spec.ssm_groups // tp, 1)
         self.inner, self.state = self.heads * spec.mamba_head_dim, self.groups * spec.ssm_state_size
@@ -33,8 +39,8 @@ class Mamba(nn.Module):
         self.norm_ranks = context.groups.tp if spec.gated_norm_groups == 1 and tp > 1 else None
 
         dtype = context.config.params_dtype
-        self.in_proj = Weight((2 * self.inner + self.heads, spec.hidden_size), dtype)
-        self.in_proj_bc = Weight((2 * self.state, spec.hidden_size), dtype)
+        rows = {"zdtx": 2 * self.inner + self.heads, "bc": 2 * self.state}
+        self.in_proj = column_linear_of_parts(context, rows, spec.hidden_size)
         self.conv_x = Weight((self.inner, spec.conv_kernel), dtype, bias=spec.conv_bias)
         self.conv_bc = Weight((2 * self.state, spec.conv_kernel), dtype, bias=spec.conv_bias)
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(self.heads)) for _ in range(3))
@@ -53,15 +59,14 @@ class Mamba(nn.Module):
     def forward(self, x: Tensor, seq: PackedTokens, state: State | None = None) -> Tensor:
         """[t, 1, d] -> [t, 1, d]."""
         spec = self.spec
-        zdtxbc = column_product(x, [self.in_proj(), self.in_proj_bc()], self.context).squeeze(1)
-        z, dt, xbc = zdtxbc.split([self.inner, self.heads, self.inner + 2 * self.state], dim=-1)
+        projected = project(self.in_proj, x, state).squeeze(1)
+        z, dt, xbc = projected.split([self.inner, self.heads, self.inner + 2 * self.state], dim=-1)
         xbc = self._convolved(xbc, seq, state)
         xs, B, C = xbc.split([self.inner, self.state, self.state], dim=-1)
         B, C = (y.unflatten(-1, (self.groups, -1)) for y in (B, C))
         y = self._scanned((xs.unflatten(-1, (self.heads, -1)), dt, self.A_log, B, C, self.D, self.dt_bias), seq, state)
         y = self.gated_norm(y.flatten(-2), z, self.norm(), spec.norm_eps, self.norm_groups, self.norm_ranks)
-        decoding = state is not None and isinstance(state.step, Decode)
-        return decoded(self.out_proj, y.unsqueeze(1)) if decoding else self.out_proj(y.unsqueeze(1))[0]
+        return project(self.out_proj, y.unsqueeze(1), state)
 
     def _convolved(self, xbc: Tensor, seq: PackedTokens, state: State | None) -> Tensor:
         weight = torch.cat([self.conv_x(), self.conv_bc()])

@@ -5,8 +5,8 @@
 from torch import Tensor, nn
 
 from prism_mcore.model.context import ModelContext
-from prism_mcore.model.linear import column_linear, decoded, row_linear
-from prism_mcore.model.state import Decode, PackedTokens, State
+from prism_mcore.model.linear import column_linear, project, row_linear
+from prism_mcore.model.state import PackedTokens, State
 
 
 class MLP(nn.Module):
@@ -22,6 +22,4 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, seq: PackedTokens, state: State | None = None) -> Tensor:
         """[t, 1, d] -> [t, 1, d]."""
         up = self.gate_up if self.gated else self.up
-        if state is not None and isinstance(state.step, Decode):
-            return decoded(self.down, self.activation(decoded(up, x)))
-        return self.down(self.activation(up(x)[0]))[0]
+        return project(self.down, self.activation(project(up, x, state)), state)

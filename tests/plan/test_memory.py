@@ -60,7 +60,7 @@ def bytes_kept(groups, name, dtype, sequence_parallel):
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             chunk.layers[str(index)](x, seq)
-        # Mamba's projection has hooks of its own (`column_product`), so that these do not see its input.
+        # Mamba's projection has hooks of its own (`ColumnLinearOfParts`), so that these do not see its input.
         unseen = x.nbytes if kind == "M" else 0
         kept[kind] = (sum(storages.values()) + unseen) / seq_len
     return kept
