@@ -48,7 +48,7 @@ measure() {
     # Triton keeps what it compiles: in parallel first, so that measuring does not wait for one kernel after the other.
     timeout 150 "$PYTHON" benchmarks/compile_kernels.py --models "${models[@]}" --tp 1 --traffic none --peers \
         --processes "$(nproc)" --out "$RESULTS/compiled" >/dev/null
-    timeout 360 "$PYTHON" benchmarks/kernels.py --quick --models "${models[@]}" --out "$RESULTS/kernels_$GPU" \
+    timeout 360 "$PYTHON" benchmarks/measure_kernels.py --quick --models "${models[@]}" --out "$RESULTS/kernels_$GPU" \
         --tests "$RESULTS"/gpu_tests*.xml
 }
 

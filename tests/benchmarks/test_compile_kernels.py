@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 
 sys.path.insert(0, sys.argv[1])
-from launches import compile_launch, recorded
+from kernel_bench.launches import compile_launch, recorded
 
 
 @triton.jit
@@ -81,8 +81,8 @@ import sys
 import torch
 
 sys.path.insert(0, sys.argv[1])
-from compile_kernels import KernelReport, PassReport
-from launches import compile_launch, recorded
+from kernel_bench.passes import KernelReport, PassReport
+from kernel_bench.launches import compile_launch, recorded
 
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.scan.triton import ssd_scan
@@ -115,7 +115,7 @@ import sys
 import torch
 
 sys.path.insert(0, sys.argv[1])
-from launches import compile_launch, recorded
+from kernel_bench.launches import compile_launch, recorded
 
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.conv.triton import causal_conv1d
@@ -190,7 +190,7 @@ def test_no_kernel_spills_misses_wgmma_or_moves_more_than_it_must(tmp_path: Path
 def test_measuring_needs_a_gpu_and_says_so_but_runs_toy_shapes_without():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    script = str(BENCHMARKS / "kernels.py")
+    script = str(BENCHMARKS / "measure_kernels.py")
     refused = run(script, "--ops", "swiglu")
     assert refused.returncode == 1
     assert "no GPU here" in refused.stderr
@@ -200,7 +200,7 @@ def test_measuring_needs_a_gpu_and_says_so_but_runs_toy_shapes_without():
 
 
 def test_every_op_with_a_triton_kernel_is_compiled_and_measured():
-    source = (BENCHMARKS / "op_cases.py").read_text()
+    source = (BENCHMARKS / "kernel_bench" / "op_cases.py").read_text()
     ops = {name for name, op in table.OPS.items() if "triton" in op.backends}
     ops.remove("ssd_prefill")  # ssd_scan's kernels, and a copy of its final states
     assert [op for op in sorted(ops) if not re.search(rf'Row\(\s*"[^"]+",\s*"{op}"', source)] == []

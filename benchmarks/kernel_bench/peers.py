@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from op_cases import Case, Work
 from torch import Tensor
 
+from kernel_bench.op_cases import Case
+from kernel_bench.works import Work
 from prism_kernels import backends
 
 Prepared = tuple[Callable[[], Any], tuple[Tensor, ...]]

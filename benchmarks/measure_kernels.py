@@ -1,15 +1,15 @@
 """Measures every op on the GPU it finds, forward and forward + backward, beside every peer that is installed.
 
-    python benchmarks/kernels.py                            # three models' shapes; writes results/kernels_<gpu>.*
-    python benchmarks/kernels.py --ops ssd_scan --models granite-4.0-h-micro --tp 1 2 --rounds 50
-    python benchmarks/kernels.py --dry-run                  # what would be measured, with which peers; needs no GPU
-    TRITON_INTERPRET=1 python benchmarks/kernels.py --smoke # each op once at a toy shape, on a CPU too; no timings
+    python benchmarks/measure_kernels.py            # three models' shapes; writes results/kernels_<gpu>.*
+    python benchmarks/measure_kernels.py --ops ssd_scan --models granite-4.0-h-micro --tp 1 2 --rounds 50
+    python benchmarks/measure_kernels.py --dry-run  # what would be measured, with which peers; needs no GPU
+    TRITON_INTERPRET=1 python benchmarks/measure_kernels.py --smoke    # each op once at a toy shape, on a CPU too
 
 Times are CUDA events around one call, queued behind a device-side pause so that no launch gap counts, with the L2
 cache flushed before each; all sides of an op take turns and each one's minimum is taken. GB/s are the fewest bytes the
 op must move, and TFLOP/s the products it needs, over the time; their shares are of a copy and of a matrix product
 measured in the same run. Error: the largest, over the result and all gradients, of |x - exact| / |exact| against the
-reference op in fp64 (fp32 where products are large). Peers and how to install them: peers.py.
+reference op in fp64 (fp32 where products are large). Peers and how to install them: kernel_bench/peers.py.
 """
 
 import argparse
@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 import triton
-from op_cases import MODELS, ROWS, Case, Work, cases, differentiable
-from peers import PEERS, Prepared, prepare
+from kernel_bench.op_cases import MODELS, ROWS, Case, cases
+from kernel_bench.peers import PEERS, Prepared, prepare
+from kernel_bench.works import Work, differentiable
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

@@ -4,7 +4,7 @@ Hooks on loads, stores, tensor descriptors, block pointers, atomics and products
 Counted per launch: distinct 32-byte sectors read, distinct sectors written (what device memory must move if caches are
 perfect), bytes requested by all programs (what it moves if there is no cache) and the FLOPs of products as executed.
 
-    TRITON_INTERPRET=1 python benchmarks/traffic.py < requests.json      # one JSON answer per line
+    cd benchmarks; TRITON_INTERPRET=1 python -m kernel_bench.traffic < requests.json      # one JSON answer per line
 """
 
 import contextlib
@@ -18,13 +18,14 @@ from unittest import mock
 import numpy as np
 import torch
 import triton.language as tl
-from launches import as_on_hopper
-from op_cases import ROWS, Case, differentiable
-from peers import prepare
 from triton.language.extra import libdevice
 from triton.runtime import interpreter as tritons
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
+from kernel_bench.launches import as_on_hopper
+from kernel_bench.op_cases import ROWS, Case
+from kernel_bench.peers import prepare
+from kernel_bench.works import differentiable
 from prism_kernels import interpreter, rows
 
 SECTOR_BITS = 5  # 32 bytes

@@ -1,0 +1,1 @@
+"""What the kernels' benchmarks share; not called `kernels`, as a package that transformers imports is."""
