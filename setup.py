@@ -28,6 +28,7 @@ setup(
         "prism_mcore.convert",
         "prism_mcore.train",
         "prism_mcore.generate",
+        "prism_mcore.evaluate",
         "prism_mcore.rewards",
         "prism_mcore.plan",
         "prism_mcore.rl",

@@ -30,7 +30,7 @@ def ours(shape: str, new: int, stop: list[int], exact: bool) -> dict:
 
     from prism_kernels.table import OPS
     from prism_mcore import platform
-    from prism_mcore.generate import Engine, GenerateSettings, Request, Sampling
+    from prism_mcore.generate import Engine, EngineSettings, Request, Sampling
     from prism_mcore.model.build import build_chunks
     from prism_mcore.model.ops import Ops
     from prism_mcore.model.spec import spec_from_config
@@ -42,7 +42,7 @@ def ours(shape: str, new: int, stop: list[int], exact: bool) -> dict:
     layers = [list(range(len(spec.pattern)))]
     (model,) = build_chunks(spec, layers, init_groups(ParallelSettings()), ops, dtype=torch.float32, device=device)
     model.initialise(0)
-    engine = Engine(model, settings=GenerateSettings(slots=PROMPTS * SAMPLES, cache_gb=4))
+    engine = Engine(model, settings=EngineSettings(slots=PROMPTS * SAMPLES, cache_gb=4))
     requests = [
         Request(tuple(prompt), tuple((0, 0, i, sample) for sample in range(SAMPLES)))
         for i, prompt in enumerate(prompts(spec.vocab_size))

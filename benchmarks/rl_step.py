@@ -28,15 +28,16 @@ from training_step import SHAPES, VOCAB
 
 from prism_mcore import platform
 from prism_mcore.batch import PackedBatch
-from prism_mcore.config import Settings, resolve_spec
+from prism_mcore.model.settings import resolve_spec
 from prism_mcore.parallel import init_groups
 from prism_mcore.rl.prompts import open_prompts
+from prism_mcore.rl.settings import RLSettings
 
 PROMPTS, SAMPLES, PROMPT_WORDS = 8, 16, 60
 PARTS = ("generation", "rewards", "reference", "policy", "update")
 
 
-def settings(folder: Path, shape: str, parity: str, new_tokens: int) -> Settings:
+def settings(folder: Path, shape: str, parity: str, new_tokens: int) -> RLSettings:
     """An RL run on random prompts, its tokenizer and its model's shape, written into a folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -52,7 +53,7 @@ def settings(folder: Path, shape: str, parity: str, new_tokens: int) -> Settings
     (folder / "prompts.jsonl").write_text("".join(json.dumps({**line, "reward": "math"}) + "\n" for line in lines))
     (folder / "model.json").write_text(json.dumps(SHAPES[shape]))
     context = PROMPT_WORDS + 4 + new_tokens
-    return Settings.model_validate(
+    return RLSettings.model_validate(
         {
             "run": {"name": "run", "dir": str(folder)},
             "model": {"spec": str(folder / "model.json")},
@@ -82,7 +83,7 @@ def measure(shape: str, parity: str, new_tokens: int, repeat: int, training: boo
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         wanted = settings(Path(folder), shape, parity, new_tokens)
-        prompts = open_prompts(wanted, resolve_spec(wanted))
+        prompts = open_prompts(wanted, resolve_spec(wanted.model))
         groups = init_groups(wanted.parallel)
         run = loop.build(wanted, prompts, groups, torch.device("cpu"), opened)
         run.rollouts.clock = clock = StepClock(time.process_time)

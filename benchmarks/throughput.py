@@ -23,14 +23,17 @@ from rich.table import Table
 
 from prism_mcore import platform
 from prism_mcore.batch import PackedBatch
-from prism_mcore.config import Settings, SettingsError, load, num_micro_batches, resolve_spec, validate
+from prism_mcore.config import SettingsError, load
 from prism_mcore.model.build import chunks_of
 from prism_mcore.model.flops import flops_per_token
+from prism_mcore.model.settings import resolve_spec
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups, init_groups
 from prism_mcore.plan.throughput import peak_flops
+from prism_mcore.train.checks import check
 from prism_mcore.train.metrics import peak_memory_gb
 from prism_mcore.train.optimizer import build_optimizer, update, wrap
+from prism_mcore.train.settings import MidtrainSettings
 from prism_mcore.train.step import backward
 
 # megatron-core's timers that a step of ours passes through.
@@ -47,12 +50,12 @@ PHASES = {
 }
 
 
-def synthetic_batches(settings: Settings, spec: ModelSpec, groups: Groups) -> list[PackedBatch]:
+def synthetic_batches(settings: MidtrainSettings, spec: ModelSpec, groups: Groups) -> list[PackedBatch]:
     """This rank's micro-batches of one step: random tokens, every row one document."""
     b, s = settings.train.micro_batch, settings.data.seq_len
     generator = torch.Generator().manual_seed(groups.dp_rank)
     batches = []
-    for number in range(num_micro_batches(settings, groups.world_size)):
+    for number in range(settings.num_micro_batches(groups.world_size)):
         tokens = torch.randint(spec.vocab_size, (b, s + 1), generator=generator)
         batches.append(
             PackedBatch(
@@ -74,8 +77,10 @@ def synthetic_batches(settings: Settings, spec: ModelSpec, groups: Groups) -> li
 class Step:
     """A training step at the settings' shape, on the same synthetic batch every time."""
 
-    def __init__(self, settings: Settings, spec: ModelSpec, groups: Groups, device: torch.device):
-        chunks = chunks_of(settings, spec, groups, device)
+    def __init__(self, settings: MidtrainSettings, spec: ModelSpec, groups: Groups, device: torch.device):
+        chunks = chunks_of(
+            settings, spec, groups, device, seq_len=settings.data.seq_len, recompute=settings.train.recompute
+        )
         with torch.no_grad():
             for chunk in chunks:
                 for tensor in chunk.parameters():
@@ -125,7 +130,7 @@ class Step:
         }
 
 
-def report(settings: Settings, spec: ModelSpec, groups: Groups, step: Step, steps: int) -> dict:
+def report(settings: MidtrainSettings, spec: ModelSpec, groups: Groups, step: Step, steps: int) -> dict:
     """Measure and describe; the same on every rank but for phases and memory, which are rank 0's."""
     step.timed(2)
     seconds = step.timed(steps)
@@ -178,10 +183,10 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     device = platform.start()
     try:
-        settings = load(arguments.recipe, arguments.overrides)
-        spec = resolve_spec(settings)
+        settings = load(MidtrainSettings, arguments.recipe, arguments.overrides)
+        spec = resolve_spec(settings.model)
         spec = replace(spec, pattern=spec.pattern[: arguments.layers])
-        validate(settings, spec, dist.get_world_size())
+        check(settings, spec, dist.get_world_size())
     except SettingsError as error:
         sys.exit(f"{arguments.recipe}: {error}")
     groups = init_groups(settings.parallel, settings.run.seed)

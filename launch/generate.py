@@ -8,18 +8,19 @@ OUT.samples as they finish: the same command, in any layout, goes on from there.
 """
 
 import argparse
-import os
 import time
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prism_mcore.config import Settings, SettingsError
+from prism_mcore.config import SettingsError
 from prism_mcore.console import say
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
-from prism_mcore.launching import leave
-from prism_mcore.model.spec import ModelSpec
+from prism_mcore.generate.checks import check
+from prism_mcore.generate.settings import GenerateSettings
+from prism_mcore.launching import complain, hf_parser, leave, planned_ranks, rank, read_overrides
+from prism_mcore.model.spec import ModelSpec, read_spec
 
 if TYPE_CHECKING:
     from prism_mcore.generate.engine import Engine
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from prism_mcore.generate.requests import Completion, Request
     from prism_mcore.generate.settings import Sampling
     from prism_mcore.generate.unfinished import Writer
-
-SECTIONS = ("sampling", "generate", "parallel", "precision", "kernels")
 
 # Replicas meet when all are done: the first waits for the one with the longest responses.
 LONGEST_WAIT = timedelta(days=7)
@@ -39,7 +38,7 @@ def main() -> int:
     try:
         settings, spec, tokenizer, lines = _read(arguments)
     except (SettingsError, ValueError, OSError) as error:
-        return _complain(error, BAD_SETTINGS)
+        return complain(error, BAD_SETTINGS)
     if arguments.dry_run:
         _print_plan(settings, spec, lines, arguments)
         return DONE
@@ -48,49 +47,49 @@ def main() -> int:
     try:
         _generate(arguments, settings, tokenizer, lines)
     except (ExchangeError, ValueError, FloatingPointError) as error:
-        return _complain(error, BAD_SETTINGS)
+        return complain(error, BAD_SETTINGS)
     except OSError as error:
         say(f"error: {error}", stderr=True)
         return FAILED
     return DONE
 
 
-def _read(arguments: argparse.Namespace) -> tuple[Settings, ModelSpec, Any, list["PromptLine"]]:
+def _read(arguments: argparse.Namespace) -> tuple[GenerateSettings, ModelSpec, Any, list["PromptLine"]]:
     """Everything that can be checked before a process group: settings, model, tokenizer, prompts, where they go."""
-    for override in arguments.overrides:
-        if override.split(".")[0] not in SECTIONS:
-            raise SettingsError(f"{override} changes nothing here; what can be set is {', '.join(SECTIONS)}.<name>")
+    settings = read_overrides(GenerateSettings, arguments.overrides)
     if not arguments.out.parent.is_dir():
         raise ValueError(f"--out {arguments.out}: there is no folder {arguments.out.parent}; make it first")
     if not (arguments.hf / "config.json").is_file():
         raise ValueError(f"--hf {arguments.hf}: there is no config.json; give the model's Hugging Face directory")
     from prism_mcore.generate import unfinished  # torch takes seconds
-    from prism_mcore.generate.prompts import generation_settings, read_prompts, tokenizer_of
+    from prism_mcore.generate.prompts import read_prompts, tokenizer_of
     from prism_mcore.text import read_eos
 
-    world_size = None if arguments.dry_run else int(os.environ.get("WORLD_SIZE", "1"))
-    settings, spec = generation_settings(arguments.hf, arguments.overrides, world_size)
+    spec = read_spec(arguments.hf)
+    check(settings, spec, planned_ranks(settings.parallel, arguments.dry_run))
     tokenizer = tokenizer_of(arguments.hf, spec)
     read_eos(arguments.hf)  # a broken file ends it here, not after the model is loaded
     if settings.sampling.stop and tokenizer is None:
         raise SettingsError(f"sampling.stop needs a tokenizer.json in {arguments.hf}; use sampling.stop_ids")
     lines, blank = read_prompts(arguments.prompts, tokenizer, spec)
-    if blank and os.environ.get("RANK", "0") == "0":
+    if blank and rank() == 0:
         say(f"note: {blank:,} blank lines of {arguments.prompts} were skipped", stderr=True)
     unfinished.check(arguments.out, unfinished.case_of(arguments.hf, arguments.prompts, settings))
     return settings, spec, tokenizer, lines
 
 
-def _generate(arguments: argparse.Namespace, settings: Settings, tokenizer: Any, lines: list["PromptLine"]) -> None:
+def _generate(
+    arguments: argparse.Namespace, settings: GenerateSettings, tokenizer: Any, lines: list["PromptLine"]
+) -> None:
     import torch.distributed as dist
 
     from prism_mcore import platform
+    from prism_mcore.convert.hf import model_from_hf
     from prism_mcore.generate import unfinished
     from prism_mcore.generate.engine import Engine
     from prism_mcore.generate.prompts import requests_of, response_lines
     from prism_mcore.parallel import init_groups
     from prism_mcore.text import read_eos
-    from prism_mcore.train.scoring import model_from_hf
 
     device = platform.start(timeout=LONGEST_WAIT)
     groups = init_groups(settings.parallel)
@@ -99,7 +98,7 @@ def _generate(arguments: argparse.Namespace, settings: Settings, tokenizer: Any,
     earlier = [set(completions)]
     dist.broadcast_object_list(earlier)  # before any rank writes
     requests = requests_of(lines, settings.sampling, earlier[0], groups.dp_rank, groups.dp_size)
-    (model,) = model_from_hf(settings, groups, device)
+    (model,) = model_from_hf(arguments.hf, settings, groups, device)
     engine = Engine(model, tokenizer, settings=settings.generate, eos=read_eos(arguments.hf))
 
     started = time.monotonic()
@@ -177,7 +176,9 @@ def _progress(total: int, shown: bool) -> Any:
     return bar()
 
 
-def _print_plan(settings: Settings, spec: ModelSpec, lines: list["PromptLine"], arguments: argparse.Namespace) -> None:
+def _print_plan(
+    settings: GenerateSettings, spec: ModelSpec, lines: list["PromptLine"], arguments: argparse.Namespace
+) -> None:
     from rich.table import Table
 
     from prism_mcore.console import plain, show
@@ -198,29 +199,9 @@ def _print_plan(settings: Settings, spec: ModelSpec, lines: list["PromptLine"], 
     show(table)
 
 
-def _complain(error: Exception, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        say(f"error: {error}", stderr=True)
-    return code
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="torchrun [...] launch/generate.py --hf DIR --prompts FILE --out FILE [section.name=value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face directory with the model")
+    parser = hf_parser(GenerateSettings, "--prompts FILE", __doc__)
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="JSONL: `prompt` or `tokens`")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file to write")
-    parser.add_argument("--dry-run", action="store_true", help="check everything and say what would be done")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.name=value",
-        help="as in a recipe: sampling.temperature=0 sampling.max_tokens=512 sampling.samples=4 sampling.top_p=0.95"
-        " sampling.top_k=50 sampling.seed=1 sampling.ignore_eos=true 'sampling.stop=[\"User:\"]' parallel.tp=2",
-    )
     return parser
 
 

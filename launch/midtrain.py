@@ -4,40 +4,44 @@ Exit codes are those of prism_mcore/exit_codes.py. torchrun hides its workers' c
 to the file that EXIT_CODE_FILE names, for the script that decides about starting again (launch/slurm/midtrain.sbatch).
 """
 
-from prism_mcore.config import Settings, SettingsError, load, resolve_spec, validate
-from prism_mcore.console import console, say
+from prism_mcore.config import SettingsError
+from prism_mcore.console import say
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
-from prism_mcore.launching import complain, leave, planned_ranks, rank, recipe_parser, record_exit_code
+from prism_mcore.launching import (
+    complain,
+    leave,
+    print_notes,
+    rank,
+    read_recipe,
+    recipe_parser,
+    record_exit_code,
+    refuse,
+)
+from prism_mcore.train.checks import check
+from prism_mcore.train.settings import MidtrainSettings
 
 
 def main() -> int:
     arguments = recipe_parser(
-        "launch/midtrain.py", "Mid-train a model. Resuming the run of the same name is the default."
+        MidtrainSettings, "Mid-train a model. Resuming the run of the same name is the default."
     ).parse_intermixed_args()
     try:
-        settings = load(arguments.recipe, arguments.overrides)
-        spec = resolve_spec(settings)
-        world_size = planned_ranks(settings, arguments.dry_run, arguments.gpus)
-        notes = validate(settings, spec, world_size)
+        run = read_recipe(MidtrainSettings, arguments, check)
     except SettingsError as error:
-        if rank() == 0:
-            say(f"{arguments.recipe}: the settings do not work:\n{error}", stderr=True)
-        record_exit_code(BAD_SETTINGS)
-        return BAD_SETTINGS
+        return refuse(arguments.recipe, error)
     if arguments.dry_run:
         from prism_mcore.plan.report import print_plan
+        from prism_mcore.train.plan import plan
 
-        print_plan(settings, spec, world_size, notes, console())
+        print_plan(run.settings, run.notes, plan(run.settings, run.spec, run.world_size))
         return DONE
-    if rank() == 0:
-        for note in notes:
-            say(f"note: {note}")
-    code = _train(settings)
+    print_notes(run.notes)
+    code = _train(run.settings)
     record_exit_code(code)
     return code
 
 
-def _train(settings: Settings) -> int:
+def _train(settings: MidtrainSettings) -> int:
     from prism_mcore.checkpoint.folder import CheckpointError
     from prism_mcore.convert.names import ExchangeError
     from prism_mcore.data.token_file import TokenFileError

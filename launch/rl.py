@@ -5,47 +5,38 @@ Rollouts are generated in the same process, on the weights that are trained. Exi
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from prism_mcore.config import Settings, SettingsError, load, resolve_spec, validate_rl
-from prism_mcore.console import console, say
+from prism_mcore.config import SettingsError
+from prism_mcore.console import say
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
-from prism_mcore.launching import complain, leave, planned_ranks, rank, recipe_parser, record_exit_code
-
-if TYPE_CHECKING:
-    from prism_mcore.model.spec import ModelSpec
+from prism_mcore.launching import complain, leave, print_notes, read_recipe, recipe_parser, record_exit_code, refuse
+from prism_mcore.model.spec import ModelSpec
+from prism_mcore.rl.checks import check
+from prism_mcore.rl.settings import RLSettings
 
 
 def main() -> int:
     arguments = recipe_parser(
-        "launch/rl.py",
-        "Improve a model by RL on verifiable rewards. Resuming the run of the same name is the default.",
+        RLSettings, "Improve a model by RL on verifiable rewards. Resuming the run of the same name is the default."
     ).parse_intermixed_args()
     try:
-        settings = load(arguments.recipe, arguments.overrides)
-        spec = resolve_spec(settings)
-        world_size = planned_ranks(settings, arguments.dry_run, arguments.gpus)
-        notes = validate_rl(settings, spec, world_size)
-        notes += _prompt_notes(settings, spec) if arguments.dry_run else []
+        run = read_recipe(RLSettings, arguments, check)
+        notes = run.notes + (_prompt_notes(run.settings, run.spec) if arguments.dry_run else [])
     except SettingsError as error:
-        if rank() == 0:
-            say(f"{arguments.recipe}: the settings do not work:\n{error}", stderr=True)
-        record_exit_code(BAD_SETTINGS)
-        return BAD_SETTINGS
+        return refuse(arguments.recipe, error)
     if arguments.dry_run:
-        from prism_mcore.plan.report import print_rl_plan
+        from prism_mcore.plan.report import print_plan
+        from prism_mcore.rl.plan import plan
 
-        print_rl_plan(settings, spec, world_size, notes, console())
+        print_plan(run.settings, notes, plan(run.settings, run.spec, run.world_size))
         return DONE
-    if rank() == 0:
-        for note in notes:
-            say(f"note: {note}")
-    code = _train(settings, spec)
+    print_notes(notes)
+    code = _train(run.settings, run.spec)
     record_exit_code(code)
     return code
 
 
-def _prompt_notes(settings: Settings, spec: "ModelSpec") -> list[str]:
+def _prompt_notes(settings: RLSettings, spec: ModelSpec) -> list[str]:
     """What a dry run says of the prompts, once it has read them; a plan can be made where they are not, too."""
     rl = settings.rl
     files = [Path(source.path) for source in (*rl.prompts, *rl.held_out)]
@@ -66,7 +57,7 @@ def _prompt_notes(settings: Settings, spec: "ModelSpec") -> list[str]:
     return [f"{len(prompts.training):,} prompts{held_out} were read and are in order; rewards: {rewards}{skipped}"]
 
 
-def _train(settings: Settings, spec: "ModelSpec") -> int:
+def _train(settings: RLSettings, spec: ModelSpec) -> int:
     from prism_mcore.checkpoint.folder import CheckpointError
     from prism_mcore.convert.names import ExchangeError
     from prism_mcore.rl.loop import run

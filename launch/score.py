@@ -6,22 +6,21 @@ parallel.tp=2 and the like, numbers by precision.dtype=fp32; ranks that are left
 """
 
 import argparse
-import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prism_mcore.config import Settings, SettingsError
+from prism_mcore.config import SettingsError
 from prism_mcore.console import say
+from prism_mcore.evaluate.checks import check
+from prism_mcore.evaluate.settings import ScoreSettings
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
-from prism_mcore.launching import complain, leave
+from prism_mcore.launching import complain, hf_parser, leave, planned_ranks, positive, read_overrides
 from prism_mcore.model.spec import ModelSpec, read_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-SECTIONS = ("parallel", "precision", "kernels")
 
 
 def main() -> int:
@@ -45,32 +44,30 @@ def main() -> int:
     return DONE
 
 
-def _read(arguments: argparse.Namespace) -> tuple[Settings, ModelSpec, "Tensor"]:
+def _read(arguments: argparse.Namespace) -> tuple[ScoreSettings, ModelSpec, "Tensor"]:
     """Everything that can be checked before a process group: settings, model, tokens and where they go."""
-    for override in arguments.overrides:
-        if override.split(".")[0] not in SECTIONS:
-            raise SettingsError(f"{override} changes nothing here; what can be set is {', '.join(SECTIONS)}.<name>")
+    settings = read_overrides(ScoreSettings, arguments.overrides)
     if not arguments.out.parent.is_dir():
         raise ValueError(f"--out {arguments.out}: there is no folder {arguments.out.parent}; make it first")
     spec = read_spec(arguments.hf)
-    from prism_mcore.train.scoring import read_token_lists, scoring_settings  # torch and megatron-core take seconds
+    from prism_mcore.evaluate.scoring import read_token_lists  # torch and megatron-core take seconds
 
     tokens = read_token_lists(arguments.tokens, spec.vocab_size)
-    world_size = None if arguments.dry_run else int(os.environ.get("WORLD_SIZE", "1"))
-    settings = scoring_settings(arguments.hf, tokens.shape[1], arguments.micro_batch, arguments.overrides, world_size)
+    check(settings, spec, planned_ranks(settings.parallel, arguments.dry_run), tokens.shape[1])
     return settings, spec, tokens
 
 
-def _score(arguments: argparse.Namespace, settings: Settings, spec: ModelSpec, tokens: "Tensor") -> None:
+def _score(arguments: argparse.Namespace, settings: ScoreSettings, spec: ModelSpec, tokens: "Tensor") -> None:
     import torch.distributed as dist
 
     from prism_mcore import platform
+    from prism_mcore.convert.hf import model_from_hf
+    from prism_mcore.evaluate.scoring import ScoreFile, score
     from prism_mcore.parallel import init_groups
-    from prism_mcore.train.scoring import ScoreFile, model_from_hf, score
 
     device = platform.start()
     groups = init_groups(settings.parallel)
-    chunks = model_from_hf(settings, groups, device)
+    chunks = model_from_hf(arguments.hf, settings, groups, device, seq_len=tokens.shape[1])
     file = ScoreFile(arguments.out, _shapes(arguments, spec, tokens))
     if groups.rank == 0:
         file.create()
@@ -126,7 +123,7 @@ def _progress(total: int) -> AbstractContextManager[Any]:
     return bar()
 
 
-def _print_plan(arguments: argparse.Namespace, settings: Settings, spec: ModelSpec, tokens: "Tensor") -> None:
+def _print_plan(arguments: argparse.Namespace, settings: ScoreSettings, spec: ModelSpec, tokens: "Tensor") -> None:
     import math
 
     from rich.table import Table
@@ -136,7 +133,7 @@ def _print_plan(arguments: argparse.Namespace, settings: Settings, spec: ModelSp
 
     parallel = settings.parallel
     ranks = parallel.tp * parallel.pp
-    weights = max(stage.weights for stage in plan_memory(settings, spec, ranks))
+    weights = max(stage.weights for stage in plan_memory(settings, spec, ranks, seq_len=tokens.shape[1]))
     size = 4 * sum(math.prod(shape) for shape in _shapes(arguments, spec, tokens).values())
     table = Table(show_header=False, title="Scoring", title_justify="left")
     table.add_row("model", f"{spec.family}, {num_parameters(spec):,} parameters in {settings.precision.dtype}")
@@ -148,34 +145,13 @@ def _print_plan(arguments: argparse.Namespace, settings: Settings, spec: ModelSp
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="torchrun [...] launch/score.py --hf DIR --tokens FILE --out FILE [--logits] [section.name=value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face directory with the model")
+    parser = hf_parser(ScoreSettings, "--tokens FILE [--logits]", __doc__)
     parser.add_argument("--tokens", type=Path, required=True, metavar="FILE", help="JSON: equal-length lists of ids")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
     parser.add_argument("--logits", action="store_true", help="write the logits of every position, too")
     parser.add_argument(
-        "--micro-batch", type=_positive, default=1, metavar="N", help="sequences in a forward pass (default: 1)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check everything and say what it would take")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.name=value",
-        help="layout, precision and kernels, as in a recipe: parallel.tp=2 parallel.sequence_parallel=true"
-        " precision.dtype=fp32",
+        "--micro-batch", type=positive, default=1, metavar="N", help="sequences in a forward pass (default: 1)"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}; needs at least 1")
-    return value
 
 
 if __name__ == "__main__":

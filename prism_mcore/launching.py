@@ -4,45 +4,124 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Generic, NoReturn, TypeVar
 
-from prism_mcore.config import Settings, help_text
+from prism_mcore.config import Kind, SettingsError, help_text, load
 from prism_mcore.console import say
-from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
+from prism_mcore.evaluate.settings import ScoreSettings
+from prism_mcore.exit_codes import BAD_SETTINGS, DONE, STOPPED_BY_SIGNAL
+from prism_mcore.generate.settings import GenerateSettings
+from prism_mcore.model.settings import resolve_spec
+from prism_mcore.model.spec import ModelSpec
+from prism_mcore.parallel import ParallelSettings
+from prism_mcore.rl.settings import RLSettings
+from prism_mcore.train.settings import LoopSettings, MidtrainSettings
+
+# Each one's settings; a key of another than the one that runs is an error that says whose it is.
+PROGRAMS = (MidtrainSettings, RLSettings, GenerateSettings, ScoreSettings)
 
 
-def recipe_parser(usage: str, description: str) -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong once for all ranks, and leaves the exit code for the script that decides about a restart."""
+
+    def error(self, message: str) -> NoReturn:
+        record_exit_code(BAD_SETTINGS)
+        if rank() > 0:
+            sys.exit(BAD_SETTINGS)
+        super().error(message)
+
+
+def recipe_parser(kind: type[LoopSettings], description: str) -> argparse.ArgumentParser:
     """--recipe, --dry-run, --gpus and settings; --help explains every setting."""
-    parser = argparse.ArgumentParser(
-        usage=f"torchrun [...] {usage} --recipe FILE [--dry-run [--gpus N]] [section.name=value ...]",
-        description=description,
-        epilog=f"settings, in a recipe or as section.name=value with YAML values:\n\n{help_text()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--recipe", type=Path, required=True, metavar="FILE", help="YAML file with the settings")
+    usage = "[--recipe FILE] [--dry-run [--gpus N]] [section.name=value ...]"
+    parser = _parser(kind, usage, description)
     parser.add_argument(
-        "--dry-run", action="store_true", help="check, print settings, memory, tokens, FLOPs; no training"
+        "--recipe", type=Path, metavar="FILE", help="YAML file with settings; without, run.name is needed"
     )
     parser.add_argument(
-        "--gpus", type=_positive, metavar="N", help="ranks to plan for; default WORLD_SIZE, else the fewest that work"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.name=value", help="settings that differ from the recipe"
+        "--gpus", type=positive, metavar="N", help="ranks to plan for; default WORLD_SIZE, else the fewest that work"
     )
     return parser
 
 
-def _positive(text: str) -> int:
+def hf_parser(kind: type[Kind], usage: str, description: str | None) -> argparse.ArgumentParser:
+    """--hf, --out, --dry-run and settings, for programs that run a Hugging Face directory's model."""
+    parser = _parser(kind, f"--hf DIR {usage} --out FILE [--dry-run] [section.name=value ...]", description)
+    parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face directory with the model")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
+    return parser
+
+
+def _parser(kind: type[Kind], usage: str, description: str | None) -> argparse.ArgumentParser:
+    parser = _Parser(
+        usage=f"torchrun [...] {kind.program} {usage}",
+        description=description,
+        epilog=f"settings, as section.name=value with YAML values:\n\n{help_text(kind)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything and say what it will take, no more")
+    parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="settings; see below")
+    return parser
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}; needs at least 1")
     return value
 
 
-def planned_ranks(settings: Settings, dry_run: bool, gpus: int | None) -> int:
+@dataclass(frozen=True)
+class Checked(Generic[Kind]):
+    """A program's settings, checked against its model and its ranks, before any process group."""
+
+    settings: Kind
+    spec: ModelSpec
+    world_size: int
+    notes: list[str]
+
+
+Loop = TypeVar("Loop", bound=LoopSettings)
+
+
+def read_recipe(
+    kind: type[Loop], arguments: argparse.Namespace, check: Callable[[Loop, ModelSpec, int], list[str]]
+) -> Checked[Loop]:
+    """The settings that `recipe_parser`'s arguments name. Raises SettingsError."""
+    notes: list[str] = []
+    settings = load(kind, arguments.recipe, arguments.overrides, others=PROGRAMS, notes=notes)
+    spec = resolve_spec(settings.model)
+    world_size = planned_ranks(settings.parallel, arguments.dry_run, arguments.gpus)
+    return Checked(settings, spec, world_size, notes + check(settings, spec, world_size))
+
+
+def read_overrides(kind: type[Kind], overrides: Sequence[str]) -> Kind:
+    """The settings of a program without recipes. Raises SettingsError."""
+    return load(kind, None, overrides, others=PROGRAMS)
+
+
+def refuse(recipe: Path | None, error: SettingsError) -> int:
+    """Say once that settings do not work, and record it; returns the exit code."""
+    if rank() == 0:
+        where = f"{recipe}: " if recipe else ""
+        say(f"{where}the settings do not work:\n{error}", stderr=True)
+    record_exit_code(BAD_SETTINGS)
+    return BAD_SETTINGS
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """What a check notes, once."""
+    if rank() == 0:
+        for note in notes:
+            say(f"note: {note}")
+
+
+def planned_ranks(parallel: ParallelSettings, dry_run: bool, gpus: int | None = None) -> int:
     """Ranks torchrun started; for a dry run --gpus first, and outside torchrun the fewest that the layout can have."""
-    parallel = settings.parallel
     fewest = parallel.tp * parallel.pp * parallel.cp * parallel.optimizer_instances
     started = int(os.environ.get("WORLD_SIZE", fewest if dry_run else 1))
     return gpus if dry_run and gpus else started

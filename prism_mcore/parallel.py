@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from prism_mcore.config import Section
 
 if TYPE_CHECKING:  # reading settings must not cost the seconds that importing torch and megatron-core takes
     from datetime import timedelta
@@ -13,10 +15,8 @@ if TYPE_CHECKING:  # reading settings must not cost the seconds that importing t
     import torch.distributed as dist
 
 
-class ParallelSettings(BaseModel):
+class ParallelSettings(Section):
     """The degrees of each kind of parallelism; data parallelism takes the ranks that are left."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     tp: int = Field(
         default=1, ge=1, description="Tensor parallel ranks: every weight matrix is cut into this many parts"

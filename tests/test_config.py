@@ -1,16 +1,97 @@
-"""Recipes and overrides become settings, mistakes are named, and what cannot work is refused with what would."""
+"""The mechanism of settings: recipes and overrides become settings, and mistakes are named."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import pytest
+from pydantic import Field
 
-from prism_mcore.config import Settings, SettingsError, dump, help_text, load, resolve_spec, validate, walk_fields
-from prism_mcore.model.spec import read_config, spec_from_config
+from prism_mcore.config import (
+    Findings,
+    ProgramSettings,
+    Section,
+    SettingsError,
+    dump,
+    help_text,
+    load,
+    walk_fields,
+)
 
-SOURCE = "data: {sources: [{path: a, weight: 0.5}, {path: b, weight: 0.5}], seq_len: 256}"
+
+class RunSection(Section):
+    """What the run is called."""
+
+    name: str = Field(default="", description="Its name")
+
+
+class Source(Section):
+    """One source."""
+
+    path: str = Field(description="Where it is")
+    weight: float = Field(default=1.0, ge=0, description="Its share")
+
+
+class Steps(Section):
+    """Steps of both programs."""
+
+    former_names: ClassVar[dict[str, str]] = {"iterations": "steps"}
+
+    steps: int = Field(default=7, ge=1, description="How many")
+    kinds: list[Literal["a", "b"]] = Field(default=[], description="Of what kind")
+
+
+class MoreSteps(Steps):
+    """Steps of the baker alone."""
+
+    batch: int = Field(default=4, description="Loaves at once")
+
+
+class Oven(Section):
+    """How hot."""
+
+    rate: float = Field(default=1e-4, description="Degrees a second")
+    eps: float = Field(default=1e-8, description="A bit")
+    mode: Literal["fan", "grill"] = Field(default="fan", description="How")
+    shelves: Literal["auto"] | list[int] = Field(default="auto", description="Which")
+
+
+class Flour(Section):
+    """What is baked."""
+
+    sources: list[Source] = Field(default=[], description="From where")
+    fine: str = Field(default="off", description="Ground how")
+
+
+class Baker(ProgramSettings):
+    """Bakes."""
+
+    program: ClassVar[str] = "launch/bake.py"
+    takes_recipe_name: ClassVar[str] = "run.name"
+
+    run: RunSection = RunSection()
+    train: MoreSteps = MoreSteps()
+    oven: Oven = Oven()
+    flour: Flour = Flour()
+    tools: dict[str, str] = Field(default={}, description="By name")
+
+
+class Sauce(Section):
+    """Poured."""
+
+    thickness: int = Field(default=1, description="Of it")
+
+
+class Cook(ProgramSettings):
+    """Cooks."""
+
+    program: ClassVar[str] = "launch/cook.py"
+
+    train: Steps = Steps()
+    sauce: Sauce = Sauce()
+
+
+BOTH = (Baker, Cook)
+FLOUR = "flour: {sources: [{path: a, weight: 0.5}, {path: b, weight: 0.5}]}"
 
 
 def recipe(folder: Path, text: str = "", name: str = "run.yaml") -> Path:
@@ -20,59 +101,63 @@ def recipe(folder: Path, text: str = "", name: str = "run.yaml") -> Path:
 
 
 def test_the_nearer_recipe_wins_and_what_it_leaves_out_stays(tmp_path):
-    recipe(tmp_path, "train: {steps: 5, global_batch: 4}\ndata: {sources: [{path: a}]}", "one.yaml")
-    recipe(tmp_path, "train: {steps: 6}\ndata: {sources: [{path: b}, {path: c}]}", "two.yaml")
-    settings = load(recipe(tmp_path, "base: [one.yaml, two.yaml]\noptimizer: {lr: 5e-5}"), ["optimizer.eps=1e-10"])
-    assert (settings.train.steps, settings.train.global_batch) == (6, 4)
-    assert [source.path for source in settings.data.sources] == ["b", "c"]  # lists are replaced
-    assert (settings.optimizer.lr, settings.optimizer.eps) == (5e-5, 1e-10)  # YAML 1.1 would read text
+    recipe(tmp_path, "train: {steps: 5, batch: 3}\nflour: {sources: [{path: a}]}", "one.yaml")
+    recipe(tmp_path, "train: {steps: 6}\nflour: {sources: [{path: b}, {path: c}]}", "two.yaml")
+    settings = load(Baker, recipe(tmp_path, "base: [one.yaml, two.yaml]\noven: {rate: 5e-5}"), ["oven.eps=1e-10"])
+    assert (settings.train.steps, settings.train.batch) == (6, 3)
+    assert [source.path for source in settings.flour.sources] == ["b", "c"]  # lists are replaced
+    assert (settings.oven.rate, settings.oven.eps) == (5e-5, 1e-10)  # YAML 1.1 would read text
     assert settings.run.name == "run"  # of the file
 
 
 def test_overrides_reach_into_lists_and_take_yaml(tmp_path):
-    file = recipe(tmp_path, SOURCE)
-    settings = load(file, ["data.sources.1.path=z", "train.recompute=[mamba, mlp]", "kernels.scan=reference"])
-    assert [source.path for source in settings.data.sources] == ["a", "z"]
-    assert settings.train.recompute == ["mamba", "mlp"]
-    assert settings.kernels == {"scan": "reference"}
+    settings = load(Baker, recipe(tmp_path, FLOUR), ["flour.sources.1.path=z", "train.kinds=[a, b]", "tools.x=y"])
+    assert [source.path for source in settings.flour.sources] == ["a", "z"]
+    assert settings.train.kinds == ["a", "b"]
+    assert settings.tools == {"x": "y"}
+    settings = load(Baker, None, ["train={steps: 2}", "train.batch=9", "train={steps: 3}"])
+    assert (settings.train.steps, settings.train.batch, settings.run.name) == (3, 9, "")
 
 
 def test_dumped_settings_load_back_equal(tmp_path):
-    settings = load(recipe(tmp_path, SOURCE), ["optimizer.eps=1e-10", "parallel.split=[1, 2]", "precision.fp8=off"])
-    assert load(recipe(tmp_path, dump(settings), "resolved.yaml")) == settings
+    settings = load(Baker, recipe(tmp_path, FLOUR), ["oven.eps=1e-10", "oven.shelves=[1, 2]", "flour.fine=off"])
+    assert load(Baker, recipe(tmp_path, dump(settings), "resolved.yaml")) == settings
 
 
 def test_bases_in_a_circle_are_an_error_but_a_shared_base_is_not(tmp_path):
     recipe(tmp_path, "base: b.yaml", "a.yaml")
     recipe(tmp_path, "base: a.yaml", "b.yaml")
     with pytest.raises(SettingsError, match=r"a\.yaml -> .*b\.yaml -> .*a\.yaml"):
-        load(tmp_path / "a.yaml")
+        load(Baker, tmp_path / "a.yaml")
     recipe(tmp_path, "train: {steps: 3}", "root.yaml")
     recipe(tmp_path, "base: root.yaml", "left.yaml")
     recipe(tmp_path, "base: root.yaml", "right.yaml")
-    assert load(recipe(tmp_path, "base: [left.yaml, right.yaml]")).train.steps == 3
+    assert load(Baker, recipe(tmp_path, "base: [left.yaml, right.yaml]")).train.steps == 3
 
 
 MISTAKES = {
     "train.step=3": "no setting train.step; nearest: train.steps",
-    "train.lr=3": "nearest: optimizer.lr",  # the right name in the wrong section
-    "optimiser.lr=3": "nearest: optimizer.lr",
-    "data.sources.0.pth=3": "nearest: data.sources.<n>.path",
+    "train={stepz: 3}": "no setting train.stepz; nearest: train.steps",  # inside a value, too
+    "train.rate=3": "nearest: oven.rate",  # the right name in the wrong section
+    "ofen.rate=3": "nearest: oven.rate",
+    "ofen=3": "nearest: oven",
+    "flour.sources.0.pth=3": "nearest: flour.sources.<n>.path",
     "train.steps=abc": "train.steps='abc': input should be a valid integer",
     "train.steps=0": "train.steps=0: input should be greater than or equal to 1",
-    "optimizer.schedule=cos": "'cosine', 'linear'",
+    "oven.mode=gril": "'fan' or 'grill'",
     "train=3": "train=3: input should be a valid dictionary",
-    "parallel.split=even": "parallel.split='even'",
-    "data.sources.2.path=c": "the list has 2 elements",
+    "oven.shelves=even": "oven.shelves='even'",
+    "flour.sources.2.path=c": "the list has 2 elements",
     "train.steps": "is no override",
-    "train.recompute=[mamba": "not YAML",
+    "=3": "is no override",
+    "train.kinds=[a": "not YAML",
 }
 
 
 @pytest.mark.parametrize("override", MISTAKES)
 def test_a_mistake_is_named(tmp_path, override):
     with pytest.raises(SettingsError) as error:
-        load(recipe(tmp_path, SOURCE), [override])
+        load(Baker, recipe(tmp_path, FLOUR), [override], others=BOTH)
     assert MISTAKES[override] in str(error.value)
 
 
@@ -83,127 +168,88 @@ def test_a_mistake_is_named(tmp_path, override):
         ("train: {steps: 3}\ntrain: {steps: 4}", "'train' is given twice"),
         ("- 1", "holds a list"),
         ("base: nowhere.yaml", "nowhere.yaml: No such file"),
+        ("base: rum.yaml", "rum.yaml: No such file or directory; nearest there: run.yaml"),
         ("base: {a: b}", "needed: a recipe's path"),
-        ("data: {sources: [{weight: 1}]}", "data.sources.0.path is not set"),
+        ("flour: {sources: [{weight: 1}]}", "flour.sources.0.path is not set"),
         ("run:\ntrain:", "run=None: input should be a valid dictionary"),
+        ("1: 2", "there is no setting 1; nearest"),
     ],
 )
 def test_a_bad_recipe_is_named(tmp_path, text, message):
     with pytest.raises(SettingsError) as error:
-        load(recipe(tmp_path, text))
+        load(Baker, recipe(tmp_path, text))
     assert message in str(error.value)
 
 
-def test_help_documents_every_setting_without_importing_torch():
-    text = help_text()
-    for name, field in walk_fields():
-        assert f"  {name} (" in text
-        assert field.description and field.description in text
-    code = "import prism_mcore.config as c, sys; c.help_text(); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_a_recipe_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"train: \xff")
+    with pytest.raises(SettingsError, match=r"run\.yaml is not YAML"):
+        load(Baker, tmp_path / "run.yaml")
 
 
-# --- validate ---------------------------------------------------------------------------------------------------------
+# --- settings of another program, and of another time -----------------------------------------------------------------
 
-
-def check(*overrides: str, spec: str = "demo-hybrid", ranks: int = 1, tmp_path: Path, **config) -> list[str]:
-    settings = load(recipe(tmp_path, SOURCE), overrides)
-    return validate(settings, spec_from_config(read_config(spec) | config), ranks)
-
-
-REFUSED = {
-    "batch": (
-        (["train.global_batch=100", "train.micro_batch=4"], {"ranks": 2}),
-        "train.global_batch=100 is not a multiple of micro_batch*dp=8; try 96 or 104",
-    ),
-    "batch smaller than one step": ((["train.global_batch=3"], {"ranks": 8}), "micro_batch*dp=8; try 8"),
-    "ranks": (
-        (["parallel.tp=2", "parallel.pp=2"], {"ranks": 6}),
-        "6 ranks are not a multiple of tp*pp*cp=4; try 4 or 8",
-    ),
-    "optimizer instances": (
-        (["parallel.optimizer_instances=3"], {"ranks": 8}),
-        "the 8 data-parallel ranks; try 2 or 4",
-    ),
-    "attention heads": ((["parallel.tp=8"], {"ranks": 8}), "8 does not divide the model's 4 attention heads; try 4"),
-    "kv heads": ((["parallel.tp=4"], {"ranks": 4}), "does not divide the model's 2 key/value heads; try 2"),
-    "SSM groups": ((["parallel.tp=4"], {"ranks": 4, "num_key_value_heads": 4}), "the model's 2 SSM groups; try 2"),
-    "MLP": ((["parallel.tp=2"], {"ranks": 2, "intermediate_size": 385}), "385 MLP columns; try 1 or 5"),
-    "interleaving alone": ((["parallel.vpp=2"], {}), "parallel.vpp=2 needs a pipeline"),
-    "too many chunks": (
-        (["parallel.pp=3", "parallel.vpp=3"], {"ranks": 3}),
-        "pp*vpp=9 chunks are more than the model's 8",
-    ),
-    "interleaved batches": (
-        (["parallel.pp=2", "parallel.vpp=2", "train.global_batch=5"], {"ranks": 2}),
-        "a multiple of pp=2 micro-batches per step, got 5; for train.global_batch, try 4 or 6",
-    ),
-    "split length": ((["parallel.pp=2", "parallel.split=[8]"], {"ranks": 2}), "has 1 numbers; needed: pp*vpp=2"),
-    "split sum": ((["parallel.pp=2", "parallel.split=[4, 5]"], {"ranks": 2}), "sums to 9; needed: the model's 8"),
-    "split of nothing": ((["parallel.pp=2", "parallel.split=[8, 0]"], {"ranks": 2}), "leaves a chunk empty"),
-    "sequence parallel alone": ((["parallel.sequence_parallel=true"], {}), "needs parallel.tp > 1"),
-    "sequence and tp": (
-        (["parallel.tp=2", "parallel.sequence_parallel=true", "data.seq_len=255"], {"ranks": 2}),
-        "data.seq_len=255 is not a multiple of tp=2, which sequence_parallel needs; try 254 or 256",
-    ),
-    "positions": ((["data.seq_len=8192"], {"spec": "demo-dense"}), "longer than the model's 4096 positions"),
-    "context parallelism": ((["parallel.cp=2"], {"ranks": 2}), "context parallelism is not supported yet"),
-    "fp8": ((["precision.fp8=tensorwise"], {}), "precision.fp8=tensorwise is not supported yet"),
-    "sources": ((["data.sources=[]"], {}), "data.sources is empty"),
+FOREIGN = {
+    "sauce.thickness=2": "command line: sauce.thickness is a setting of launch/cook.py, which launch/bake.py does not",
+    "sauce={thickness: 2}": "sauce.thickness is a setting of launch/cook.py",
+    "sauce.thicknes=2": "no setting sauce.thicknes; nearest: sauce.thickness, a setting of launch/cook.py",
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_layout_that_cannot_work_is_refused_with_one_that_can(tmp_path, case):
-    (overrides, context), message = REFUSED[case]
+@pytest.mark.parametrize("override", FOREIGN)
+def test_a_key_of_another_program_is_refused_with_its_name(tmp_path, override):
     with pytest.raises(SettingsError) as error:
-        check(*overrides, tmp_path=tmp_path, **context)
-    assert message in str(error.value)
+        load(Baker, recipe(tmp_path, FLOUR), [override], others=BOTH)
+    assert FOREIGN[override] in str(error.value)
 
 
-def test_all_problems_are_listed_at_once(tmp_path):
-    with pytest.raises(SettingsError) as error:
-        check("parallel.tp=3", "precision.fp8=x", "parallel.vpp=2", ranks=3, tmp_path=tmp_path)
-    lines = str(error.value).splitlines()
-    assert len(lines) == len(set(lines)) == 6  # query and key heads, Mamba heads, SSM groups, FP8, interleaving
+def test_a_key_of_a_section_that_both_have_is_still_one_programs():
+    with pytest.raises(SettingsError, match=r"train\.batch is a setting of launch/bake\.py, which launch/cook\.py"):
+        load(Cook, None, ["train.batch=2"], others=BOTH)
+    assert load(Cook, None, ["train.steps=2"], others=BOTH).train.steps == 2
 
 
-def test_one_ssm_group_takes_any_tp_that_divides_its_heads(tmp_path):
-    assert check("parallel.tp=2", ranks=2, n_groups=1, tmp_path=tmp_path) == []
+def test_a_base_that_programs_share_is_read_without_what_is_not_ones_own(tmp_path):
+    shared = recipe(tmp_path, f"train: {{steps: 3, batch: 2}}\n{FLOUR}", "shared.yaml")
+    notes = []
+    settings = load(Cook, recipe(tmp_path, "base: shared.yaml\nsauce: {thickness: 4}"), others=BOTH, notes=notes)
+    assert (settings.train.steps, settings.sauce.thickness) == (3, 4)
+    assert notes == [f"{shared}, a base: train.batch, flour left out, settings of launch/bake.py"]
+    with pytest.raises(SettingsError, match=r"train\.batch is a setting of launch/bake\.py"):  # as a recipe of its own
+        load(Cook, shared, others=BOTH)
+    recipe(tmp_path, "flour: {fines: on}", "shared.yaml")
+    with pytest.raises(SettingsError, match=r"shared\.yaml: there is no setting flour\.fines"):  # nobody's
+        load(Cook, tmp_path / "run.yaml", others=BOTH)
 
 
-def test_notes_say_what_is_unusual_but_works(tmp_path):
-    notes = check(
-        "parallel.tp=2",
-        "data.seq_len=8192",
-        "train.steps=5",
-        "optimizer.warmup_steps=9",
-        "data.sources.0.weight=1",
-        ranks=2,
-        vocab_size=1023,
-        tmp_path=tmp_path,
-    )
-    for part in ("padded by 1 rows", "no position embedding", "lr is never reached", "normalised"):
-        assert sum(part in note for note in notes) == 1, notes
-    assert "no such sub-layer" in check("train.recompute=[mamba]", spec="demo-dense", tmp_path=tmp_path)[0]
+def test_a_former_name_is_read_with_a_note(tmp_path):
+    notes = []
+    file = recipe(tmp_path, "train: {iterations: 3}")
+    assert load(Baker, file, ["train.batch=2"], notes=notes).train.steps == 3
+    assert notes == [f"{file}: train.iterations is now called train.steps"]
+    assert load(Baker, file, ["train.iterations=5"]).train.steps == 5
+    assert load(Baker, recipe(tmp_path, "base: run.yaml\ntrain: {steps: 4}", "new.yaml")).train.steps == 4
+    with pytest.raises(SettingsError, match=r"former name of train\.steps, and both are given"):
+        load(Baker, recipe(tmp_path, "train: {iterations: 3, steps: 4}"))
 
 
-def test_a_shape_that_is_not_that_of_the_weights_is_noted(tmp_path):
-    shape = read_config("demo-dense")
-    (tmp_path / "config.json").write_text(json.dumps(shape | {"rope_theta": 123.0, "initializer_range": 0.5}))
-    (note,) = check("model.spec=demo-dense", f"model.init={tmp_path}", spec="demo-dense", tmp_path=tmp_path)
-    assert f"rope_theta={shape['rope_theta']} (there 123.0)" in note and "initializer_range" not in note
-    (tmp_path / "config.json").write_text(json.dumps(shape))
-    assert check("model.spec=demo-dense", f"model.init={tmp_path}", spec="demo-dense", tmp_path=tmp_path) == []
+# --- help, findings ---------------------------------------------------------------------------------------------------
 
 
-def test_the_shape_comes_from_the_spec_or_the_hugging_face_directory(tmp_path):
-    (tmp_path / "config.json").write_text(
-        Path(__file__).parent.parent.joinpath("prism_mcore/model/configs/demo-dense.json").read_text()
-    )
-    assert resolve_spec(Settings.model_validate({"model": {"init": str(tmp_path)}})).family == "llama"
-    assert resolve_spec(Settings.model_validate({"model": {"spec": "demo-hybrid"}})).family == "nemotron_h"
-    with pytest.raises(SettingsError, match=r"set model\.spec"):
-        resolve_spec(Settings())
-    with pytest.raises(SettingsError, match=r"model.spec: .*shipped shape"):
-        resolve_spec(Settings.model_validate({"model": {"spec": "gpt-5"}}))
+def test_help_documents_every_setting_of_the_program_and_no_other():
+    text = help_text(Baker)
+    for name, field in walk_fields(Baker):
+        assert f"  {name} (" in text
+        assert field.description and field.description in text
+    assert "sauce" not in text and "batch" not in help_text(Cook)
+    assert "  oven.mode (fan|grill, default fan)" in text
+    assert "  flour.sources.<n>.path (str, required)" in text
+
+
+def test_all_problems_are_told_at_once():
+    found = Findings()
+    found.notes.append("well")
+    assert found.conclude() == ["well"]
+    found.problems += ["one", "two"]
+    with pytest.raises(SettingsError, match="one\ntwo"):
+        found.conclude()

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from prism_mcore.config import load, resolve_spec, validate
+from prism_mcore.config import load
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
-from prism_mcore.plan.memory import plan_memory
+from prism_mcore.model.settings import resolve_spec
+from prism_mcore.train.checks import check
+from prism_mcore.train.plan import memory_of
+from prism_mcore.train.settings import MidtrainSettings
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "launch" / "recipes"
@@ -30,17 +33,17 @@ def test_the_paper_has_21_recipes():
 @pytest.mark.parametrize("recipe", PAPER, ids=lambda path: path.stem)
 @pytest.mark.parametrize("gpus", [128, 8])
 def test_a_recipe_of_the_paper_fits_its_gpus(recipe, gpus):
-    settings = load(recipe, ["parallel.optimizer_instances=1"] if gpus == 8 else [])
-    spec = resolve_spec(settings)
-    validate(settings, spec, gpus)
+    settings = load(MidtrainSettings, recipe, ["parallel.optimizer_instances=1"] if gpus == 8 else [])
+    spec = resolve_spec(settings.model)
+    check(settings, spec, gpus)
     assert settings.run.name == recipe.stem
     # leaves 8 GB of 80 for what is not planned
-    assert max(stage.total for stage in plan_memory(settings, spec, gpus)) < 72e9
+    assert max(stage.total for stage in memory_of(settings, spec, gpus)) < 72e9
 
 
 @pytest.mark.parametrize("recipe", PAPER, ids=lambda path: path.stem)
 def test_a_recipe_of_the_paper_has_its_tokens_and_shares(recipe):
-    settings = load(recipe)
+    settings = load(MidtrainSettings, recipe)
     tokens = settings.train.steps * settings.train.global_batch * settings.data.seq_len
     assert tokens == 26_214_400_000
     shares: dict[str, float] = {}
@@ -58,17 +61,24 @@ CHAT = ("wildchat-1m-gpt4", "tulu-3-personas", "ultrachat-200k")
     ("name", "ranks"), [("demo", 2), ("demo-bare", 2), ("hybrid-random", 1), ("dense-random", 1), ("dense-random", 2)]
 )
 def test_the_small_recipes_fit(name, ranks):
-    settings = load(RECIPES / f"{name}.yaml")
+    settings = load(MidtrainSettings, RECIPES / f"{name}.yaml")
     assert settings.run.name == name
-    validate(settings, resolve_spec(settings), ranks)
+    check(settings, resolve_spec(settings.model), ranks)
 
 
-def midtrain(*arguments: str) -> subprocess.CompletedProcess:
+def test_the_starter_fits_an_8b_model_on_eight_gpus():
+    settings = load(MidtrainSettings, RECIPES / "midtrain-8-gpus.yaml", ["model.spec=llama-3.1-8b"])
+    spec = resolve_spec(settings.model)
+    check(settings, spec, 8)
+    assert max(stage.total for stage in memory_of(settings, spec, 8)) < 72e9
+
+
+def midtrain(*arguments: str, columns: int = 140) -> subprocess.CompletedProcess:
     """Run the launcher as a user would, outside torchrun."""
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, str(ROOT / "launch" / "midtrain.py"), *arguments]
     return subprocess.run(
-        command, cwd=ROOT, env=environment | {"COLUMNS": "140"}, capture_output=True, text=True, check=False
+        command, cwd=ROOT, env=environment | {"COLUMNS": str(columns)}, capture_output=True, text=True, check=False
     )
 
 
@@ -76,8 +86,25 @@ def test_a_dry_run_prints_the_plan_of_128_gpus():
     recipe = "launch/recipes/paper/nemotron-h-8b-mcs.yaml"
     done = midtrain("--recipe", recipe, "optimizer.lr=3e-5", "--dry-run", "--gpus", "128")
     assert done.returncode == 0, done.stderr
-    for part in ("lr: 3.0e-05", "8,100,852,736", "tp 2 x pp 1 x cp 1 x dp 64", "26,214,400,000", "H100 hours"):
+    for part in ("lr: 3.0e-05", "8,100,852,736", "tp 2 x pp 1 x cp 1 x dp 64", "26,214,400,000", "H100 SXM"):
         assert part in done.stdout
+
+
+def test_a_dry_run_keeps_its_columns_at_80_and_its_settings_to_itself(tmp_path):
+    layout = ["parallel.pp=4", f"run.dir=/{'a-long-way/' * 10}"]
+    recipe = "launch/recipes/paper/mistral-small-24b-2501-mcs.yaml"
+    done = midtrain("--recipe", recipe, *layout, "--dry-run", "--gpus", "128", columns=80)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    head = ["stage", "layers", "params", "weights", "gradients", "optimizer", "activations", "loss", "total"]
+    stages = lines[lines.index(head) + 1 :][:4]
+    assert [(stage[0], stage[3], len(stage)) for stage in stages] == [(f"{n}", "B", len(head) + 1) for n in range(4)]
+    assert "…" not in done.stdout
+    (tmp_path / "again.yaml").write_text(done.stdout.partition("Settings\n")[2].partition("\n\n")[0])
+    resolved = load(MidtrainSettings, tmp_path / "again.yaml")  # YAML still: no line was cut; and no other program's
+    assert resolved == load(MidtrainSettings, recipe, layout)
+    gpus = [" ".join(line[:-2]) for line in lines[lines.index(["GPU", "bf16", "TFLOP/s", "hours"]) + 1 :]]
+    assert gpus == ["A100", "H100 PCIe", "H100 SXM", "H200"]
 
 
 def test_settings_that_cannot_work_end_with_code_2_and_no_traceback():

@@ -27,6 +27,7 @@ from prism_mcore.console import plain
 from prism_mcore.rl.curves import HELD_OUT, plot_held_out
 from prism_mcore.train.curves import plot_run, read_records
 from prism_mcore.train.metrics import STEPS_FILE, VALIDATION_FILE
+from prism_mcore.train.settings import MidtrainSettings
 
 RUN = Path("runs/demo")
 HF = RUN / "hf"
@@ -53,7 +54,7 @@ def main() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same demo everywhere: two ranks do not fit on a single GPU
     begun = time.monotonic()
     make_corpus()
-    settings = load(RECIPE)
+    settings = load(MidtrainSettings, RECIPE)
     if not arguments.keep:
         remove_run()
     half = settings.train.steps // 2

@@ -25,10 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from prism_mcore.config import Settings
 from prism_mcore.console import console as open_console
 from prism_mcore.console import say, styled
 from prism_mcore.convert.source import read_source
+from prism_mcore.evaluate.checks import check
+from prism_mcore.evaluate.settings import ScoreSettings
 from prism_mcore.model.spec import LAYER_NAMES, ModelSpec
 from prism_mcore.parallel import Groups
 
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def verify(options: argparse.Namespace, console: Console) -> list[Difference]:
     """The differences of every output, in the order of the forward pass."""
-    from prism_mcore.train.scoring import read_token_lists, scoring_settings
+    from prism_mcore.evaluate.scoring import read_token_lists
 
     source = read_source(options.hf)
     spec = source.spec()
@@ -74,19 +75,19 @@ def verify(options: argparse.Namespace, console: Console) -> list[Difference]:
     tokens = (
         read_token_lists(options.tokens, spec.vocab_size) if options.tokens else random_tokens(spec, options.length)
     )
-    overrides = [
-        f"parallel.tp={options.tp}",
-        f"parallel.pp={options.pp}",
-        f"parallel.sequence_parallel={str(options.sequence_parallel).lower()}",
-        "precision.dtype=fp32",
-    ]
-    settings = scoring_settings(options.hf, tokens.shape[1], len(tokens), overrides, None)
+    settings = ScoreSettings.model_validate(
+        {
+            "parallel": {"tp": options.tp, "pp": options.pp, "sequence_parallel": options.sequence_parallel},
+            "precision": {"dtype": "fp32"},
+        }
+    )
+    check(settings, spec, options.tp * options.pp, tokens.shape[1])
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "reference.safetensors"
         with console.status("running transformers"), ProcessPoolExecutor(1, get_context("spawn")) as process:
             process.submit(write_reference, options.hf, spec, tokens, reference).result()
         with console.status(f"running prism_mcore, tp {options.tp} x pp {options.pp}"), gpus_hidden():
-            found = {d.output: d for d in _run_ranks(settings, tokens, reference)}
+            found = {d.output: d for d in _run_ranks(options.hf, settings, tokens, reference)}
     return [found[name] for name in output_names(spec)]
 
 
@@ -152,7 +153,7 @@ def _norms(model: nn.Module, spec: ModelSpec) -> list[nn.Module]:
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def _run_ranks(settings: Settings, tokens: Tensor, reference: Path) -> list[Difference]:
+def _run_ranks(hf: Path, settings: ScoreSettings, tokens: Tensor, reference: Path) -> list[Difference]:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -166,22 +167,23 @@ def _run_ranks(settings: Settings, tokens: Tensor, reference: Path) -> list[Diff
         run_id="verify_hf",
     )
     try:
-        return [d for rank in elastic_launch(config, compare)(settings, tokens, reference).values() for d in rank]
+        return [d for rank in elastic_launch(config, compare)(hf, settings, tokens, reference).values() for d in rank]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise ValueError(f"rank {rank}: {failure.message}") from error
 
 
 @record
-def compare(settings: Settings, tokens: Tensor, reference: Path) -> list[Difference]:
+def compare(hf: Path, settings: ScoreSettings, tokens: Tensor, reference: Path) -> list[Difference]:
     """One rank of ours: what this rank has to say of the outputs that it computes."""
     from prism_mcore import platform
+    from prism_mcore.convert.hf import model_from_hf
+    from prism_mcore.evaluate.scoring import score
     from prism_mcore.parallel import init_groups
-    from prism_mcore.train.scoring import model_from_hf, score
 
     device = platform.start()
     groups = init_groups(settings.parallel)
-    chunks = model_from_hf(settings, groups, device)
+    chunks = model_from_hf(hf, settings, groups, device, seq_len=tokens.shape[1])
     names, differences = output_names(chunks[0].spec), []
 
     def note(name: str, ours: Tensor, theirs: Tensor) -> None:
@@ -213,7 +215,7 @@ def compare(settings: Settings, tokens: Tensor, reference: Path) -> list[Differe
     return differences
 
 
-def _whole(x: Tensor, settings: Settings, groups: Groups) -> Tensor:
+def _whole(x: Tensor, settings: ScoreSettings, groups: Groups) -> Tensor:
     """[t, 1, d], or a sequence-parallel part of it, -> [t, d]."""
     parts = [x]
     if settings.parallel.sequence_parallel:

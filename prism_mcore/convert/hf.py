@@ -14,9 +14,25 @@ from prism_mcore.convert.export import blocks, write_directory
 from prism_mcore.convert.layout import Places, held_columns, held_rows, overlap, runs_within
 from prism_mcore.convert.names import ExchangeError, HFTensor, parts
 from prism_mcore.convert.source import Entry, Source, SourceTensors, read_source
+from prism_mcore.model.build import chunks_of
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.model.parameters import Parameter, parameters
+from prism_mcore.model.settings import BuildSettings
+from prism_mcore.model.spec import read_spec
 from prism_mcore.parallel import Groups
+
+
+def model_from_hf(
+    path: str | Path, settings: BuildSettings, groups: Groups, device: torch.device, *, seq_len: int = 1
+) -> list[HybridModel]:
+    """This rank's chunks of the model in a Hugging Face directory; every rank calls it.
+
+    seq_len: tokens of a sequence, for which `parallel.split=auto` evens the stages. Raises as `load_hf` and
+    `chunks_of` do.
+    """
+    chunks = chunks_of(settings, read_spec(path), groups, device, seq_len=seq_len)
+    load_hf(path, chunks, groups)
+    return chunks
 
 
 def load_hf(path: str | Path, chunks: list[HybridModel], groups: Groups) -> None:

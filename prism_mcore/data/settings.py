@@ -3,13 +3,13 @@
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from prism_mcore.config import Section
 
 
-class SourceSettings(BaseModel):
+class SourceSettings(Section):
     """One token file and its share of the mixture."""
-
-    model_config = ConfigDict(extra="forbid")
 
     path: str = Field(
         description="Token file written by tools/tokenize_corpus.py: the prefix of PREFIX.bin and PREFIX.idx"
@@ -23,10 +23,8 @@ class SourceSettings(BaseModel):
     domain: str = Field(default="all", description="Name under which this source's loss is reported")
 
 
-class DataSettings(BaseModel):
+class DataSettings(Section):
     """What the model reads."""
-
-    model_config = ConfigDict(extra="forbid")
 
     sources: list[SourceSettings] = Field(default_factory=list, description="List of {path, weight, domain}")
     seq_len: int = Field(default=8192, ge=1, description="Tokens in a sequence")

@@ -6,7 +6,7 @@ from typing import Any
 _PLACES = {
     "Completion": "requests",
     "Engine": "engine",
-    "GenerateSettings": "settings",
+    "EngineSettings": "settings",
     "Request": "requests",
     "Response": "engine",
     "Sampling": "settings",

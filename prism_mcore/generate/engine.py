@@ -13,7 +13,7 @@ import torch
 from prism_mcore.generate.prompts import prompt_problem, prompt_tokens, text_tokens
 from prism_mcore.generate.replica import Replica, Statistics
 from prism_mcore.generate.requests import Completion, Request
-from prism_mcore.generate.settings import GenerateSettings, Sampling
+from prism_mcore.generate.settings import EngineSettings, Sampling
 from prism_mcore.generate.stream import Stream
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.text import StopTexts, Tokenizer, response_text, stop_tokens
@@ -40,11 +40,11 @@ class Engine:
         model: HybridModel,
         tokenizer: Any | None = None,
         *,
-        settings: GenerateSettings | None = None,
+        settings: EngineSettings | None = None,
         eos: Sequence[int] = (),
         context: int | None = None,
     ):
-        self.replica = Replica(model, settings or GenerateSettings())
+        self.replica = Replica(model, settings or EngineSettings())
         self.model, self.eos = model, tuple(eos)
         self.tokenizer = None if tokenizer is None else Tokenizer.of(tokenizer)
         self.context = context or model.spec.max_positions

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prism_mcore.config import Settings, load, resolve_spec, validate_generation
 from prism_mcore.generate.requests import Completion, Request
 from prism_mcore.generate.settings import Sampling
 from prism_mcore.json_lines import JsonLines, shown
@@ -20,17 +19,6 @@ class PromptLine:
 
     record: dict[str, Any]
     tokens: tuple[int, ...]
-
-
-def generation_settings(hf: str | Path, overrides: Sequence[str], world_size: int | None) -> tuple[Settings, ModelSpec]:
-    """Settings of a run that only generates, checked, and the model's shape.
-
-    world_size: None stands for as many ranks as the layout needs. Raises SettingsError.
-    """
-    settings = load(None, [*overrides, f"model.init={json.dumps(str(hf))}"])
-    spec = resolve_spec(settings)
-    validate_generation(settings, spec, settings.parallel.tp if world_size is None else world_size)
-    return settings, spec
 
 
 def tokenizer_of(hf: str | Path, spec: ModelSpec) -> Tokenizer | None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from prism_kernels.caches import PagedCache
 from prism_kernels.loss.exact import token_logprobs
 from prism_mcore.generate.sampler import Sampler, Vocabulary
-from prism_mcore.generate.settings import GenerateSettings, Sampling
+from prism_mcore.generate.settings import EngineSettings, Sampling
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.model.parameters import padded_vocabulary
 from prism_mcore.model.state import Cache, MambaCache
@@ -82,7 +82,7 @@ class Statistics:
 class Replica:
     """A HybridModel that is whole on this rank or its tensor-parallel group, and the memory its sequences live in."""
 
-    def __init__(self, model: HybridModel, settings: GenerateSettings):
+    def __init__(self, model: HybridModel, settings: EngineSettings):
         if not (model.pre_process and model.post_process):
             raise ValueError("generation needs the whole model on each rank; set parallel.pp=1")
         self.model, self.settings, self.groups = model, settings, model.context.groups

@@ -1,10 +1,12 @@
 """How tokens are drawn, and what generation may use. Nothing here imports torch."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from prism_mcore.train.settings import Section
+from prism_mcore.config import ProgramSettings, Section
+from prism_mcore.model.settings import KernelSettings, PrecisionSettings
+from prism_mcore.parallel import ParallelSettings
 
 
 class Sampling(Section):
@@ -27,7 +29,7 @@ class Sampling(Section):
     )
 
 
-class GenerateSettings(Section):
+class EngineSettings(Section):
     """What generation may use: running sequences and memory of their caches."""
 
     slots: int = Field(default=256, ge=1, description="Most sequences that run at once, per model replica")
@@ -39,3 +41,15 @@ class GenerateSettings(Section):
     prefill_tokens: int = Field(
         default=8192, ge=1, description="Prompt tokens in one forward pass; a longer prompt has a pass of its own"
     )
+
+
+class GenerateSettings(ProgramSettings):
+    """All settings of launch/generate.py."""
+
+    program: ClassVar[str] = "launch/generate.py"
+
+    sampling: Sampling = Sampling()
+    generate: EngineSettings = EngineSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    precision: PrecisionSettings = PrecisionSettings()
+    kernels: KernelSettings = Field(default_factory=dict)

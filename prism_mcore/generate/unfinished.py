@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from prism_mcore.config import Settings
 from prism_mcore.generate.requests import Completion
+from prism_mcore.generate.settings import GenerateSettings
 from prism_mcore.json_lines import parse_object
 
 PIECE = 1 << 20  # bytes
@@ -23,7 +23,7 @@ Place = tuple[int, int]  # (line of the prompt file, sample)
 Case = dict[str, Any]  # everything that samples depend on
 
 
-def case_of(hf: Path, prompts: Path, settings: Settings) -> Case:
+def case_of(hf: Path, prompts: Path, settings: GenerateSettings) -> Case:
     """What the samples of one generation have in common: model, prompts, sampling, numerics; not layout or slots."""
     weights = {file.name: _fingerprint(file) for file in sorted(hf.glob("*.safetensors"))}
     used = settings.model_dump(mode="json", include={"sampling", "precision", "kernels"})

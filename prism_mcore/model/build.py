@@ -1,11 +1,14 @@
 """From settings to this rank's model chunks."""
 
+from collections.abc import Collection
+
 import torch
 
-from prism_mcore.config import Settings, SettingsError
+from prism_mcore.config import SettingsError
 from prism_mcore.model.context import ModelContext, transformer_config
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.model.ops import Ops
+from prism_mcore.model.settings import BuildSettings
 from prism_mcore.model.spec import LAYER_NAMES, ModelSpec
 from prism_mcore.model.split import split_layers
 from prism_mcore.parallel import Groups
@@ -13,9 +16,18 @@ from prism_mcore.parallel import Groups
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def chunks_of(settings: Settings, spec: ModelSpec, groups: Groups, device: torch.device) -> list[HybridModel]:
+def chunks_of(
+    settings: BuildSettings,
+    spec: ModelSpec,
+    groups: Groups,
+    device: torch.device,
+    *,
+    seq_len: int,
+    recompute: Collection[str] = (),
+) -> list[HybridModel]:
     """This rank's pipeline chunks as the settings cut the model, weights not yet set.
 
+    seq_len: tokens of a sequence, for which `parallel.split=auto` evens the stages. recompute: as train.recompute.
     Raises SettingsError for a choice of `kernels` that cannot be had here.
     """
     parallel = settings.parallel
@@ -25,13 +37,13 @@ def chunks_of(settings: Settings, spec: ModelSpec, groups: Groups, device: torch
         raise SettingsError(str(error)) from error
     return build_chunks(
         spec,
-        split_layers(spec, parallel.pp, parallel.vpp, settings.data.seq_len, parallel.split),
+        split_layers(spec, parallel.pp, parallel.vpp, seq_len, parallel.split),
         groups,
         ops,
         dtype=DTYPES[settings.precision.dtype],
         device=device,
         sequence_parallel=parallel.sequence_parallel,
-        recompute=frozenset(kind for kind, name in LAYER_NAMES.items() if name in settings.train.recompute),
+        recompute=frozenset(kind for kind, name in LAYER_NAMES.items() if name in recompute),
     )
 
 

@@ -1,12 +1,23 @@
-"""Which model, and from what weights."""
+"""Which model, from what weights, and what building it reads."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated, Literal, Protocol
+
+from pydantic import Field
+
+from prism_mcore.config import Section, SettingsError
+from prism_mcore.model.spec import ModelSpec, read_spec
+from prism_mcore.parallel import ParallelSettings
+
+RecomputeType = Literal["mamba", "attention", "mlp"]
+
+KernelSettings = Annotated[
+    dict[str, str],
+    Field(description="Backend per operation where the automatic choice is not wanted, as kernels.<op>=<backend>"),
+]
 
 
-class ModelSettings(BaseModel):
+class ModelSettings(Section):
     """The model's shape and the weights it starts from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     init: str = Field(
         default="random",
@@ -17,3 +28,38 @@ class ModelSettings(BaseModel):
         description="The model's shape: a config.json, a directory with one, or the name of a shipped shape such as"
         " llama-3.1-8b; not needed where init is a Hugging Face directory",
     )
+
+
+class PrecisionSettings(Section):
+    """Number formats. Gradients are summed, and moments and master weights kept, in fp32 in either."""
+
+    dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="Format of weights and activations")
+    fp8: str = Field(default="off", description="FP8 recipe of the matrix products; only off is supported")
+
+
+class BuildSettings(Protocol):
+    """The sections that building a model reads; every program's settings have them."""
+
+    @property
+    def parallel(self) -> ParallelSettings: ...
+
+    @property
+    def precision(self) -> PrecisionSettings: ...
+
+    @property
+    def kernels(self) -> KernelSettings: ...
+
+
+def resolve_spec(model: ModelSettings) -> ModelSpec:
+    """The shape that `model.spec` names or, without it, that of the Hugging Face directory in `model.init`."""
+    source = model.spec or model.init
+    if source == "random":
+        raise SettingsError(
+            "model.init=random needs a shape: set model.spec to a config.json or a shipped shape's name"
+        )
+    try:
+        return read_spec(source)
+    except FileNotFoundError as error:
+        raise SettingsError(f"{'model.spec' if model.spec else 'model.init'}: {error}") from error
+    except ValueError as error:
+        raise SettingsError(str(error)) from error

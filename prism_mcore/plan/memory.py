@@ -8,11 +8,12 @@ an MLP keeps what is planned, attention up to 1.4 times and a Mamba mixer 2 (fp3
 # d hidden, h heads, k key/value heads, p head_dim, f MLP width, i Mamba inner width, g SSM groups, n SSM state
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from prism_kernels.loss.reference import CHUNK_BYTES, MOST_ROUNDED_SUMS
-from prism_mcore.config import Settings, num_micro_batches
 from prism_mcore.model.parameters import Parameter, padded_vocabulary, parameters
+from prism_mcore.model.settings import BuildSettings
 from prism_mcore.model.spec import ATTENTION, LAYER_NAMES, MAMBA, MLP, ModelSpec
 from prism_mcore.model.split import split_layers
 from prism_mcore.parallel import data_parallel_size
@@ -45,10 +46,23 @@ def num_parameters(spec: ModelSpec) -> int:
     return sum(math.prod(parameter.shape) for parameter in parameters(spec).values())
 
 
-def plan_memory(settings: Settings, spec: ModelSpec, world_size: int) -> list[StageMemory]:
-    """The memory of one rank of each pipeline stage; needs validated settings."""
-    parallel = settings.parallel
-    split = split_layers(spec, parallel.pp, parallel.vpp, settings.data.seq_len, parallel.split)
+def plan_memory(
+    settings: BuildSettings,
+    spec: ModelSpec,
+    world_size: int,
+    *,
+    seq_len: int,
+    micro_batch: int = 1,
+    micro_batches: int = 1,
+    recompute: Collection[str] = (),
+) -> list[StageMemory]:
+    """The memory of one rank of each pipeline stage while it trains; needs checked settings.
+
+    seq_len: tokens of a sequence. micro_batch: sequences of a forward pass. micro_batches: forward passes of a rank in
+    a step. recompute: names of sub-layer types as in train.recompute.
+    """
+    parallel, tokens = settings.parallel, micro_batch * seq_len
+    split = split_layers(spec, parallel.pp, parallel.vpp, seq_len, parallel.split)
     shards = data_parallel_size(parallel, world_size) // parallel.optimizer_instances
     bf16 = settings.precision.dtype == "bf16"
     stages = []
@@ -66,8 +80,8 @@ def plan_memory(settings: Settings, spec: ModelSpec, world_size: int) -> list[St
                 gradients=4 * (half + full),
                 # fp32 parameters are their own masters
                 optimizer=math.ceil((12 * half + 8 * full) / shards),
-                activations=_activations(settings, spec, world_size, stage, layers),
-                loss=_loss(settings, spec) if stage == parallel.pp - 1 else 0,
+                activations=math.ceil(tokens * _activations(settings, spec, stage, layers, micro_batches, recompute)),
+                loss=_loss(settings, spec, tokens) if stage == parallel.pp - 1 else 0,
             )
         )
     return stages
@@ -134,18 +148,23 @@ def kept_bytes_per_token(spec: ModelSpec, kind: str, tp: int, sequence_parallel:
     return math.ceil(outer * element), math.ceil(2 * outer * element + inside / tp)
 
 
-def _activations(settings: Settings, spec: ModelSpec, world_size: int, stage: int, layers: list[int]) -> int:
-    parallel, train = settings.parallel, settings.train
-    element = 2 if settings.precision.dtype == "bf16" else 4
+def _activations(
+    settings: BuildSettings,
+    spec: ModelSpec,
+    stage: int,
+    layers: list[int],
+    micro_batches: int,
+    recompute: Collection[str],
+) -> float:
+    """Bytes per token of a micro-batch that a rank of this stage keeps for its backward passes."""
+    parallel, element = settings.parallel, 2 if settings.precision.dtype == "bf16" else 4
     kept, working = 0, 0
     for index in layers:
         kind = spec.pattern[index]
         own, everything = kept_bytes_per_token(spec, kind, parallel.tp, parallel.sequence_parallel, element)
-        kept += own if LAYER_NAMES[kind] in train.recompute else everything
+        kept += own if LAYER_NAMES[kind] in recompute else everything
         working = max(working, everything)
-    tokens = train.micro_batch * settings.data.seq_len
-    in_flight = _micro_batches_in_flight(parallel.pp, parallel.vpp, stage, num_micro_batches(settings, world_size))
-    return math.ceil(tokens * (kept * in_flight + working))
+    return kept * _micro_batches_in_flight(parallel.pp, parallel.vpp, stage, micro_batches) + working
 
 
 def _micro_batches_in_flight(pp: int, vpp: int, stage: int, micro_batches: int) -> float:
@@ -156,13 +175,13 @@ def _micro_batches_in_flight(pp: int, vpp: int, stage: int, micro_batches: int) 
     return min(warmup + 1, micro_batches * vpp) / vpp
 
 
-def _loss(settings: Settings, spec: ModelSpec) -> int:
+def _loss(settings: BuildSettings, spec: ModelSpec, tokens: int) -> int:
     """A chunk of logits, and the gradients of the output layer and of its input, as prism_kernels' fused loss has them.
 
     The first is summed in the model's format, over many chunks in fp32 and then cast.
     """
     tp, element = settings.parallel.tp, 2 if settings.precision.dtype == "bf16" else 4
-    rows, tokens = padded_vocabulary(spec, tp) // tp, settings.train.micro_batch * settings.data.seq_len
+    rows = padded_vocabulary(spec, tp) // tp
     logits = rows * tokens * element
     summed = element if logits <= MOST_ROUNDED_SUMS * CHUNK_BYTES else 4 + element
     return min(logits, CHUNK_BYTES) + spec.hidden_size * (rows * summed + tokens * element)

@@ -1,12 +1,12 @@
 """How responses are rewarded."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from prism_mcore.config import Section
 
 
-class RewardSettings(BaseModel):
+class RewardSettings(Section):
     """Rules around the rewards that prompts name."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     require_think: bool = Field(
         default=True,

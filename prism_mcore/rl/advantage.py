@@ -11,15 +11,15 @@ from prism_mcore.batch import RolloutGroup
 Advantage = Callable[[np.ndarray, float], np.ndarray]
 
 
-def grpo(rewards: np.ndarray, eta: float) -> np.ndarray:
-    """(r - mean) / (std + eta), the standard deviation of the population. Source: GRPO, arXiv 2402.03300, §4.1.2.
+def grpo(rewards: np.ndarray, eps: float) -> np.ndarray:
+    """(r - mean) / (std + eps), the standard deviation of the population. Source: GRPO, arXiv 2402.03300, §4.1.2.
 
     Rewards 1, 0, 0, 0: mean 0.25, std 0.433, advantages 1.732, -0.577, -0.577, -0.577.
     """
-    return (rewards - rewards.mean()) / (rewards.std() + eta)
+    return (rewards - rewards.mean()) / (rewards.std() + eps)
 
 
-def dr_grpo(rewards: np.ndarray, eta: float) -> np.ndarray:
+def dr_grpo(rewards: np.ndarray, eps: float) -> np.ndarray:
     """r - mean: questions that are nearly always or never solved get no larger steps. Source: arXiv 2503.20783.
 
     Rewards 1, 0, 0, 0: advantages 0.75, -0.25, -0.25, -0.25.
@@ -35,7 +35,7 @@ def has_spread(group: RolloutGroup) -> bool:
     return len({rollout.reward for rollout in group.rollouts if rollout.valid}) > 1
 
 
-def group_advantages(group: RolloutGroup, kind: str, eta: float) -> np.ndarray:
+def group_advantages(group: RolloutGroup, kind: str, eps: float) -> np.ndarray:
     """One advantage per rollout [samples] float64; 0 for invalid ones, which do not enter mean and std either.
 
     A group without spread gets exactly 0.
@@ -44,5 +44,5 @@ def group_advantages(group: RolloutGroup, kind: str, eta: float) -> np.ndarray:
     if has_spread(group):
         valid = np.array([rollout.valid for rollout in group.rollouts])
         rewards = np.array([rollout.reward for rollout in group.rollouts])
-        advantages[valid] = ADVANTAGES[kind](rewards[valid], eta)
+        advantages[valid] = ADVANTAGES[kind](rewards[valid], eps)
     return advantages

@@ -13,9 +13,10 @@ import torch
 from prism_mcore import platform
 from prism_mcore.batch import PackedBatch, PolicyBatch, RolloutGroup
 from prism_mcore.checkpoint.optimizer_state import initialise_state
-from prism_mcore.config import Settings, SettingsError, resolve_spec
+from prism_mcore.config import SettingsError
 from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
 from prism_mcore.generate.engine import Engine
+from prism_mcore.model.settings import resolve_spec
 from prism_mcore.parallel import Groups
 from prism_mcore.rewards.verifier import Verifier
 from prism_mcore.rl import parity
@@ -24,6 +25,7 @@ from prism_mcore.rl.packing import micro_batches, pack, samples_of
 from prism_mcore.rl.prompts import Prompts
 from prism_mcore.rl.reference import Reference
 from prism_mcore.rl.rollout import RolloutWorker
+from prism_mcore.rl.settings import RLSettings
 from prism_mcore.rl.step import PolicyStats, policy_backward, score
 from prism_mcore.train.guards import GuardedStats
 from prism_mcore.train.optimizer import gathered_parameters, update
@@ -37,7 +39,7 @@ log = logging.getLogger(__name__)
 LONGEST_WAIT = timedelta(hours=1)
 
 
-def run(settings: Settings, prompts: Prompts) -> int:
+def run(settings: RLSettings, prompts: Prompts) -> int:
     """Improve a policy for `train.steps`, resuming from the newest checkpoint; returns one of exit_codes.py."""
     with_parity(settings)  # refuses what cannot be exact, before anything starts
     return carry_out(
@@ -52,6 +54,7 @@ def run(settings: Settings, prompts: Prompts) -> int:
 class PolicyRun(Run):
     """A run that samples from the model that it trains."""
 
+    settings: RLSettings
     prompts: Prompts
     rollouts: RolloutWorker
     reference: Reference | None  # None without a KL term
@@ -167,7 +170,7 @@ def with_reference(run: PolicyRun, updates: list[list[PolicyBatch]]) -> list[lis
     ]
 
 
-def with_parity(settings: Settings) -> Settings:
+def with_parity(settings: RLSettings) -> RLSettings:
     """The settings with the op set that `rl.parity` needs; a SettingsError where it cannot be had."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -177,12 +180,12 @@ def with_parity(settings: Settings) -> Settings:
     return settings.model_copy(update={"kernels": kernels})
 
 
-def version(settings: Settings, step: int) -> int:
+def version(settings: RLSettings, step: int) -> int:
     """Optimizer updates that the weights have seen before a step."""
     return (step - 1) * settings.rl.updates
 
 
-def budget(settings: Settings) -> int:
+def budget(settings: RLSettings) -> int:
     """Tokens of a micro-batch."""
     return settings.train.micro_batch * settings.rl.context
 
@@ -201,9 +204,10 @@ def suspects(stats: GuardedStats, batches: Sequence[PackedBatch]) -> list[str]:
 # --- build, save, resume ----------------------------------------------------------------------------------------------
 
 
-def build(settings: Settings, prompts: Prompts, groups: Groups, device: torch.device, opened: ExitStack) -> PolicyRun:
+def build(settings: RLSettings, prompts: Prompts, groups: Groups, device: torch.device, opened: ExitStack) -> PolicyRun:
     """What every run has, with an engine, a verifier and a reference; `opened` closes what must be closed."""
-    every = build_run(with_parity(settings), resolve_spec(settings), groups, device, suspects)
+    spec, longest = resolve_spec(settings.model), settings.rl.context
+    every = build_run(with_parity(settings), spec, groups, device, seq_len=longest, suspects=suspects)
     initialise_state(every.optimizer)  # else the first update makes its moments, in memory that the caches leave free
     reference = Reference(every.chunks, every.optimizer, groups) if settings.rl.kl_coefficient else None
     verifier = None
@@ -238,7 +242,7 @@ def resume(run: PolicyRun) -> int:
     return loaded.step
 
 
-def fixed_settings(settings: Settings) -> dict[str, Any]:
+def fixed_settings(settings: RLSettings) -> dict[str, Any]:
     """What must not change in the middle of a run: each would silently make it another one."""
     rl = settings.rl
     return {

@@ -115,7 +115,7 @@ class RLMetrics:
         part = path.with_name(f".tmp_{path.name}")
         with part.open("w", encoding="utf-8") as file:
             for group in groups:
-                advantages = group_advantages(group, self.settings.advantage, self.settings.eta).tolist()
+                advantages = group_advantages(group, self.settings.advantage, self.settings.advantage_eps).tolist()
                 for rollout, advantage in zip(group.rollouts, advantages, strict=True):
                     record = readable(group, rollout, advantage, self.decode)
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")

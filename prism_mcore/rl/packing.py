@@ -12,7 +12,7 @@ from torch import Tensor
 from prism_mcore.batch import PolicyBatch, Rollout, RolloutGroup
 from prism_mcore.rl.advantage import group_advantages, has_spread
 from prism_mcore.rl.aggregation import AGGREGATIONS
-from prism_mcore.rl.settings import RLSettings
+from prism_mcore.rl.settings import PolicySettings
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sample:
         return len(self.rollout.prompt_tokens) + len(self.rollout.tokens) - 1
 
 
-def samples_of(groups: Sequence[RolloutGroup], settings: RLSettings, first_id: int = 0) -> list[Sample]:
+def samples_of(groups: Sequence[RolloutGroup], settings: PolicySettings, first_id: int = 0) -> list[Sample]:
     """The rollouts of one update that are in its loss, with their advantages and weights.
 
     Left out: invalid rollouts, empty responses, and groups without spread under `rl.drop_zero_spread`.
@@ -42,7 +42,7 @@ def samples_of(groups: Sequence[RolloutGroup], settings: RLSettings, first_id: i
     ]
     samples, place = [], first_id
     for group, weights in zip(groups, AGGREGATIONS[settings.aggregation](lengths), strict=True):
-        advantages = group_advantages(group, settings.advantage, settings.eta)
+        advantages = group_advantages(group, settings.advantage, settings.advantage_eps)
         for rollout, weight, advantage in zip(group.rollouts, weights, advantages, strict=True):
             if weight:
                 samples.append(Sample(place, rollout, float(advantage), weight))

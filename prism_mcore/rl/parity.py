@@ -20,13 +20,13 @@ from prism_kernels.boundaries import Boundaries
 from prism_kernels.loss.exact import token_logprobs
 from prism_kernels.table import OPS
 from prism_mcore.batch import Rollout
+from prism_mcore.evaluate.scoring import one_document_each
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.model.spec import LAYER_NAMES
 from prism_mcore.model.state import Decode, PackedTokens, Prefill
-from prism_mcore.rl.settings import RLSettings
+from prism_mcore.rl.settings import PolicySettings
 from prism_mcore.rl.step import PolicyStats
 from prism_mcore.train.guards import GuardStop
-from prism_mcore.train.scoring import one_document_each
 from prism_mcore.train.step import to_device
 
 
@@ -53,7 +53,9 @@ def op_set(parity: str, kernels: Mapping[str, str], device: torch.device | str) 
     return {**kernels, **dict.fromkeys(ops, "exact")}
 
 
-def check(stats: PolicyStats, rollouts: Sequence[Rollout], model: HybridModel, settings: RLSettings, step: int) -> None:
+def check(
+    stats: PolicyStats, rollouts: Sequence[Rollout], model: HybridModel, settings: PolicySettings, step: int
+) -> None:
     """Stop the run where sampler and training differ by more than `rl.parity` allows; every rank calls it.
 
     rollouts: the step's, of all ranks. model: with the weights that sampled them. Raises GuardStop.

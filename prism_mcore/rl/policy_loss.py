@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from prism_mcore.batch import PolicyBatch
-from prism_mcore.rl.settings import RLSettings
+from prism_mcore.rl.settings import PolicySettings
 
 
 def surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
@@ -80,7 +80,7 @@ class LossTerms:
     correction: Tensor
 
 
-def policy_loss(logprobs: Tensor, batch: PolicyBatch, settings: RLSettings) -> tuple[Tensor, LossTerms]:
+def policy_loss(logprobs: Tensor, batch: PolicyBatch, settings: PolicySettings) -> tuple[Tensor, LossTerms]:
     """The micro-batch's part of the loss (a sum), and its pieces; logprobs [t] are differentiable."""
     advantages, sampled = batch.advantages.flatten(), batch.sampler_logprobs.flatten()
     on_policy, weights = batch.on_policy.flatten(), batch.weights.flatten()

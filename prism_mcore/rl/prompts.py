@@ -16,8 +16,8 @@ from prism_mcore.rewards import check_record
 from prism_mcore.text import Tokenizer, end_tokens, load_tokenizer, render_chat
 
 if TYPE_CHECKING:
-    from prism_mcore.config import Settings
     from prism_mcore.model.spec import ModelSpec
+    from prism_mcore.rl.settings import RLSettings
 
 _ENCODE_AT_ONCE = 1 << 12  # texts
 
@@ -115,7 +115,7 @@ class Prompts:
     eos: tuple[int, ...]  # tokens that end a response: those of the tokenizer's folder and of the model's
 
 
-def open_prompts(settings: "Settings", spec: "ModelSpec") -> Prompts:
+def open_prompts(settings: "RLSettings", spec: "ModelSpec") -> Prompts:
     """Every prompt of validated settings, read and checked; PromptError names the line of the file that is wrong."""
     rl, folder = settings.rl, settings.rl.tokenizer or settings.model.init
     if not (Path(folder) / "tokenizer.json").is_file():

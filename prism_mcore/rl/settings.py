@@ -1,10 +1,13 @@
 """How rollouts become updates. The defaults are PRISM's (arXiv 2603.17074, Table 21) where the paper states them."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from prism_mcore.train.settings import Section
+from prism_mcore.config import Section
+from prism_mcore.generate.settings import EngineSettings, Sampling
+from prism_mcore.rewards.settings import RewardSettings
+from prism_mcore.train.settings import LoopSettings
 
 
 class PromptSourceSettings(Section):
@@ -17,8 +20,10 @@ class PromptSourceSettings(Section):
     name: str = Field(default="", description="Name in metrics; empty takes the file's")
 
 
-class RLSettings(Section):
+class PolicySettings(Section):
     """The RL loop: prompts, advantage, loss, reference policy. Group size and sampling are in `sampling`."""
+
+    former_names: ClassVar[dict[str, str]] = {"eta": "advantage_eps"}
 
     prompts: list[PromptSourceSettings] = Field(default=[], description="List of {path, weight, name}")
     held_out: list[PromptSourceSettings] = Field(
@@ -50,9 +55,9 @@ class RLSettings(Section):
         default=0.05, gt=0, description="Largest mean gap between sampler and training, nats, under parity=tolerance"
     )
     advantage: Literal["grpo", "dr_grpo"] = Field(
-        default="grpo", description="grpo: (r - mean) / (std + eta) over the group; dr_grpo: r - mean"
+        default="grpo", description="grpo: (r - mean) / (std + advantage_eps) over the group; dr_grpo: r - mean"
     )
-    eta: float = Field(default=1e-8, ge=0, description="Added to the group's standard deviation")
+    advantage_eps: float = Field(default=1e-8, ge=0, description="Added to the group's standard deviation")
     drop_zero_spread: bool = Field(
         default=False,
         description="Leave groups whose rewards are all equal out of the loss and its denominator; else they stay, with"
@@ -85,3 +90,14 @@ class RLSettings(Section):
     held_out_prompts: int = Field(default=128, ge=1, description="The first so many of the held-out prompts are used")
     held_out_samples: int = Field(default=1, ge=1, description="Samples of each held-out prompt")
     show: int = Field(default=3, ge=0, description="Rollouts shown on the console every log.every steps")
+
+
+class RLSettings(LoopSettings):
+    """All settings of RL."""
+
+    program: ClassVar[str] = "launch/rl.py"
+
+    rl: PolicySettings = PolicySettings()
+    rewards: RewardSettings = RewardSettings()
+    sampling: Sampling = Sampling()
+    generate: EngineSettings = EngineSettings()

@@ -17,7 +17,7 @@ from torch import Tensor
 from prism_mcore.batch import PolicyBatch
 from prism_mcore.parallel import Groups
 from prism_mcore.rl.policy_loss import LossTerms, policy_loss
-from prism_mcore.rl.settings import RLSettings
+from prism_mcore.rl.settings import PolicySettings
 from prism_mcore.train.optimizer import gradient_norm
 from prism_mcore.train.step import to_device
 
@@ -55,7 +55,7 @@ def policy_backward(
     chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     batches: list[PolicyBatch],
-    settings: RLSettings,
+    settings: PolicySettings,
     groups: Groups,
 ) -> PolicyStats:
     """Gradients of the policy loss over all ranks' micro-batches, ready in `optimizer`; no weight changes yet."""
@@ -116,7 +116,7 @@ class _Seen:
     place: Tensor  # [2] int64: rollout and position of the largest gap
 
     @staticmethod
-    def of(terms: LossTerms, entropy: Tensor, batch: PolicyBatch, settings: RLSettings) -> "_Seen":
+    def of(terms: LossTerms, entropy: Tensor, batch: PolicyBatch, settings: PolicySettings) -> "_Seen":
         assert batch.loss_mask is not None
         mask = batch.loss_mask.flatten()
         on_policy = mask & batch.on_policy.flatten()

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 
 from prism_mcore.agree import gather_failures
-from prism_mcore.config import Settings, SettingsError, resolve_spec
+from prism_mcore.config import SettingsError
 from prism_mcore.data.loader import DataLoader
 from prism_mcore.data.token_file import TokenFileError
 from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
+from prism_mcore.model.settings import resolve_spec
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups
 from prism_mcore.train.metrics import Metrics
 from prism_mcore.train.optimizer import update
 from prism_mcore.train.run import Run, build_run, carry_out, due, resume_run, save_run
 from prism_mcore.train.schedule import learning_rate
+from prism_mcore.train.settings import MidtrainSettings
 from prism_mcore.train.signals import Signals
 from prism_mcore.train.step import backward
 from prism_mcore.train.validation import validate
@@ -25,7 +27,7 @@ from prism_mcore.train.validation import validate
 log = logging.getLogger(__name__)
 
 
-def run(settings: Settings) -> int:
+def run(settings: MidtrainSettings) -> int:
     """Mid-train to `train.steps`, resuming from the newest checkpoint of the run; returns one of exit_codes.py."""
     return carry_out(
         settings,
@@ -38,6 +40,7 @@ def run(settings: Settings) -> int:
 class MidtrainRun(Run):
     """A run that reads a corpus."""
 
+    settings: MidtrainSettings
     loader: DataLoader
 
 
@@ -91,7 +94,7 @@ def resume(run: MidtrainRun) -> int:
     return loaded.step if loaded else 0
 
 
-def fixed_settings(settings: Settings) -> dict[str, Any]:
+def fixed_settings(settings: MidtrainSettings) -> dict[str, Any]:
     """What must not change in the middle of a run: samples would be read twice, or never, or be those held out."""
     return {
         "run.seed": settings.run.seed,
@@ -102,16 +105,17 @@ def fixed_settings(settings: Settings) -> dict[str, Any]:
     }
 
 
-def build(settings: Settings, groups: Groups, device: torch.device) -> MidtrainRun:
+def build(settings: MidtrainSettings, groups: Groups, device: torch.device) -> MidtrainRun:
     """Open the data, then build what every run has."""
-    spec = resolve_spec(settings)
+    spec = resolve_spec(settings.model)
     loader = open_data(settings, spec, groups)
     for line in loader.report(settings.train.steps * settings.train.global_batch):
         log.info("%s", line)
-    return MidtrainRun(**vars(build_run(settings, spec, groups, device)), loader=loader)
+    every = build_run(settings, spec, groups, device, seq_len=settings.data.seq_len)
+    return MidtrainRun(**vars(every), loader=loader)
 
 
-def open_data(settings: Settings, spec: ModelSpec, groups: Groups) -> DataLoader:
+def open_data(settings: MidtrainSettings, spec: ModelSpec, groups: Groups) -> DataLoader:
     """The loader; a SettingsError on every rank where one of them, perhaps on another node, cannot read a source."""
     loader, failure = None, ""
     try:

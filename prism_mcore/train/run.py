@@ -20,7 +20,7 @@ from prism_mcore.agree import gather_failures
 from prism_mcore.checkpoint.folder import CheckpointError, latest, newest_undamaged, read_state
 from prism_mcore.checkpoint.load import Loaded, load, load_weights
 from prism_mcore.checkpoint.save import Checkpoints
-from prism_mcore.config import Settings, SettingsError, dump
+from prism_mcore.config import SettingsError, dump
 from prism_mcore.convert.checkpoint import SOURCE, remember_source
 from prism_mcore.convert.hf import load_hf
 from prism_mcore.exit_codes import STOPPED_BY_GUARD
@@ -30,6 +30,7 @@ from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups, init_groups
 from prism_mcore.train.guards import Guard, GuardStop, Suspects, worst_sequences
 from prism_mcore.train.optimizer import build_optimizer, finish_parameter_gather, wrap
+from prism_mcore.train.settings import LoopSettings
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 class Run:
     """What every run has on this rank; each loop adds what it reads."""
 
-    settings: Settings
+    settings: LoopSettings
     spec: ModelSpec
     groups: Groups
     chunks: list[DistributedDataParallel]
@@ -57,7 +58,7 @@ AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 def carry_out(
-    settings: Settings,
+    settings: LoopSettings,
     build: Callable[[Groups, torch.device, ExitStack], AnyRun],
     train: Callable[[AnyRun], int],
     longest_wait: timedelta = platform.COLLECTIVE_TIMEOUT,
@@ -85,7 +86,7 @@ def carry_out(
     return code
 
 
-def longest_save(settings: Settings) -> timedelta:
+def longest_save(settings: LoopSettings) -> timedelta:
     """The longest that ranks wait in a collective for others that still write their part of a checkpoint."""
     checkpoint = settings.checkpoint
     return timedelta(seconds=0 if checkpoint.async_save else checkpoint.save_deadline_s)
@@ -100,14 +101,19 @@ def due(step: int, every: int, steps: int) -> bool:
 
 
 def build_run(
-    settings: Settings,
+    settings: LoopSettings,
     spec: ModelSpec,
     groups: Groups,
     device: torch.device,
+    *,
+    seq_len: int,
     suspects: Suspects = worst_sequences,
 ) -> Run:
-    """This rank's part of the model, with its initial weights where there is nothing to resume, and its optimizer."""
-    chunks = chunks_of(settings, spec, groups, device)
+    """This rank's part of the model, with its initial weights where there is nothing to resume, and its optimizer.
+
+    seq_len: tokens of a sequence, for which `parallel.split=auto` evens the stages.
+    """
+    chunks = chunks_of(settings, spec, groups, device, seq_len=seq_len, recompute=settings.train.recompute)
     checkpoints = Checkpoints(settings.run_dir / "checkpoints", settings.checkpoint, groups)
     require_shared(checkpoints.folder, groups)
     resume_from = newest_undamaged(checkpoints.folder) if settings.checkpoint.resume else None
@@ -166,7 +172,7 @@ def _unseen(mark: Path, rank: int) -> str:
     return ""
 
 
-def set_initial_weights(settings: Settings, chunks: list[HybridModel], groups: Groups) -> None:
+def set_initial_weights(settings: LoopSettings, chunks: list[HybridModel], groups: Groups) -> None:
     """Weights as `model.init` says: drawn from run.seed, those of a Hugging Face directory, or of a checkpoint."""
     init = settings.model.init
     if init == "random":

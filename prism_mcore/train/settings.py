@@ -1,16 +1,14 @@
 """How a run is named, stepped, optimised, saved, watched and logged."""
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-RecomputeType = Literal["mamba", "attention", "mlp"]
-
-
-class Section(BaseModel):
-    """A section of the settings: unknown keys are errors, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from prism_mcore.config import ProgramSettings, Section
+from prism_mcore.data.settings import DataSettings
+from prism_mcore.model.settings import KernelSettings, ModelSettings, PrecisionSettings, RecomputeType
+from prism_mcore.parallel import ParallelSettings, data_parallel_size
 
 
 class RunSettings(Section):
@@ -24,11 +22,10 @@ class RunSettings(Section):
     )
 
 
-class TrainSettings(Section):
-    """Steps, batches and validation."""
+class StepSettings(Section):
+    """Steps, forward passes and evaluation."""
 
     steps: int = Field(default=1000, ge=1, description="Optimizer steps of the whole run")
-    global_batch: int = Field(default=8, ge=1, description="Sequences per step, over all ranks")
     micro_batch: int = Field(default=1, ge=1, description="Sequences per forward pass of one data-parallel rank")
     recompute: list[RecomputeType] = Field(
         default=[],
@@ -38,6 +35,12 @@ class TrainSettings(Section):
     validate_every: int = Field(
         default=0, ge=0, description="Steps between validations; one at the end in any case; 0 is only that one"
     )
+
+
+class TrainSettings(StepSettings):
+    """Steps, batches and validation."""
+
+    global_batch: int = Field(default=8, ge=1, description="Sequences per step, over all ranks")
     validate_batches: int = Field(default=8, ge=1, description="Global batches of each domain in one validation")
 
 
@@ -61,13 +64,6 @@ class OptimizerSettings(Section):
     )
     eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment")
     clip_grad: float = Field(default=1.0, ge=0, description="Largest L2 norm of the whole gradient; 0 is no clipping")
-
-
-class PrecisionSettings(Section):
-    """Number formats. Gradients are summed, and moments and master weights kept, in fp32 in either."""
-
-    dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="Format of weights and activations")
-    fp8: str = Field(default="off", description="FP8 recipe of the matrix products; only off is supported")
 
 
 class CheckpointSettings(Section):
@@ -107,3 +103,38 @@ class LogSettings(Section):
 
     every: int = Field(default=1, ge=1, description="Steps between console lines")
     tensorboard: bool = Field(default=True, description="Write tensorboard files into the run's folder")
+
+
+class LoopSettings(ProgramSettings):
+    """What mid-training and RL both read."""
+
+    takes_recipe_name: ClassVar[str] = "run.name"
+
+    run: RunSettings = RunSettings()
+    model: ModelSettings = ModelSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    train: StepSettings = StepSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    precision: PrecisionSettings = PrecisionSettings()
+    kernels: KernelSettings = Field(default_factory=dict)
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    guards: GuardSettings = GuardSettings()
+    log: LogSettings = LogSettings()
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this run lives."""
+        return Path(self.run.dir) / self.run.name
+
+
+class MidtrainSettings(LoopSettings):
+    """All settings of mid-training."""
+
+    program: ClassVar[str] = "launch/midtrain.py"
+
+    train: TrainSettings = TrainSettings()
+    data: DataSettings = DataSettings()
+
+    def num_micro_batches(self, world_size: int) -> int:
+        """Forward passes of one data-parallel rank in a step; needs checked settings."""
+        return self.train.global_batch // (self.train.micro_batch * data_parallel_size(self.parallel, world_size))

@@ -12,12 +12,12 @@ from tiny.hf_models import FAMILIES, SEQ_LEN, save_hf
 from tiny.models import packed_batch
 
 from prism_mcore.convert.hf import load_hf
+from prism_mcore.evaluate.scoring import score
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.spec import SHIPPED, read_spec
 from prism_mcore.model.split import split_layers
 from prism_mcore.train.optimizer import wrap
-from prism_mcore.train.scoring import score
 from prism_mcore.train.step import forward_backward
 
 LAYOUTS = {

@@ -8,7 +8,7 @@ from tiny.models import CONFIGS, SPECS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prism_kernels.boundaries import Boundaries
-from prism_mcore.generate import Engine, GenerateSettings, Sampling
+from prism_mcore.generate import Engine, EngineSettings, Sampling
 from prism_mcore.model.attention import Attention
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
@@ -67,7 +67,7 @@ def log_likelihoods(groups, name, ops):
     layers = [list(range(len(spec.pattern)))]
     (model,) = build_chunks(spec, layers, groups, Ops(ops, device), dtype=torch.bfloat16, device=device)
     model.initialise(3)
-    engine = Engine(model, settings=GenerateSettings(slots=40))
+    engine = Engine(model, settings=EngineSettings(slots=40))
     requests = random_requests(20, samples=3)
     completions = by_sample(engine.stream(requests, Sampling(max_tokens=40)))
     return {place: (c.tokens[0], float(c.logprobs.mean())) for place, c in completions.items()}

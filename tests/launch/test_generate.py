@@ -209,7 +209,11 @@ WRONG = {
     "longer than the context": (json.dumps({"prompt": "a" * 64}), [], "64 tokens; needed: fewer than the model's 64"),
     "nothing": ("\n", [], "prompts.jsonl has no prompts"),
     "a pipeline": ('{"prompt": "a"}\n', ["parallel.vpp=2"], "generated on one stage; use pp=1"),
-    "a setting of another kind": ('{"prompt": "a"}\n', ["train.steps=3"], "train.steps=3 changes nothing here"),
+    "a setting of another kind": (
+        '{"prompt": "a"}\n',
+        ["train.steps=3"],
+        "train.steps is a setting of launch/midtrain.py and launch/rl.py",
+    ),
     "a misspelt setting": ('{"prompt": "a"}\n', ["sampling.temprature=1"], "nearest: sampling.temperature"),
     "an empty stop text": (
         '{"prompt": "a"}\n',

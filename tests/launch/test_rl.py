@@ -11,10 +11,10 @@ import yaml
 from tiny.models import HYBRID
 from tiny.prompt_files import write_prompts
 
-from prism_mcore.config import load
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE
 from prism_mcore.model.spec import spec_from_config
 from prism_mcore.rl.prompts import PromptError, open_prompts
+from prism_mcore.rl.settings import RLSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,7 +109,7 @@ def test_prompts_and_weights_that_are_not_there_are_one_message_of_each_node(rec
 )
 def test_prompts_and_tokenizer_are_checked_against_the_settings(recipe, change, message):
     settings = yaml.safe_load(recipe.read_text())
-    settings = load(None).model_validate({**settings, **{k: {**settings[k], **v} for k, v in change.items()}})
+    settings = RLSettings.model_validate({**settings, **{k: {**settings[k], **v} for k, v in change.items()}})
     with pytest.raises(PromptError, match=message):
         open_prompts(settings, spec_from_config(HYBRID))
 

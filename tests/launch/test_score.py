@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny.gradients import close
 from tiny.hf_models import save_hf
 
-from prism_mcore.train.scoring import ScoreFile, read_token_lists
+from prism_mcore.evaluate.scoring import ScoreFile, read_token_lists
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 61
@@ -77,7 +77,11 @@ def test_bad_tokens_are_named(tmp_path, name):
 
 WRONG = {
     "half a JSON": ([], "[[1, 2,", "tokens.json is not JSON"),
-    "a setting of another kind": (["train.steps=3"], "[[1, 2]]", "train.steps=3 changes nothing here"),
+    "a setting of another kind": (
+        ["train.steps=3"],
+        "[[1, 2]]",
+        "train.steps is a setting of launch/midtrain.py and launch/rl.py",
+    ),
     "a misspelt setting": (["parallel.tpp=2"], "[[1, 2]]", "nearest: parallel.tp"),
     "too few ranks": (["parallel.tp=2"], "[[1, 2]]", "1 ranks are not a multiple of tp*pp*cp=2"),
     "more tokens than positions": ([], json.dumps([[1] * 65]), "longer than the model's 64 positions"),

@@ -5,7 +5,7 @@ import torch
 from ranks import run_ranks
 from tiny.models import SPECS, packed_batch
 
-from prism_mcore.config import Settings
+from prism_mcore.evaluate.settings import ScoreSettings
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.spec import read_spec
@@ -15,8 +15,9 @@ from prism_mcore.plan.memory import kept_bytes_per_token, plan_memory
 CPU = torch.device("cpu")
 
 
-def settings(**sections) -> Settings:
-    return Settings.model_validate(sections)
+def settings(**sections) -> ScoreSettings:
+    """Of a program that has little else than what the plan reads."""
+    return ScoreSettings.model_validate(sections)
 
 
 def chunks_of(groups, spec, dtype, seq_len, sequence_parallel=False):
@@ -34,7 +35,7 @@ def count_parameters(groups, name):
 @pytest.mark.parametrize("name", SPECS)
 def test_parameters_per_rank_are_those_of_the_model(name, layout):
     # 61 tokens over 2 ranks, one SSM group, tied embeddings over stages
-    plan = plan_memory(settings(parallel=layout, data={"seq_len": 16}), SPECS[name], 2)
+    plan = plan_memory(settings(parallel=layout), SPECS[name], 2, seq_len=16)
     for stage, count in run_ranks(2, count_parameters, name, **layout):
         assert plan[stage].parameters == count
 
@@ -80,26 +81,26 @@ def test_sub_layers_keep_what_is_planned(name, dtype, ranks, sequence_parallel):
 
 
 def test_sizes_follow_from_precision_and_layout():
-    spec, data = read_spec("llama-3.1-8b"), {"seq_len": 8192}
+    spec, seq_len = read_spec("llama-3.1-8b"), 8192
     count = 8_030_261_248
-    (one,) = plan_memory(settings(data=data), spec, 1)
+    (one,) = plan_memory(settings(), spec, 1, seq_len=seq_len)
     assert (one.weights, one.gradients, one.optimizer) == (2 * count, 4 * count, 12 * count)
-    (sharded,) = plan_memory(settings(data=data, train={"global_batch": 16}), spec, 16)
+    (sharded,) = plan_memory(settings(), spec, 16, seq_len=seq_len)
     assert sharded.optimizer == 12 * count / 16
     layout = {"optimizer_instances": 4}
-    (replicated,) = plan_memory(settings(data=data, train={"global_batch": 16}, parallel=layout), spec, 16)
+    (replicated,) = plan_memory(settings(parallel=layout), spec, 16, seq_len=seq_len)
     assert replicated.optimizer == 12 * count / 4
-    (full,) = plan_memory(settings(data=data, precision={"dtype": "fp32"}), spec, 1)
+    (full,) = plan_memory(settings(precision={"dtype": "fp32"}), spec, 1, seq_len=seq_len)
     assert (full.weights, full.optimizer) == (4 * count, 8 * count)  # no second copy of fp32 weights
 
 
 def test_recompute_and_pipeline_change_activations_as_they_should():
-    spec, data = read_spec("llama-3.1-8b"), {"seq_len": 8192}
-    (kept,) = plan_memory(settings(data=data), spec, 1)
-    (again,) = plan_memory(settings(data=data, train={"recompute": ["attention", "mlp"]}), spec, 1)
+    spec, seq_len = read_spec("llama-3.1-8b"), 8192
+    (kept,) = plan_memory(settings(), spec, 1, seq_len=seq_len)
+    (again,) = plan_memory(settings(), spec, 1, seq_len=seq_len, recompute=["attention", "mlp"])
     working = 8192 * kept_bytes_per_token(spec, "-", 1, False, 2)[1]
     assert again.activations == 64 * 8192 * 4096 * 2 + working  # one hidden state per sub-layer
-    stages = plan_memory(settings(data=data, parallel={"pp": 4}, train={"global_batch": 8}), spec, 4)
+    stages = plan_memory(settings(parallel={"pp": 4}), spec, 4, seq_len=seq_len, micro_batches=8)
     per_layer = [(stage.activations - working) / stage.layers for stage in stages]
     # 1F1B: stage k of 4 holds 4 - k micro-batches
     assert [round(x / (kept.activations - working) * 64) for x in per_layer] == [4, 3, 2, 1]
@@ -120,8 +121,7 @@ def test_the_loss_is_planned_as_its_kernel_allocates(tp, micro_batch):
 
     spec, tokens = read_spec("llama-3.1-8b"), 8192 * micro_batch
     rows = spec.vocab_size // tp
-    train = {"micro_batch": micro_batch, "global_batch": micro_batch}
-    (stage,) = plan_memory(settings(data={"seq_len": 8192}, train=train, parallel={"tp": tp}), spec, tp)
+    (stage,) = plan_memory(settings(parallel={"tp": tp}), spec, tp, seq_len=8192, micro_batch=micro_batch)
     hidden, weight = (torch.empty(n, spec.hidden_size, dtype=torch.bfloat16, device="meta") for n in (tokens, rows))
     kernel = _Plan(Shard(0, rows, None), 1.0, None, False, False)
     chunk = _Chunk(kernel.tokens(hidden), rows, hidden, kernel)

@@ -5,7 +5,7 @@ import torch
 from tiny.rollouts import random_groups, rollout
 
 from prism_mcore.rl.packing import Sample, micro_batches, pack, samples_of
-from prism_mcore.rl.settings import RLSettings
+from prism_mcore.rl.settings import PolicySettings
 
 
 def test_a_micro_batch_by_hand():
@@ -50,7 +50,7 @@ def test_empty_and_invalid_responses_are_not_in_the_loss():
         rollout([4, 5], 1.0),
         rollout([6], 0.0),
     ]
-    samples = samples_of([type(group)(group.prompt, tuple(spoilt))], RLSettings())
+    samples = samples_of([type(group)(group.prompt, tuple(spoilt))], PolicySettings())
     assert [s.id for s in samples] == [2, 3]
     assert [s.weight for s in samples] == [1 / 3, 1 / 3]
     assert samples[1].advantage < 0 < samples[0].advantage  # the empty one still counts in mean and std

@@ -12,12 +12,12 @@ from prism_mcore.rl.advantage import ADVANTAGES, group_advantages, has_spread
 from prism_mcore.rl.aggregation import AGGREGATIONS
 from prism_mcore.rl.packing import pack, samples_of
 from prism_mcore.rl.policy_loss import KL, policy_loss
-from prism_mcore.rl.settings import RLSettings
+from prism_mcore.rl.settings import PolicySettings
 
 
 @pytest.mark.parametrize(("field", "table"), [("advantage", ADVANTAGES), ("aggregation", AGGREGATIONS), ("kl", KL)])
 def test_every_setting_has_its_function(field, table):
-    assert set(typing.get_args(RLSettings.model_fields[field].annotation)) == set(table)
+    assert set(typing.get_args(PolicySettings.model_fields[field].annotation)) == set(table)
 
 
 def test_grpo_and_dr_grpo():
@@ -57,14 +57,14 @@ def spread_and_none():
 
 
 def test_groups_without_spread_count_in_the_denominator_or_are_dropped():
-    kept = samples_of(spread_and_none(), RLSettings())
+    kept = samples_of(spread_and_none(), PolicySettings())
     assert [(s.id, s.advantage, s.weight) for s in kept] == [
         (0, pytest.approx(1.0), 1 / 16),
         (1, pytest.approx(-1.0), 1 / 16),
         (2, 0.0, 1 / 8),
         (3, 0.0, 1 / 8),
     ]
-    dropped = samples_of(spread_and_none(), RLSettings(drop_zero_spread=True))
+    dropped = samples_of(spread_and_none(), PolicySettings(drop_zero_spread=True))
     assert [(s.id, s.weight) for s in dropped] == [(0, 1 / 8), (1, 1 / 8)]
 
 
@@ -93,19 +93,19 @@ def test_on_policy_the_gradient_is_the_policy_gradient_times_the_truncated_corre
     log = math.log
     now, sampled = [log(0.3), log(0.5), log(0.2)], [log(0.2), log(0.1), log(0.4)]
     # pi / sampler is 1.5, 5 (cut to 2) and 0.5; the ratio is 1 everywhere
-    loss, gradient, terms = one_sample(RLSettings(**NO_KL), now=now, sampled=sampled, advantage=2.0)
+    loss, gradient, terms = one_sample(PolicySettings(**NO_KL), now=now, sampled=sampled, advantage=2.0)
     assert loss == pytest.approx(-2.0 * (1.5 + 2.0 + 0.5) / 3)
     assert gradient == pytest.approx([-2.0 * c / 3 for c in (1.5, 2.0, 0.5)])
     assert terms.ratio[-3:].tolist() == [1.0] * 3 and not terms.clipped_high.any()
     assert terms.gap[-3:].tolist() == pytest.approx([log(1.5), log(5), log(2)])
-    _, gradient, _ = one_sample(RLSettings(**NO_KL, tis_cap=0), now=now, sampled=sampled, advantage=2.0)
+    _, gradient, _ = one_sample(PolicySettings(**NO_KL, tis_cap=0), now=now, sampled=sampled, advantage=2.0)
     assert gradient == pytest.approx([-2.0 / 3] * 3)
 
 
 @pytest.mark.parametrize(("clip_high", "largest"), [(0.2, 1.2), (0.28, 1.28)])
 def test_off_policy_the_ratio_to_the_sampler_is_clipped(clip_high, largest):
     log = math.log
-    settings = RLSettings(**NO_KL, clip_high=clip_high)
+    settings = PolicySettings(**NO_KL, clip_high=clip_high)
     sampled = [log(0.1)] * 4
     now = [log(0.1 * r) for r in (1.25, 1.5, 0.5, 1.0)]
     loss, gradient, terms = one_sample(settings, now=now, sampled=sampled, advantage=1.0, version=3)
@@ -124,12 +124,12 @@ def test_off_policy_the_ratio_to_the_sampler_is_clipped(clip_high, largest):
     [("k1", 0.5, 1.0), ("k2", 0.125, 0.5), ("k3", math.exp(-0.5) - 0.5, 1 - math.exp(-0.5))],
 )
 def test_kl_estimators(kind, value, slope):
-    settings = RLSettings(kl=kind, kl_coefficient=0.1)
+    settings = PolicySettings(kl=kind, kl_coefficient=0.1)
     loss, gradient, terms = one_sample(settings, now=[-1.0], sampled=[-1.0], advantage=0.0, reference=[-1.5])
     assert loss == pytest.approx(0.1 * value) and gradient == pytest.approx([0.1 * slope])
     assert terms.kl[-1].item() == pytest.approx(value)
 
 
 def test_an_impossible_token_of_the_reference_gives_a_finite_loss():
-    loss, gradient, _ = one_sample(RLSettings(), now=[-200.0], sampled=[-200.0], advantage=0.0, reference=[-1.0])
+    loss, gradient, _ = one_sample(PolicySettings(), now=[-200.0], sampled=[-200.0], advantage=0.0, reference=[-1.0])
     assert math.isfinite(loss) and math.isfinite(gradient[0])

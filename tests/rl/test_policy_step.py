@@ -11,7 +11,7 @@ from tiny.policies import batches_of, open_policy
 from tiny.rollouts import random_groups
 
 from prism_mcore.rl.packing import samples_of
-from prism_mcore.rl.settings import RLSettings
+from prism_mcore.rl.settings import PolicySettings
 
 
 def gradients_of(groups, spec, settings, budget, version=0):
@@ -26,8 +26,8 @@ def gradients_of(groups, spec, settings, budget, version=0):
 
 # Group weights, importance weights, the clip and the KL term (to the sampler's own values, for want of a reference).
 SETTINGS = {
-    "on-policy": (RLSettings(kl_coefficient=0.0), 0),
-    "off-policy": (RLSettings(kl_coefficient=0.0, aggregation="token_mean", clip_high=0.3), 5),
+    "on-policy": (PolicySettings(kl_coefficient=0.0), 0),
+    "off-policy": (PolicySettings(kl_coefficient=0.0, aggregation="token_mean", clip_high=0.3), 5),
 }
 
 
@@ -96,7 +96,7 @@ def batches_for(sample):
 
 
 def test_the_gradient_is_that_of_the_formula():
-    run_ranks(1, plainly, RLSettings(kl_coefficient=0.0))
+    run_ranks(1, plainly, PolicySettings(kl_coefficient=0.0))
 
 
 def without_values(groups, spec):
@@ -108,7 +108,7 @@ def without_values(groups, spec):
     from prism_mcore.rl.step import _Seen
     from prism_mcore.train.step import to_device
 
-    settings, device = RLSettings(kl_coefficient=0.0), torch.device("meta")
+    settings, device = PolicySettings(kl_coefficient=0.0), torch.device("meta")
     layers = [list(range(len(SPECS[spec].pattern)))]
     (model,) = build_chunks(
         SPECS[spec], layers, groups, Ops({}, torch.device("cpu")), dtype=torch.bfloat16, device=device
@@ -133,7 +133,7 @@ def nothing_to_learn(groups):
 
     chunks, optimizer = open_policy(groups, "dense")
     batches = [pack([], version=0, temperature=1.0)]
-    stats = policy_backward(chunks, optimizer, batches, RLSettings(), groups)
+    stats = policy_backward(chunks, optimizer, batches, PolicySettings(), groups)
     return stats.tokens, stats.loss, stats.grad_norm, stats.gap.rollout, math.isnan(stats.entropy)
 
 
@@ -146,7 +146,7 @@ def at_temperature(groups):
     from prism_mcore.rl.step import score
 
     chunks, _ = open_policy(groups, "granite hybrid")
-    samples = samples_of(random_groups(61), RLSettings())
+    samples = samples_of(random_groups(61), PolicySettings())
     plain, hot = (score(chunks, [pack(samples[:2], version=0, temperature=t)])[0] for t in (1.0, 1e9))
     return plain, hot
 

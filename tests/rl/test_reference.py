@@ -5,7 +5,7 @@ import torch
 from ranks import run_ranks
 from tiny.policies import batches_of, open_policy
 
-from prism_mcore.rl.settings import RLSettings
+from prism_mcore.rl.settings import PolicySettings
 
 
 def in_place_and_back(groups, spec, dtype, overlap):
@@ -13,7 +13,7 @@ def in_place_and_back(groups, spec, dtype, overlap):
     from prism_mcore.rl.step import policy_backward, score
     from prism_mcore.train.optimizer import gathered_parameters, update
 
-    settings = RLSettings(kl_coefficient=0.0)
+    settings = PolicySettings(kl_coefficient=0.0)
     chunks, optimizer = open_policy(groups, spec, dtype, overlap)
     batches = batches_of(groups, spec, settings)
     reference = Reference(chunks, optimizer, groups)
@@ -68,7 +68,7 @@ def soft_update(groups):
     from prism_mcore.rl.step import policy_backward
     from prism_mcore.train.optimizer import update
 
-    settings = RLSettings(kl_coefficient=0.0)
+    settings = PolicySettings(kl_coefficient=0.0)
     chunks, optimizer = open_policy(groups, "dense", "bf16")
     reference = Reference(chunks, optimizer, groups)
     batches = batches_of(groups, "dense", settings)

@@ -20,10 +20,13 @@ from tiny.models import CONFIGS
 from tiny.prompt_files import write_prompts
 from tiny.rollouts import group_of, rollout
 
-from prism_mcore.config import Settings, SettingsError, resolve_spec, validate_rl
+from prism_mcore.config import SettingsError
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
+from prism_mcore.model.settings import resolve_spec
 from prism_mcore.plan.memory import num_parameters
+from prism_mcore.rl.checks import check
 from prism_mcore.rl.prompts import open_prompts
+from prism_mcore.rl.settings import RLSettings
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +58,14 @@ def settings(files, runs, spec="hybrid", **sections):
         "precision": {"dtype": "fp32"},
         "log": {"tensorboard": False},
     }
-    return Settings(**{name: defaults.get(name, {}) | sections.get(name, {}) for name in {*defaults, *sections}})
+    return RLSettings(**{name: defaults.get(name, {}) | sections.get(name, {}) for name in {*defaults, *sections}})
 
 
 def train(groups, settings, until=None):
     """Run the loop, stopping by a signal after `until` steps; exit code, and weights and moments of this rank."""
     from prism_mcore.rl import loop
 
-    prompts = open_prompts(settings, resolve_spec(settings))
+    prompts = open_prompts(settings, resolve_spec(settings.model))
     with ExitStack() as opened:
         run = loop.build(settings, prompts, groups, torch.device("cpu"), opened)
         if until is not None:
@@ -191,7 +194,9 @@ def midtrained(groups, settings):
     from prism_mcore.train.run import spec_record
 
     with ExitStack() as opened:
-        run = loop.build(settings, open_prompts(settings, resolve_spec(settings)), groups, torch.device("cpu"), opened)
+        run = loop.build(
+            settings, open_prompts(settings, resolve_spec(settings.model)), groups, torch.device("cpu"), opened
+        )
         state = {"samples": 8, "spec": spec_record(run.spec), "kept": {}}
         run.checkpoints.save(1, run.models, run.optimizer, state)
 
@@ -213,7 +218,7 @@ def test_a_model_without_positions_is_sampled_as_far_as_the_context(files, tmp_p
         "train": {"steps": 1},
     }
     wanted = settings(files, tmp_path, **sections)
-    assert resolve_spec(wanted).max_positions == 64
+    assert resolve_spec(wanted.model).max_positions == 64
     run_ranks(1, train, wanted)
     lines = [json.loads(line) for line in rollouts(tmp_path, 1).splitlines()]
     assert {(line["tokens"], line["finish"]) for line in lines} == {(80, "length")}
@@ -242,7 +247,9 @@ def timed(groups, settings):
     from prism_mcore.train.metrics import StepClock
 
     with ExitStack() as opened:
-        run = loop.build(settings, open_prompts(settings, resolve_spec(settings)), groups, torch.device("cpu"), opened)
+        run = loop.build(
+            settings, open_prompts(settings, resolve_spec(settings.model)), groups, torch.device("cpu"), opened
+        )
         ticks = itertools.count(0.0, 1.0 + 4.0 * groups.rank)
         run.rollouts.clock = StepClock(lambda: next(ticks))
         loop.training_rollouts(run, 1)
@@ -337,7 +344,9 @@ def moments(groups, settings):
     from prism_mcore.rl import loop
 
     with ExitStack() as opened:
-        run = loop.build(settings, open_prompts(settings, resolve_spec(settings)), groups, torch.device("cpu"), opened)
+        run = loop.build(
+            settings, open_prompts(settings, resolve_spec(settings.model)), groups, torch.device("cpu"), opened
+        )
         states = run.optimizer.chained_optimizers[0].optimizer.state.values()
         return sum(state["exp_avg"].numel() + state["exp_avg_sq"].numel() for state in states)
 
@@ -345,13 +354,13 @@ def moments(groups, settings):
 def test_the_optimizers_memory_is_taken_before_caches_take_half_of_what_is_free(files, tmp_path):
     """Of 24 billion parameters on eight GPUs of 80 GB, moments are 24 GB, and half of what was free without them 19."""
     wanted = settings(files, tmp_path)
-    assert sum(run_ranks(2, moments, wanted)) >= 2 * num_parameters(resolve_spec(wanted))
+    assert sum(run_ranks(2, moments, wanted)) >= 2 * num_parameters(resolve_spec(wanted.model))
 
 
 def untouched(groups, settings):
     from prism_mcore.rl import loop
 
-    prompts = open_prompts(settings, resolve_spec(settings))
+    prompts = open_prompts(settings, resolve_spec(settings.model))
     with ExitStack() as opened:
         run = loop.build(settings, prompts, groups, torch.device("cpu"), opened)
     return 0, {name: t.detach().clone() for chunk in run.chunks for name, t, _ in chunk.module.table()}, None
@@ -400,7 +409,7 @@ def whole_process(groups, settings, replaced):
     loop.train = partial(replaced, loop.train)
     destroy_groups()
     try:
-        return loop.run(settings, open_prompts(settings, resolve_spec(settings))), bool(ended)
+        return loop.run(settings, open_prompts(settings, resolve_spec(settings.model))), bool(ended)
     except RuntimeError as error:
         return str(error), bool(ended)
     finally:
@@ -460,5 +469,5 @@ def test_how_a_run_ends_that_cannot_go_on(files, tmp_path):
 def test_settings_that_cannot_work_are_refused_before_anything_starts(files, tmp_path, sections, message):
     wanted = settings(files, tmp_path, **sections)
     with pytest.raises(SettingsError) as error:
-        validate_rl(wanted, resolve_spec(wanted), 2)
+        check(wanted, resolve_spec(wanted.model), 2)
     assert message in str(error.value)

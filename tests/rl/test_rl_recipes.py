@@ -4,23 +4,28 @@ from pathlib import Path
 
 import pytest
 
-from prism_mcore.config import load, resolve_spec, validate_rl
-from prism_mcore.plan.memory import cache_bytes, num_parameters, plan_memory
-from prism_mcore.plan.report import as_training
+from prism_mcore.config import load
+from prism_mcore.model.settings import resolve_spec
+from prism_mcore.plan.memory import cache_bytes, num_parameters
+from prism_mcore.rl.checks import check
+from prism_mcore.rl.plan import memory_of
+from prism_mcore.rl.settings import RLSettings
 
-RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("rl-*.yaml"))
+FOLDER = Path(__file__).parents[2] / "launch" / "recipes"
+STARTER = FOLDER / "rl-8-gpus.yaml"  # for a model of the user's
+RECIPES = sorted(set(FOLDER.glob("rl-*.yaml")) - {STARTER})
 
 
 def test_the_seven_models_have_one_each():
-    assert len({load(recipe).model.spec for recipe in RECIPES}) == 7
+    assert len({load(RLSettings, recipe).model.spec for recipe in RECIPES}) == 7
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", [*RECIPES, STARTER], ids=lambda path: path.stem)
 def test_a_recipe_fits_eight_gpus_with_room_for_caches(recipe):
-    settings, gpus = load(recipe), 8
-    spec = resolve_spec(settings)
-    validate_rl(settings, spec, gpus)
-    (stage,) = plan_memory(as_training(settings, gpus), spec, gpus)
+    settings, gpus = load(RLSettings, recipe, ["model.spec=llama-3.1-8b"] if recipe == STARTER else []), 8
+    spec = resolve_spec(settings.model)
+    check(settings, spec, gpus)
+    (stage,) = memory_of(settings, spec, gpus)
     tp = settings.parallel.tp
     reference = 4 * num_parameters(spec) / gpus  # an fp32 shard on each
     fixed, per_token = cache_bytes(spec, tp, 2)
@@ -30,7 +35,7 @@ def test_a_recipe_fits_eight_gpus_with_room_for_caches(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_the_papers(recipe):
-    settings = load(recipe)
+    settings = load(RLSettings, recipe)
     rl, optimizer = settings.rl, settings.optimizer
     assert (rl.prompts_per_step, settings.sampling.samples, settings.train.steps) == (64, 16, 1000)
     assert (rl.context, settings.sampling.temperature, settings.sampling.top_p) == (16384, 1.0, 1.0)

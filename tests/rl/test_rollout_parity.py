@@ -10,19 +10,19 @@ from tiny.engines import engine_on, random_requests
 from tiny.models import SPECS
 from tiny.rollouts import group_of, rollout
 
-from prism_mcore.generate import Engine, GenerateSettings, Request, Sampling
+from prism_mcore.generate import Engine, EngineSettings, Request, Sampling
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
 from prism_mcore.rl.packing import pack, samples_of
 from prism_mcore.rl.parity import check, decoded_trace, op_set, trained_trace
-from prism_mcore.rl.settings import RLSettings
+from prism_mcore.rl.settings import PolicySettings
 from prism_mcore.rl.step import policy_backward
 from prism_mcore.train.optimizer import build_optimizer, wrap
 from prism_mcore.train.settings import OptimizerSettings
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-EXACT = RLSettings(parity="exact", kl_coefficient=0.0)
+EXACT = PolicySettings(parity="exact", kl_coefficient=0.0)
 # Prompts that end within a block of 64, at its end and in the next one; responses cross a border of blocks.
 PROMPT_LENS, SAMPLES, RESPONSE = (3, 64, 70), 2, 66
 
@@ -47,7 +47,7 @@ def sample(model, groups, temperature=0.8):
     """This replica's groups of rollouts: fewer slots than samples, so that places are refilled."""
     generator = torch.Generator().manual_seed(groups.dp_rank)
     prompts = [tuple(torch.randint(61, (n,), generator=generator).tolist()) for n in PROMPT_LENS]
-    engine = Engine(model, settings=GenerateSettings(slots=4))
+    engine = Engine(model, settings=EngineSettings(slots=4))
     requests = [Request(prompt, tuple((0, 1, i, j) for j in range(SAMPLES))) for i, prompt in enumerate(prompts)]
     made = [[None] * SAMPLES for _ in prompts]
     for c in engine.stream(requests, Sampling(temperature=temperature, max_tokens=RESPONSE, stop_ids=[7])):

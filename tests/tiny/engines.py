@@ -4,7 +4,7 @@ import torch
 from tiny.models import SPECS
 
 from prism_mcore.convert.hf import load_hf
-from prism_mcore.generate import Engine, GenerateSettings, Request
+from prism_mcore.generate import Engine, EngineSettings, Request
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.spec import read_spec
@@ -28,7 +28,7 @@ def engine_on(groups, source, *, dtype=torch.float32, sequence_parallel=False, o
         model.initialise(3)
     else:
         load_hf(source, [model], groups)
-    return Engine(model, tokenizer, settings=GenerateSettings(**settings))
+    return Engine(model, tokenizer, settings=EngineSettings(**settings))
 
 
 def random_requests(count, *, samples=1, longest=90, seed=0, vocabulary=61):

@@ -10,8 +10,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny.hf_models import SEQ_LEN, save_hf
 
-from prism_mcore.train import scoring
-
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import verify_hf
@@ -59,11 +57,8 @@ def test_a_difference_is_found_where_it_begins(model, capsys, tmp_path, monkeypa
             weight[0, 0] += 1e-2
             save_file(tensors, shard, {"format": "pt"})
 
-    def settings_of_the_other(hf, *rest):
-        return settings(tmp_path, *rest)
-
-    settings = scoring.scoring_settings
-    monkeypatch.setattr(scoring, "scoring_settings", settings_of_the_other)  # ours reads what transformers does not
+    run_ranks = verify_hf._run_ranks
+    monkeypatch.setattr(verify_hf, "_run_ranks", lambda hf, *rest: run_ranks(tmp_path, *rest))  # ours alone reads it
     code, text = run(capsys, model, "--pp", 2, "--length", SEQ_LEN)
     assert code == 1
     assert "FAIL: 4 of 8 outputs differ, the first is sub-layer 3 attention" in text

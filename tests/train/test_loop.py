@@ -18,13 +18,13 @@ from tiny.models import CONFIGS
 
 from prism_mcore import platform
 from prism_mcore.checkpoint.save import _Writer
-from prism_mcore.config import Settings
 from prism_mcore.data.token_file import TokenFileWriter
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
 from prism_mcore.train import loop, optimizer
 from prism_mcore.train import run as run_module
 from prism_mcore.train.loop import train as train_loop
 from prism_mcore.train.run import longest_save
+from prism_mcore.train.settings import MidtrainSettings
 
 SOURCES = [("text", 0.7), ("code", 0.3)]
 
@@ -60,7 +60,9 @@ def settings(corpus, runs, spec="hybrid", **sections):
         "precision": {"dtype": "fp32"},
         "log": {"tensorboard": False},
     }
-    return Settings(**{name: defaults.get(name, {}) | sections.get(name, {}) for name in {*defaults, *sections}})
+    return MidtrainSettings(
+        **{name: defaults.get(name, {}) | sections.get(name, {}) for name in {*defaults, *sections}}
+    )
 
 
 def train(groups, settings, until=None):

@@ -5,7 +5,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -15,9 +15,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from prism_mcore.batch import PackedBatch
-from prism_mcore.config import Settings, load, resolve_spec, validate
-from prism_mcore.convert.hf import load_hf
-from prism_mcore.model.build import chunks_of
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.parallel import Groups
 from prism_mcore.train.step import to_device
@@ -84,42 +81,6 @@ def score(
 def _rows(values: Tensor, b: int, s: int) -> Tensor:
     """[t, ...] -> [b, s, ...] on the CPU, padding removed; a scalar stays what it is."""
     return values[: b * s].unflatten(0, (b, s)).cpu() if values.dim() else values
-
-
-def scoring_settings(
-    hf: str | Path, seq_len: int, micro_batch: int, overrides: Sequence[str], world_size: int | None
-) -> Settings:
-    """Settings of a scoring run of a Hugging Face directory, checked; a SettingsError says what does not fit.
-
-    world_size: None stands for as many ranks as the layout needs.
-    """
-    parallel = load(None, overrides).parallel
-    ranks = parallel.tp * parallel.pp * parallel.cp
-    world_size = ranks if world_size is None else world_size
-    parts = parallel.tp if parallel.sequence_parallel else 1  # `score` pads to a multiple of these
-    settings = load(
-        None,
-        [
-            *overrides,
-            f"model.init={json.dumps(str(hf))}",
-            "data.sources=[{path: tokens}]",
-            f"data.seq_len={-(-seq_len // parts) * parts}",
-            f"train.micro_batch={micro_batch}",
-            f"train.global_batch={micro_batch * max(world_size // ranks, 1) * parallel.pp}",
-        ],
-    )
-    validate(settings, resolve_spec(settings), world_size)
-    return settings
-
-
-def model_from_hf(settings: Settings, groups: Groups, device: torch.device) -> list[HybridModel]:
-    """This rank's chunks of the model in the Hugging Face directory `model.init`; every rank calls it.
-
-    Raises ExchangeError, the same on every rank, where the directory cannot be read.
-    """
-    chunks = chunks_of(settings, resolve_spec(settings), groups, device)
-    load_hf(settings.model.init, chunks, groups)
-    return chunks
 
 
 def one_document_each(tokens: Tensor, padding: int = 0) -> PackedBatch:

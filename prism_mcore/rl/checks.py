@@ -1,0 +1,60 @@
+"""Can these settings work? RL's check; pure, before any process group."""
+
+from prism_mcore.config import Findings
+from prism_mcore.generate.checks import check_stop_ids
+from prism_mcore.model.checks import check_one_stage, check_positions, nearest_multiples
+from prism_mcore.model.spec import ModelSpec
+from prism_mcore.rl.settings import RLSettings
+from prism_mcore.train.checks import check_loop
+
+
+def check(settings: RLSettings, spec: ModelSpec, world_size: int) -> list[str]:
+    """Check the whole of the settings against the model and the number of ranks.
+
+    Returns notes on what is worth knowing. Raises one SettingsError that lists every problem, as train/checks.py does.
+    """
+    found = Findings()
+    check_loop(settings, spec, world_size, found)
+    check_one_stage(settings.parallel, spec, found)
+    _check_context(settings, spec, found)
+    _check_rollouts(settings, found)
+    check_stop_ids(settings.sampling, spec, found)
+    return found.conclude()
+
+
+def _check_context(settings: RLSettings, spec: ModelSpec, found: Findings) -> None:
+    context, longest = settings.rl.context, settings.sampling.max_tokens
+    if longest >= context:
+        found.problems.append(
+            f"sampling.max_tokens={longest} leaves no room for a prompt in rl.context={context}; lower the one or raise"
+            " the other"
+        )
+    check_positions("rl.context", context, spec, found)
+
+
+def _check_rollouts(settings: RLSettings, found: Findings) -> None:
+    rl, sampling, problems, notes = settings.rl, settings.sampling, found.problems, found.notes
+    if not rl.prompts:
+        problems.append("rl.prompts is empty; give at least one {path, weight, name}")
+    elif sum(source.weight for source in rl.prompts) <= 0:
+        problems.append(f"rl.prompts: all {len(rl.prompts)} weights are 0; at least one must be positive")
+    if sampling.samples < 2:
+        problems.append(f"sampling.samples={sampling.samples}: a group needs at least 2 to compare; the paper has 16")
+    if sampling.temperature == 0:
+        problems.append("sampling.temperature=0 gives a group of equal rollouts; use 1.0")
+    if rl.prompts_per_step % rl.updates:
+        problems.append(
+            f"rl.prompts_per_step={rl.prompts_per_step} cannot be dealt over rl.updates={rl.updates};"
+            f" {nearest_multiples(rl.prompts_per_step, rl.updates)}"
+        )
+    if settings.guards.spike_threshold:
+        problems.append(
+            f"guards.spike_threshold={settings.guards.spike_threshold}: a policy loss lies around 0, so that no"
+            " multiple of it is a spike; set it to 0"
+        )
+    if sampling.seed:
+        notes.append(f"sampling.seed={sampling.seed} changes nothing: rollouts are drawn by run.seed")
+    if sampling.top_k or sampling.top_p < 1:
+        notes.append("sampling.top_k and top_p: log-probs are those before them, so the policy gradient is biased")
+    if rl.reference_every and not rl.kl_coefficient:
+        notes.append("rl.reference_every changes nothing: without rl.kl_coefficient there is no reference")

@@ -1,0 +1,85 @@
+"""Can these settings work? Mid-training's check, and what RL's shares with it; pure, before any process group."""
+
+from prism_mcore.config import Findings
+from prism_mcore.data.settings import normalised_shares
+from prism_mcore.model.checks import (
+    check_build,
+    check_initial_weights,
+    check_pipeline,
+    check_positions,
+    check_recompute,
+    nearest_multiples,
+)
+from prism_mcore.model.spec import ModelSpec
+from prism_mcore.train.settings import LoopSettings, MidtrainSettings
+
+
+def check(settings: MidtrainSettings, spec: ModelSpec, world_size: int) -> list[str]:
+    """Check the whole of the settings against the model and the number of ranks.
+
+    Returns notes on what is worth knowing. Raises one SettingsError that lists every problem, each with what was got,
+    what was needed and, where there is one, the nearest value that works.
+    """
+    found = Findings()
+    dp = check_loop(settings, spec, world_size, found)
+    check_pipeline(settings.parallel, spec, found)
+    if dp is not None:
+        _check_batches(settings, dp, found)
+    _check_sequences(settings, spec, found)
+    _check_sources(settings, found)
+    return found.conclude()
+
+
+def check_loop(settings: LoopSettings, spec: ModelSpec, world_size: int, found: Findings) -> int | None:
+    """What both loops ask; the data-parallel size, or None where the ranks do not fit."""
+    if not settings.run.name:
+        found.problems.append("run.name is empty; give run.name=NAME, or a recipe, whose file name it then takes")
+    dp = check_build(settings, spec, world_size, found)
+    check_initial_weights(settings.model, spec, found)
+    check_recompute(settings.train.recompute, spec, found)
+    _check_schedule(settings, found)
+    return dp
+
+
+def _check_schedule(settings: LoopSettings, found: Findings) -> None:
+    optimizer, steps = settings.optimizer, settings.train.steps
+    if optimizer.warmup_steps >= steps:
+        found.notes.append(f"optimizer.warmup_steps={optimizer.warmup_steps} of {steps} steps: lr is never reached")
+    decay = round(optimizer.decay_fraction * steps)
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + decay > steps:
+        found.notes.append(f"wsd decays over the last {decay} steps, which start inside the warm-up: lr is never held")
+
+
+def _check_batches(settings: MidtrainSettings, dp: int, found: Findings) -> None:
+    train, parallel = settings.train, settings.parallel
+    step = train.micro_batch * dp
+    if train.global_batch % step:
+        found.problems.append(
+            f"train.global_batch={train.global_batch} is not a multiple of micro_batch*dp={step};"
+            f" {nearest_multiples(train.global_batch, step)}"
+        )
+    elif parallel.vpp > 1 and parallel.pp > 1 and (micro_batches := train.global_batch // step) % parallel.pp:
+        found.problems.append(
+            f"interleaving (vpp={parallel.vpp}) needs a multiple of pp={parallel.pp} micro-batches per step, got"
+            f" {micro_batches}; for train.global_batch,"
+            f" {nearest_multiples(train.global_batch, step * parallel.pp)}"
+        )
+
+
+def _check_sequences(settings: MidtrainSettings, spec: ModelSpec, found: Findings) -> None:
+    parallel, seq_len = settings.parallel, settings.data.seq_len
+    if parallel.sequence_parallel and parallel.tp > 1 and seq_len % parallel.tp:
+        found.problems.append(
+            f"data.seq_len={seq_len} is not a multiple of tp={parallel.tp}, which sequence_parallel needs;"
+            f" {nearest_multiples(seq_len, parallel.tp)}"
+        )
+    check_positions("data.seq_len", seq_len, spec, found)
+
+
+def _check_sources(settings: MidtrainSettings, found: Findings) -> None:
+    try:
+        _, note = normalised_shares(settings.data.sources)
+    except ValueError as error:
+        found.problems.append(str(error))
+    else:
+        found.notes.extend([note] if note else [])

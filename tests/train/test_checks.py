@@ -1,0 +1,121 @@
+"""What cannot work is refused before any process group, with what would."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prism_mcore.config import SettingsError, load
+from prism_mcore.model.settings import ModelSettings, resolve_spec
+from prism_mcore.model.spec import read_config, spec_from_config
+from prism_mcore.train import checks
+from prism_mcore.train.settings import MidtrainSettings
+
+SOURCE = "data.sources=[{path: a, weight: 0.5}, {path: b, weight: 0.5}]"
+
+
+def check(*overrides: str, spec: str = "demo-hybrid", ranks: int = 1, **config) -> list[str]:
+    settings = load(MidtrainSettings, None, ["run.name=run", SOURCE, "data.seq_len=256", *overrides])
+    return checks.check(settings, spec_from_config(read_config(spec) | config), ranks)
+
+
+REFUSED = {
+    "batch": (
+        (["train.global_batch=100", "train.micro_batch=4"], {"ranks": 2}),
+        "train.global_batch=100 is not a multiple of micro_batch*dp=8; try 96 or 104",
+    ),
+    "batch smaller than one step": ((["train.global_batch=3"], {"ranks": 8}), "micro_batch*dp=8; try 8"),
+    "ranks": (
+        (["parallel.tp=2", "parallel.pp=2"], {"ranks": 6}),
+        "6 ranks are not a multiple of tp*pp*cp=4; try 4 or 8",
+    ),
+    "optimizer instances": (
+        (["parallel.optimizer_instances=3"], {"ranks": 8}),
+        "the 8 data-parallel ranks; try 2 or 4",
+    ),
+    "attention heads": ((["parallel.tp=8"], {"ranks": 8}), "8 does not divide the model's 4 attention heads; try 4"),
+    "kv heads": ((["parallel.tp=4"], {"ranks": 4}), "does not divide the model's 2 key/value heads; try 2"),
+    "SSM groups": ((["parallel.tp=4"], {"ranks": 4, "num_key_value_heads": 4}), "the model's 2 SSM groups; try 2"),
+    "MLP": ((["parallel.tp=2"], {"ranks": 2, "intermediate_size": 385}), "385 MLP columns; try 1 or 5"),
+    "interleaving alone": ((["parallel.vpp=2"], {}), "parallel.vpp=2 needs a pipeline"),
+    "too many chunks": (
+        (["parallel.pp=3", "parallel.vpp=3"], {"ranks": 3}),
+        "pp*vpp=9 chunks are more than the model's 8",
+    ),
+    "interleaved batches": (
+        (["parallel.pp=2", "parallel.vpp=2", "train.global_batch=5"], {"ranks": 2}),
+        "a multiple of pp=2 micro-batches per step, got 5; for train.global_batch, try 4 or 6",
+    ),
+    "split length": ((["parallel.pp=2", "parallel.split=[8]"], {"ranks": 2}), "has 1 numbers; needed: pp*vpp=2"),
+    "split sum": ((["parallel.pp=2", "parallel.split=[4, 5]"], {"ranks": 2}), "sums to 9; needed: the model's 8"),
+    "split of nothing": ((["parallel.pp=2", "parallel.split=[8, 0]"], {"ranks": 2}), "leaves a chunk empty"),
+    "sequence parallel alone": ((["parallel.sequence_parallel=true"], {}), "needs parallel.tp > 1"),
+    "sequence and tp": (
+        (["parallel.tp=2", "parallel.sequence_parallel=true", "data.seq_len=255"], {"ranks": 2}),
+        "data.seq_len=255 is not a multiple of tp=2, which sequence_parallel needs; try 254 or 256",
+    ),
+    "positions": ((["data.seq_len=8192"], {"spec": "demo-dense"}), "longer than the model's 4096 positions"),
+    "context parallelism": ((["parallel.cp=2"], {"ranks": 2}), "context parallelism is not supported yet"),
+    "fp8": ((["precision.fp8=tensorwise"], {}), "precision.fp8=tensorwise is not supported yet"),
+    "an op": ((["kernels.ssd_scann=triton"], {}), "kernels.ssd_scann: no such op (did you mean kernels.ssd_scan?)"),
+    "a backend": (
+        (["kernels.ssd_scan=tritn"], {}),
+        "kernels.ssd_scan=tritn: ssd_scan has no such backend (did you mean",
+    ),
+    "no name": ((["run.name=''"], {}), "run.name is empty; give run.name=NAME, or a recipe"),
+    "sources": ((["data.sources=[]"], {}), "data.sources is empty"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_layout_that_cannot_work_is_refused_with_one_that_can(case):
+    (overrides, context), message = REFUSED[case]
+    with pytest.raises(SettingsError) as error:
+        check(*overrides, **context)
+    assert message in str(error.value)
+
+
+def test_all_problems_are_listed_at_once():
+    with pytest.raises(SettingsError) as error:
+        check("parallel.tp=3", "precision.fp8=x", "parallel.vpp=2", ranks=3)
+    lines = str(error.value).splitlines()
+    assert len(lines) == len(set(lines)) == 6  # query and key heads, Mamba heads, SSM groups, FP8, interleaving
+
+
+def test_one_ssm_group_takes_any_tp_that_divides_its_heads():
+    assert check("parallel.tp=2", ranks=2, n_groups=1) == []
+
+
+def test_notes_say_what_is_unusual_but_works():
+    notes = check(
+        "parallel.tp=2",
+        "data.seq_len=8192",
+        "train.steps=5",
+        "optimizer.warmup_steps=9",
+        "data.sources.0.weight=1",
+        ranks=2,
+        vocab_size=1023,
+    )
+    for part in ("padded by 1 rows", "no position embedding", "lr is never reached", "normalised"):
+        assert sum(part in note for note in notes) == 1, notes
+    assert "no such sub-layer" in check("train.recompute=[mamba]", spec="demo-dense")[0]
+
+
+def test_a_shape_that_is_not_that_of_the_weights_is_noted(tmp_path):
+    shape = read_config("demo-dense")
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"rope_theta": 123.0, "initializer_range": 0.5}))
+    (note,) = check("model.spec=demo-dense", f"model.init={tmp_path}", spec="demo-dense")
+    assert f"rope_theta={shape['rope_theta']} (there 123.0)" in note and "initializer_range" not in note
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    assert check("model.spec=demo-dense", f"model.init={tmp_path}", spec="demo-dense") == []
+
+
+def test_the_shape_comes_from_the_spec_or_the_hugging_face_directory(tmp_path):
+    shipped = Path(checks.__file__).parents[1] / "model" / "configs" / "demo-dense.json"
+    (tmp_path / "config.json").write_text(shipped.read_text())
+    assert resolve_spec(ModelSettings(init=str(tmp_path))).family == "llama"
+    assert resolve_spec(ModelSettings(spec="demo-hybrid")).family == "nemotron_h"
+    with pytest.raises(SettingsError, match=r"set model\.spec"):
+        resolve_spec(ModelSettings())
+    with pytest.raises(SettingsError, match=r"model.spec: .*shipped shape"):
+        resolve_spec(ModelSettings(spec="gpt-5"))
