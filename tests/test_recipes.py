@@ -66,6 +66,15 @@ def test_the_small_recipes_fit(name, ranks):
     check(settings, resolve_spec(settings.model), ranks)
 
 
+@pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen3-8b"])
+def test_recipes_of_further_models_fit_their_gpus(name):
+    settings = load(MidtrainSettings, RECIPES / f"{name}.yaml")
+    spec = resolve_spec(settings.model)
+    check(settings, spec, 128)
+    assert (settings.run.name, settings.model.spec) == (name, name)
+    assert max(stage.total for stage in memory_of(settings, spec, 128)) < 72e9
+
+
 def test_the_starter_fits_an_8b_model_on_eight_gpus():
     settings = load(MidtrainSettings, RECIPES / "midtrain-8-gpus.yaml", ["model.spec=llama-3.1-8b"])
     spec = resolve_spec(settings.model)

@@ -14,7 +14,7 @@ from kernel_bench import works
 from kernel_bench.works import Inputs, Shape, Work
 from prism_mcore.model.spec import SHIPPED, ModelSpec, read_spec
 
-MODELS = [path.stem for path in sorted(SHIPPED.glob("*.json")) if not path.stem.startswith("demo")]
+MODELS = [path.stem for path in sorted(SHIPPED.glob("*.json")) if not path.stem.startswith(("demo", "qwen"))]
 TP = (1, 2, 4, 8)
 TRAIN_TOKENS = 8192
 DECODE_ROWS = 64  # sequences generated side by side

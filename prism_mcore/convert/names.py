@@ -80,12 +80,14 @@ def parts(name: str, parameter: Parameter) -> dict[str, Shape]:
 def _runs(key: str, spec: ModelSpec, sizes: dict[str, Shape]) -> Iterator[Run]:
     """The rows of one entry of a table; none where the model does not have it (a convolution without bias)."""
     key, bracket, which = key.partition("[")
+    if key not in sizes:
+        return
     if bracket:
         p, queries = spec.head_dim, spec.num_heads // spec.num_kv_heads
         first, count = {"q": (0, queries), "k": (queries, 1), "v": (queries + 1, 1)}[which[0]]
         for head in range(spec.num_kv_heads):
             yield Run(key, (head * (queries + 2) + first) * p, count * p)
-    elif key in sizes:
+    else:
         yield Run(key, 0, sizes[key][0])
 
 

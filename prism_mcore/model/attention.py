@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from prism_kernels.boundaries import document_ends
 from prism_kernels.caches import PagedCache
 from prism_mcore.model.context import ModelContext
-from prism_mcore.model.linear import column_linear, project, row_linear
+from prism_mcore.model.linear import column_linear, norm, project, row_linear
 from prism_mcore.model.state import Decode, PackedTokens, State
 
 
@@ -41,7 +41,10 @@ class Attention(nn.Module):
         self.kv_heads = spec.num_kv_heads // context.groups.tp_size
         self.heads_per_kv = spec.num_heads // spec.num_kv_heads
         width = spec.num_heads * spec.head_dim
-        self.qkv = column_linear(context, width + 2 * spec.num_kv_heads * spec.head_dim, spec.hidden_size)
+        rows = width + 2 * spec.num_kv_heads * spec.head_dim
+        self.qkv = column_linear(context, rows, spec.hidden_size, spec.qkv_bias)
+        if spec.qk_norm:
+            self.q_norm, self.k_norm = norm(context, spec.head_dim), norm(context, spec.head_dim)
         self.out_proj = row_linear(context, spec.hidden_size, width)
         self.apply_rope = context.ops["rope"]
         self.attention = (
@@ -60,6 +63,8 @@ class Attention(nn.Module):
         grouped = qkv.view(tokens, self.kv_heads, self.heads_per_kv + 2, p)
         q = grouped[:, :, :-2].reshape(tokens, -1, p)
         k, v = grouped[:, :, -2], grouped[:, :, -1]
+        if self.spec.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if seq.rope is not None:
             q, k = self.apply_rope(q, k, *seq.rope)
         if state is not None:

@@ -42,7 +42,7 @@ class Block(nn.Module):
 
     def __init__(self, context: ModelContext, kind: str, recompute: bool):
         super().__init__()
-        self.norm, self.mixer = norm(context), MIXERS[kind](context)
+        self.norm, self.mixer = norm(context, context.spec.hidden_size), MIXERS[kind](context)
         self.residual_multiplier, self.recompute = context.spec.residual_multiplier, recompute
         self.exact = context.ops.uses_exact("add_rms_norm")
 
@@ -182,7 +182,7 @@ class HybridModel(MegatronModule):
             {str(i): Block(context, spec.pattern[i], spec.pattern[i] in recompute) for i in layers}
         )
         if self.post_process:
-            self.final_norm = norm(context)
+            self.final_norm = norm(context, spec.hidden_size)
             self.output = Head(context, self.embedding.weight if self.pre_process and spec.tied_embeddings else None)
         self._mark_parameters()
 

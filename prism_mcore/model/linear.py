@@ -20,9 +20,9 @@ from prism_mcore.model.context import ModelContext
 from prism_mcore.model.state import Decode, State
 
 
-def column_linear(context: ModelContext, rows: int, columns: int) -> nn.Module:
-    """[t, 1, columns] -> [t, 1, rows / tp], no bias; gathers sequence-parallel input."""
-    kwargs = _linear_arguments(context)
+def column_linear(context: ModelContext, rows: int, columns: int, bias: bool = False) -> nn.Module:
+    """[t, 1, columns] -> [t, 1, rows / tp]; gathers sequence-parallel input."""
+    kwargs = _linear_arguments(context, bias)
     if context.ops.uses_te("linear"):
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 
@@ -35,7 +35,7 @@ def column_linear(context: ModelContext, rows: int, columns: int) -> nn.Module:
 
 def row_linear(context: ModelContext, rows: int, columns: int) -> nn.Module:
     """[t, 1, columns / tp] -> [t, 1, rows], no bias; summed over ranks, scattered where sequence-parallel."""
-    kwargs = _linear_arguments(context)
+    kwargs = _linear_arguments(context, bias=False)
     if context.ops.uses_te("linear"):
         from megatron.core.extensions.transformer_engine import TERowParallelLinear
 
@@ -63,17 +63,18 @@ def project(linear: nn.Module, x: Tensor, state: State | None) -> Tensor:
     if state is not None and isinstance(state.step, Decode):
         if type(linear) in (ColumnParallelLinear, RowParallelLinear) and linear.tp_group.size() == 1:
             # Straight to the product: what megatron-core does around it is 4% of a step of a small model.
-            return mm(x.squeeze(1), linear.weight.t()).unsqueeze(1)
+            y = mm(x.squeeze(1), linear.weight.t()).unsqueeze(1)
+            return y if linear.bias is None else y + linear.bias
         if isinstance(linear, ColumnLinearOfParts) and x.is_cuda and not linear.exact:
             return linear.separate_products(x)
     return linear(x)[0]
 
 
-def _linear_arguments(context: ModelContext) -> dict:
+def _linear_arguments(context: ModelContext, bias: bool) -> dict:
     return {
         "config": context.config,
         "init_method": lambda weight: weight,  # HybridModel initialises every parameter itself
-        "bias": False,
+        "bias": bias,
         "skip_bias_add": False,
         "tp_group": context.groups.tp,
     }
@@ -143,7 +144,8 @@ def exact_column_product(x: Tensor, weight: Tensor, group: dist.ProcessGroup, se
 
 class ExactColumnLinear(ColumnParallelLinear):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return exact_column_product(x, self.weight, self.tp_group, self.sequence_parallel), None
+        y = exact_column_product(x, self.weight, self.tp_group, self.sequence_parallel)
+        return (y if self.bias is None else y + self.bias), None
 
 
 class ExactRowLinear(RowParallelLinear):
@@ -175,13 +177,13 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the hidden dimension."""
+    """x / rms(x) * weight over the last dimension, of `size`."""
 
-    def __init__(self, context: ModelContext):
+    def __init__(self, context: ModelContext, size: int):
         super().__init__()
         self.eps = context.spec.norm_eps
         self.rms_norm, self.add_rms_norm = context.ops["rms_norm"], context.ops["add_rms_norm"]
-        self.weight = nn.Parameter(torch.empty(context.spec.hidden_size, dtype=context.config.params_dtype))
+        self.weight = nn.Parameter(torch.empty(size, dtype=context.config.params_dtype))
 
     def forward(self, x: Tensor, branch: Tensor | None = None, alpha: float = 1.0) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of x; with a branch (the norm of h, h) for h = x + alpha * branch, in one pass."""
@@ -190,13 +192,13 @@ class RMSNorm(nn.Module):
         return self.add_rms_norm(x, branch, alpha, self.weight, self.eps)
 
 
-def norm(context: ModelContext) -> nn.Module:
-    """RMSNorm over the hidden dimension: [t, 1, d] -> [t, 1, d]."""
+def norm(context: ModelContext, size: int) -> nn.Module:
+    """RMSNorm over the last dimension, of `size`: that of the hidden states, or of a head."""
     if context.ops.uses_te("rms_norm"):
         from megatron.core.extensions.transformer_engine import TENorm
 
-        return TENorm(context.config, context.spec.hidden_size, context.spec.norm_eps)
-    return RMSNorm(context)
+        return TENorm(context.config, size, context.spec.norm_eps)
+    return RMSNorm(context, size)
 
 
 def add_and_norm(norm: nn.Module, x: Tensor, branch: Tensor | None, alpha: float) -> tuple[Tensor, Tensor]:

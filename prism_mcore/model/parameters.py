@@ -93,10 +93,12 @@ def _attention(spec: ModelSpec, tp: int) -> dict[str, Parameter]:
     # Rows of qkv: for each key/value head its query heads, then its key, then its value, as megatron-core has them.
     rows = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     width = spec.num_heads * spec.head_dim
-    return {
-        "qkv.weight": Parameter((rows, spec.hidden_size), _normal(spec.initializer_range), tp_axis=0),
-        "out_proj.weight": Parameter((spec.hidden_size, width), _residual(spec), tp_axis=1),
-    }
+    table = {"qkv.weight": Parameter((rows, spec.hidden_size), _normal(spec.initializer_range), tp_axis=0)}
+    if spec.qkv_bias:
+        table["qkv.bias"] = Parameter((rows,), _zeros, tp_axis=0)
+    if spec.qk_norm:
+        table |= {f"{name}_norm.weight": Parameter((spec.head_dim,), _ones) for name in "qk"}
+    return {**table, "out_proj.weight": Parameter((spec.hidden_size, width), _residual(spec), tp_axis=1)}
 
 
 def _mlp(spec: ModelSpec, tp: int) -> dict[str, Parameter]:

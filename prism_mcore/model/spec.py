@@ -51,6 +51,7 @@ class ModelSpec:
     Llama-3.1-8B:    pattern "*-" * 32, num_heads 32, num_kv_heads 8, head_dim 128, attention_scale 128**-0.5
     Granite-4-H:     pattern "M-M-M-M-M-*-...", ssm_groups 1, mamba_num_heads 64, logits_divisor 8.0, position "none"
     Nemotron-H-8B:   pattern "M-M-M-M*-...", ssm_groups 8, activation "squared_relu", position "none"
+    Qwen3-8B:        pattern "*-" * 36, qk_norm True
     """
 
     family: str  # the name of its file in families/
@@ -86,6 +87,9 @@ class ModelSpec:
     dt_min: float = 0.001  # dt at initialisation is log-uniform in [dt_min, dt_max], at least dt_floor
     dt_max: float = 0.1
     dt_floor: float = 1e-4
+    # Qwen's attention
+    qkv_bias: bool = False
+    qk_norm: bool = False  # an RMSNorm of each query and key head, with one weight for all of them
     # Granite's multipliers; 1 elsewhere
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0

@@ -129,14 +129,16 @@ def kept_bytes_per_token(spec: ModelSpec, kind: str, tp: int, sequence_parallel:
     """(input, everything) that one sub-layer keeps for its backward pass, bytes per token on one rank.
 
     Everything, in elements: input and normed input 2d; attention (h+2k)p queries, keys and values, (h+k)p of them again
-    where they are rotated, hp and a log-sum-exp; MLP 3f with a gate, 2f without; Mamba-2 [z|x|dt] and [B|C] before the
-    convolution, [x|B|C] after it, the scan's and the norm's output, and in fp32 the state at each chunk's start.
-    Divided by tp, the d terms only under sequence parallelism.
+    where they are rotated, hp, and in fp32 a log-sum-exp and, where queries and keys are normed, a statistic of each;
+    MLP 3f with a gate, 2f without; Mamba-2 [z|x|dt] and [B|C] before the convolution, [x|B|C] after it, the scan's and
+    the norm's output, and in fp32 the state at each chunk's start. Divided by tp, the d terms only under sequence
+    parallelism.
     """
     outer = spec.hidden_size / (tp if sequence_parallel else 1)
     if kind == ATTENTION:
         copies = 3 if spec.position == "rope" else 2
-        inside: float = copies * (spec.num_heads + spec.num_kv_heads) * spec.head_dim * element + 4 * spec.num_heads
+        statistics = spec.num_heads + (spec.num_heads + spec.num_kv_heads if spec.qk_norm else 0)
+        inside: float = copies * (spec.num_heads + spec.num_kv_heads) * spec.head_dim * element + 4 * statistics
     elif kind == MLP:
         inside = (3 if spec.activation == "swiglu" else 2) * spec.ffn_size * element
     else:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -234,7 +234,7 @@ def resume_run(run: Run, cursor: str, fixed: dict[str, Any], more: ShardedStateD
             f"{newest} is of another kind of run; to start from its weights give run.name another value, and"
             f" model.init={newest.parent.parent}"
         )
-    if state["spec"] != spec_record(run.spec):
+    if _as_now(state["spec"]) != spec_record(run.spec):
         raise SettingsError(f"{newest} is of another model; give run.name another value, or model.spec the one it had")
     before = state.get("fixed", state.get("kept", {}))  # earlier versions called them kept, or had none
     for name, now in fixed.items():
@@ -247,6 +247,11 @@ def resume_run(run: Run, cursor: str, fixed: dict[str, Any], more: ShardedStateD
     run.guard.restore(loaded.state["guard"])
     log.info("resuming from %s", loaded.path)
     return loaded
+
+
+def _as_now(record: dict) -> dict:
+    """A spec's record with the fields that it lacks because an earlier version wrote it: no model of that had any."""
+    return {f.name: repr(f.default) for f in fields(ModelSpec) if f.default is not MISSING} | record
 
 
 def spec_record(spec: ModelSpec) -> dict:

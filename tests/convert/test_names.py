@@ -21,6 +21,8 @@ COUNTS = {
     "mistral-7b-v0.1": 7_241_732_096,
     "mistral-small-24b-2501": 23_572_403_200,
     "nemotron-h-8b": 8_100_852_736,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
 }
 SHAPES = [*COUNTS, "granite-3.3-8b"]
 

@@ -1,4 +1,4 @@
-"""Invariant 2: the logits and gradients of transformers, for all seven models, in every layout."""
+"""Invariant 2: the logits and gradients of transformers, for every family, in every layout."""
 
 import json
 import shutil
@@ -37,6 +37,8 @@ PARAMETERS = {
     "granite-4.0-micro": 3_402_836_480,
     "granite-4.0-h-micro": 3_191_396_096,
     "nemotron-h-8b": 8_100_852_736,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
 }
 
 
@@ -151,6 +153,7 @@ BITES = [
     ("granite-4.0-micro", {"position_embedding_type": "nope"}),
     ("granite-4.0-h-micro", {"position_embedding_type": "rope"}),
     ("nemotron-h", {"time_step_limit": [0.001, 10.0]}),
+    ("qwen3", {"use_sliding_window": False}),
 ]
 
 

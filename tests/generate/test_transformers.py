@@ -1,4 +1,4 @@
-"""Greedy tokens and sampled tokens' log-probs are transformers', for all seven models."""
+"""Greedy tokens and sampled tokens' log-probs are transformers', for every family."""
 
 import pytest
 import torch

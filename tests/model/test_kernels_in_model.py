@@ -7,6 +7,7 @@ import torch
 from ranks import run_ranks
 from tiny.gradients import whole_gradients
 from tiny.models import DENSE, GRANITE_HYBRID, HYBRID, packed_batches
+from tiny.models import SPECS as TINY
 
 from prism_kernels import backends
 from prism_kernels.table import OPS
@@ -28,6 +29,7 @@ TRITON = {
 GRANITE = {"hidden_size": 64, "mamba_d_head": 32, "layer_types": ["mamba", "attention"], "num_hidden_layers": 2}
 SPECS = {
     "dense": spec_from_config(DENSE),
+    "qwen": TINY["qwen"],
     "hybrid": spec_from_config(HYBRID | {"hybrid_override_pattern": "M*-", "num_hidden_layers": 3}),
     "granite hybrid": spec_from_config(GRANITE_HYBRID | GRANITE),
 }

@@ -1,4 +1,4 @@
-"""ModelSpec reads the seven models exactly, in both key styles, and refuses what the engine does not compute."""
+"""ModelSpec reads the models exactly, in both key styles, and refuses what the engine does not compute."""
 
 import json
 import math
@@ -16,6 +16,8 @@ PUBLISHED = {
     "mistral-7b-v0.1": 7_241_732_096,
     "mistral-small-24b-2501": 23_572_403_200,
     "nemotron-h-8b": 8_100_852_736,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
 }
 
 
@@ -39,6 +41,8 @@ def test_each_family_keeps_what_sets_it_apart():
     assert (hybrid.position, hybrid.ssm_groups, hybrid.chunk_len) == ("none", 1, 256)
     assert [i // 2 for i, kind in enumerate(hybrid.pattern) if kind == "*"] == [5, 15, 25, 35]
     assert read_spec("granite-3.3-8b").attention_scale == 1 / 128  # not 128 ** -0.5
+    assert (read_spec("qwen2.5-7b").qkv_bias, read_spec("qwen2.5-7b").sliding_window) == (True, None)  # a window unused
+    assert (read_spec("qwen3-8b").qk_norm, read_spec("qwen3-8b").qkv_bias) == (True, False)
     nemotron = read_spec("nemotron-h-8b")
     assert (nemotron.activation, nemotron.gated_norm_groups, nemotron.dt_limit) == ("squared_relu", 8, (0.0, math.inf))
 
@@ -69,7 +73,7 @@ def test_both_key_styles_give_the_same_spec(name, tmp_path):
 
 
 REFUSED = {
-    "another architecture": ("llama-3.1-8b", {"architectures": ["Qwen3ForCausalLM"]}, "Qwen3ForCausalLM"),
+    "another architecture": ("llama-3.1-8b", {"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
     "class and type disagree": ("llama-3.1-8b", {"model_type": "mistral"}, 'model_type="mistral"'),
     "attention bias": ("llama-3.1-8b", {"attention_bias": True}, "attention_bias=true"),
     "MLP bias": ("nemotron-h-8b", {"mlp_bias": True}, "mlp_bias=true"),
@@ -87,6 +91,18 @@ REFUSED = {
     "dropout": ("granite-3.3-8b", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
     "text for a number": ("llama-3.1-8b", {"hidden_size": "4096"}, 'hidden_size="4096"'),
     "heads that do not group": ("llama-3.1-8b", {"num_key_value_heads": 5}, "num_key_value_heads=5"),
+    "windows in some layers": (
+        "qwen2.5-7b",
+        {"use_sliding_window": True, "max_window_layers": 14},
+        "max_window_layers=14",
+    ),
+    "windows in some layers, listed": (
+        "qwen3-8b",
+        {"layer_types": ["full_attention", "sliding_attention"] * 18},
+        "layer_types=",
+    ),
+    "bias with the norms": ("qwen3-8b", {"attention_bias": True}, "attention_bias=true"),
+    "no head size": ("qwen3-8b", {"head_dim": ...}, "no head_dim"),
     "two head sizes": ("nemotron-h-8b", {"head_dim": 64}, "attention_head_dim=128"),
     "Mamba heads that miss the width": ("granite-4.0-h-micro", {"mamba_d_head": 32}, "mamba_d_head=32"),
 }

@@ -57,7 +57,9 @@ def test_transformer_engines_layers_take_what_they_are_given():
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     largest = json.loads(done.stdout.splitlines()[-1])
-    assert largest == {name: pytest.approx(0, abs=1e-5) for name in ("dense", "hybrid", "granite hybrid", "window")}
+    assert largest == {
+        name: pytest.approx(0, abs=1e-5) for name in ("dense", "hybrid", "granite hybrid", "qwen", "window")
+    }
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ LAYOUTS = {"alone": (1, {}), "dp2": (2, {}), "tp2+sp": (2, {"tp": 2, "sequence_p
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spec", ["dense", "granite hybrid"])
+@pytest.mark.parametrize("spec", ["dense", "qwen", "granite hybrid"])
 def test_every_sampled_token_has_the_samplers_bits_in_training(spec, dtype, layout):
     ranks, degrees = LAYOUTS[layout]
     for stats in run_ranks(ranks, one_step, spec, dtype, **degrees):
@@ -130,7 +130,9 @@ def both_paths(groups, spec, temperature):
     return differences
 
 
-@pytest.mark.parametrize(("spec", "temperature"), [("dense", 0.8), ("hybrid", 1.0), ("granite hybrid", 0.0)])
+@pytest.mark.parametrize(
+    ("spec", "temperature"), [("dense", 0.8), ("qwen", 0.8), ("hybrid", 1.0), ("granite hybrid", 0.0)]
+)
 def test_the_replayed_paths_are_those_of_sampler_and_training(spec, temperature):
     for logprob, state in run_ranks(1, both_paths, spec, temperature)[0]:
         assert logprob <= 1e-5 and state <= 1e-4

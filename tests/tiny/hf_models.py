@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face directories of the seven models: `from tiny.hf_models import FAMILIES, save_hf`.
+"""Tiny random Hugging Face directories of every family: `from tiny.hf_models import FAMILIES, save_hf`.
 
 Odd values on purpose: head_dim is not hidden/heads, the vocabulary of 61 does not divide by 2, one SSM group and
 several, every Granite multiplier away from 1, a sliding window and a llama3 RoPE that bite within SEQ_LEN tokens, tied
@@ -88,6 +88,11 @@ FAMILIES: dict[str, dict] = {
     },
     "nemotron-h": {key: value for key, value in BASE.items() if key not in ("rms_norm_eps", "num_hidden_layers")}
     | NEMOTRON,
+    "qwen2.5": BASE | {"model_type": "qwen2", "tie_word_embeddings": True} | ROPE,
+    "qwen3": BASE
+    | {"model_type": "qwen3", "head_dim": 24, "use_sliding_window": True, "sliding_window": 7}
+    | {"max_window_layers": 0}
+    | ROPE,
 }
 OLDER_LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}
 NEWER_KEYS = {"n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor", "num_nextn_predict_layers"}
@@ -118,7 +123,7 @@ def save_hf(
 
 
 def older(raw: dict) -> dict:
-    """A config.json of transformers 5 in the keys that the seven models' own files have."""
+    """A config.json of transformers 5 in the keys that the models' own files have."""
     raw = dict(raw, transformers_version="4.48.0", torch_dtype=raw["dtype"])
     del raw["dtype"]
     rope = raw.pop("rope_parameters", None)
@@ -127,6 +132,8 @@ def older(raw: dict) -> dict:
         raw["rope_scaling"] = rope if rope["rope_type"] != "default" else None
     if raw["model_type"] == "nemotron_h":
         return _older_nemotron(raw)
+    if raw["model_type"].startswith("qwen"):
+        raw.pop("layer_types")  # follow from max_window_layers
     if "layer_types" in raw:
         raw["layer_types"] = [OLDER_LAYERS[kind] for kind in raw["layer_types"]]
     raw.pop("time_step_limit", None)  # no Granite 4 file has it

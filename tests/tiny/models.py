@@ -1,5 +1,7 @@
 """Tiny models and batches for tests: `from tiny.models import SPECS, packed_batches`."""
 
+from dataclasses import replace
+
 import torch
 
 from prism_mcore.batch import PackedBatch
@@ -92,6 +94,8 @@ GRANITE_HYBRID = {
 }
 CONFIGS = {"dense": DENSE, "hybrid": HYBRID, "granite hybrid": GRANITE_HYBRID}
 SPECS: dict[str, ModelSpec] = {name: spec_from_config(config, name) for name, config in CONFIGS.items()}
+# What sets the two Qwens apart, at once.
+SPECS["qwen"] = replace(SPECS["dense"], qkv_bias=True, qk_norm=True)
 
 
 def packed_batches(spec: ModelSpec, count: int, *, b: int = 2, s: int = 16, seed: int = 0) -> list[PackedBatch]:

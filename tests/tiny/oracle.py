@@ -58,7 +58,14 @@ def attention(rest: dict[str, Tensor], prefix: str, spec: ModelSpec) -> dict[str
     mixer = prefix + ("mixer." if spec.family == "nemotron_h" else "self_attn.")
     q, k, v = (take(rest, f"{mixer}{n}_proj.weight") for n in "qkv")
     heads = [x.reshape(spec.num_kv_heads, -1, spec.hidden_size) for x in (q, k, v)]
+    peculiar = {}
+    if mixer + "q_proj.bias" in rest:
+        biases = [take(rest, f"{mixer}{n}_proj.bias").reshape(spec.num_kv_heads, -1) for n in "qkv"]
+        peculiar["mixer.qkv.bias"] = torch.cat(biases, dim=1).flatten()
+    if mixer + "q_norm.weight" in rest:
+        peculiar |= {f"mixer.{n}_norm.weight": take(rest, f"{mixer}{n}_norm.weight") for n in "qk"}
     return {
+        **peculiar,
         "norm.weight": norm,
         "mixer.qkv.weight": torch.cat(heads, dim=1).flatten(0, 1),
         "mixer.out_proj.weight": take(rest, mixer + "o_proj.weight"),

@@ -27,13 +27,15 @@ class Linear(nn.Module):
         self, in_features, out_features, *, device, params_dtype, bias, return_bias, parallel_mode, tp_size, **others
     ):
         super().__init__()
-        assert (bias, return_bias, tp_size) == (False, False, 1) and parallel_mode in ("column", "row")
+        assert (return_bias, tp_size) == (False, 1) and parallel_mode in ("column", "row")
         self.sequence_parallel = others["sequence_parallel"]
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
-        self.bias = torch.Tensor()
+        self.bias = (
+            nn.Parameter(torch.empty(out_features, dtype=params_dtype, device=device)) if bias else torch.Tensor()
+        )
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias if len(self.bias) else None)
 
 
 class RMSNorm(nn.Module):

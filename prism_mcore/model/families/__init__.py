@@ -127,6 +127,27 @@ def decoder(keys: Keys, family: str, **more: Any) -> ModelSpec:
     return ModelSpec(family=family, **(fields | common_fields(keys) | more))
 
 
+def qwen_window(keys: Keys) -> int | None:
+    """Qwen's sliding window: that of all layers or of none, as `layer_types` or `max_window_layers` say."""
+    layers = keys.integer("num_hidden_layers")
+    used = keys.flag("use_sliding_window", default=False)
+    window, full = keys.value("sliding_window", default=None), keys.value("max_window_layers", default=layers)
+    kinds = keys.value("layer_types", default=None)
+    if kinds is None:
+        if isinstance(full, bool) or not isinstance(full, int):
+            keys.fail("max_window_layers", "the number of layers without a window")
+        if used and window is not None and 0 < full < layers:
+            keys.fail("max_window_layers", f"0 or {layers}: a window in every layer or in none")
+        sliding = full <= 0
+    else:
+        if not isinstance(kinds, list) or set(map(str, kinds)) not in ({"full_attention"}, {"sliding_attention"}):
+            keys.fail("layer_types", "full_attention in every layer, or sliding_attention in every layer")
+        check_num_layers(keys, len(kinds))
+        sliding = kinds[0] == "sliding_attention"
+    # Without use_sliding_window transformers reads past the window that most files name nevertheless.
+    return keys.integer("sliding_window") if used and window is not None and sliding else None
+
+
 def granite_multipliers(keys: Keys) -> dict[str, float]:
     return dict(
         embedding_multiplier=keys.number("embedding_multiplier"),
