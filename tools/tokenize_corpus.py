@@ -3,11 +3,13 @@
     python tools/tokenize_corpus.py corpus/*.jsonl --out data/corpus --tokenizer MODEL_DIR
     python tools/tokenize_corpus.py corpus/*.jsonl --out data --per-file --train-bpe 4096 --tokenizer data/tokenizer
 
-A record is {"text": ...} or a chat {"messages": [{"role": "user", "content": ...}, ...]}.
+A record is {"text": ...} or a chat {"messages": [{"role": "user", "content": ...}, ...]}. A token file is there whole
+or not at all; one that was made before of the same inputs in the same way is left as it is: the same command resumes.
 """
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from prism_mcore.console import plain, progress, say
 from prism_mcore.data.corpus import expand
+from prism_mcore.data.token_file import prefix_of
 from prism_mcore.data.tokenizing import tokenize_files, train_bpe
 from prism_mcore.text import load_tokenizer
 
@@ -24,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         _run(options)
+    except KeyboardInterrupt:
+        say("tokenize_corpus: interrupted; what was finished stays, the same command resumes", stderr=True)
+        return 130
     except (ValueError, OSError) as error:
         say(f"tokenize_corpus: {error}", stderr=True)
         return 1
@@ -35,6 +41,11 @@ def _run(options: argparse.Namespace) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with progress(*columns) as shows:
         if options.train_bpe:
+            if (Path(options.tokenizer) / "config.json").exists():
+                raise ValueError(
+                    f"--train-bpe would overwrite the tokenizer of the model in {options.tokenizer}; give --tokenizer"
+                    " another folder, or leave --train-bpe out"
+                )
             bar = shows.add_task("training BPE", total=_size(inputs))
             size = train_bpe(
                 inputs,
@@ -48,6 +59,7 @@ def _run(options: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(options.tokenizer)
         for prefix, domain, paths in _jobs(options, inputs):
             bar = shows.add_task(plain(os.path.basename(prefix)), total=_size(paths))
+            before = _written(prefix)
             manifest = tokenize_files(
                 paths,
                 prefix,
@@ -57,11 +69,15 @@ def _run(options: argparse.Namespace) -> None:
                 mask_prompts=options.mask_prompts,
                 seed=options.seed,
                 workers=options.workers,
+                resume=True,
                 on_bytes=_updates(shows, bar),
             )
             done = f"{prefix}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens"
-            empty = f"{manifest['skipped_empty_documents']:,} empty documents left out"
-            shows.console.print(plain(f"{done}, {empty}"), soft_wrap=True)
+            empty, blank = manifest["skipped_empty_documents"], manifest["skipped_blank_lines"]
+            note = "; was there" if before == _written(prefix) else "; replaces what was there" if before else ""
+            shows.console.print(
+                plain(f"{done}, {empty:,} empty documents and {blank:,} blank lines left out{note}"), soft_wrap=True
+            )
 
 
 def _jobs(options: argparse.Namespace, inputs: list[str]) -> list[tuple[str, str, list[str]]]:
@@ -75,6 +91,16 @@ def _jobs(options: argparse.Namespace, inputs: list[str]) -> list[tuple[str, str
             raise ValueError(f"{jobs[stem]} and {path} would both be written to {options.out}/{stem}; rename one")
         jobs[stem] = path
     return [(os.path.join(options.out, stem), stem, [path]) for stem, path in jobs.items()]
+
+
+def _written(prefix: str) -> tuple[int, int] | None:
+    """Which .idx is there: (inode, time of writing); None where there is none."""
+    idx = Path(f"{prefix_of(prefix)}.idx")
+    return (idx.stat().st_ino, idx.stat().st_mtime_ns) if idx.exists() else None
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt  # half-written files are removed, as after Ctrl-C
 
 
 def _updates(progress: Progress, bar: TaskID) -> Callable[[int], None]:
@@ -110,4 +136,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main())

@@ -4,11 +4,15 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from prism_mcore.data.corpus import Chunk, documents, expand, read_chunks
 from prism_mcore.data.order import key_of, shuffled_range
-from prism_mcore.data.token_file import TokenFileWriter, prefix_of, token_dtype
+from prism_mcore.data.token_file import TokenFile, TokenFileError, TokenFileWriter, narrowed, prefix_of, token_dtype
 from prism_mcore.text import Tokenizer
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -75,91 +79,139 @@ def tokenize_files(
     mask_prompts: bool = False,
     seed: int = 0,
     workers: int | None = None,
+    resume: bool = False,
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write the documents of all inputs to PREFIX.bin/.idx, each ended by the end-of-text token, shuffled.
 
-    Empty documents are left out and counted; `seed` draws the order. mask_prompts also writes PREFIX.mask: 1 for the
-    assistant's words and the end of text after them (and for everything in documents that are no chats), else 0.
-    Returns the manifest, which is PREFIX.json. The result depends neither on `workers` (processes; default: as many as
-    are worth it) nor on time. It is there whole or not at all.
+    Empty documents and blank lines are left out and counted; `seed` draws the order. mask_prompts also writes
+    PREFIX.mask: 1 for the assistant's words and the end of text after them (and for everything in documents that are no
+    chats), else 0. resume: where PREFIX already holds what is asked for, it is left as it is.
+
+    Returns the manifest, which is PREFIX.json: what was asked (`asked` below), the counts, and of the content
+    `content_sha256` (of all tokens in their order), `max_token_id` and `max_token_document`, the first document that
+    has it. The result depends neither on `workers` (processes; default: as many as are worth it) nor on time. It is
+    there whole or not at all. Raises CorpusError for what cannot be read as documents, ValueError where nothing is
+    left.
     """
     if tokenizer.eos_id is None:
         raise ValueError(f"{tokenizer.source}: names no eos_token, which ends every document")
     paths = expand(inputs)
-    dtype = token_dtype(tokenizer.size)
+    dtype = token_dtype(max(tokenizer.size, tokenizer.eos_id + 1))
+    asked = {
+        "domain": domain,
+        "dtype": np.dtype(dtype).name,
+        "vocab_size": tokenizer.size,
+        "eos_id": tokenizer.eos_id,
+        "tokenizer_sha256": tokenizer.sha256,
+        "seed": seed,
+        "mask_prompts": mask_prompts,
+        "text_key": text_key,
+        "inputs": [os.path.basename(path) for path in paths],
+        "inputs_sha256": [_file_sha256(path) for path in paths],
+    }
+    if resume and (done := _already_there(prefix, asked)) is not None:
+        return done
     folder = Path(prefix_of(prefix)).absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     # In file order first, beside the target (the same disk), then copied in the shuffled order.
     with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder) as scratch:
         spool = Path(scratch) / "tokens"
         mask_spool = Path(scratch) / "mask"
-        lengths_parts, skipped = [np.empty(0, np.int32)], 0
+        lengths_parts, empty, blank = [np.empty(0, np.int32)], 0, 0
+        worker = _Worker(tokenizer.json, tokenizer.eos_id, dtype, text_key, mask_prompts)
         with open(spool, "wb") as tokens_out, open(mask_spool, "wb") as mask_out:
-            chunks = _all_chunks(paths, text_key, on_bytes)
-            for part in _in_processes(chunks, tokenizer, text_key, mask_prompts, workers or _useful_workers(paths)):
-                tokens_out.write(part.tokens.astype(dtype).data)
+            for part in _in_processes(
+                _all_chunks(paths, text_key, on_bytes), worker, workers or _useful_workers(paths)
+            ):
+                tokens_out.write(part.tokens.data)
                 if part.mask is not None:
                     mask_out.write(part.mask.data)
                 lengths_parts.append(part.lengths)
-                skipped += part.skipped
+                empty, blank = empty + part.empty, blank + part.blank
         lengths = np.concatenate(lengths_parts)
         if not lengths.size:
-            raise ValueError(f"{', '.join(paths)}: no documents ({skipped} empty ones); nothing to write to {prefix}")
+            left_out = f"{empty} empty ones" + f", {blank} blank lines" * (blank > 0)
+            raise ValueError(f"{', '.join(paths)}: no documents ({left_out}); nothing to write to {prefix}")
         with TokenFileWriter(prefix, dtype, with_mask=mask_prompts) as writer:
             content = _copy_shuffled(spool, mask_spool if mask_prompts else None, lengths, seed, writer)
-            writer.manifest = {
-                "domain": domain,
-                "skipped_empty_documents": skipped,
-                "dtype": np.dtype(dtype).name,
-                "vocab_size": tokenizer.size,
-                "eos_id": tokenizer.eos_id,
-                "tokenizer_sha256": tokenizer.sha256,
-                "seed": seed,
-                "mask_prompts": mask_prompts,
-                "inputs": [os.path.basename(path) for path in paths],
-                **content,
-            }
+            counts = {"skipped_empty_documents": empty, "skipped_blank_lines": blank}
+            writer.manifest = {**asked, **counts, **content}
     return {"documents": len(lengths), "tokens": int(lengths.sum(dtype=np.int64)), **writer.manifest}
+
+
+def _file_sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _already_there(prefix: str | os.PathLike[str], asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a whole token file that was made of the same inputs in the same way."""
+    try:
+        file = TokenFile(prefix)
+    except TokenFileError:  # none, or a broken one, which is to be replaced
+        return None
+    file.close()
+    manifest = file.manifest or {}
+    same = all(manifest.get(name) == value for name, value in asked.items())
+    return manifest if same and file.has_mask == asked["mask_prompts"] else None
 
 
 @dataclass(frozen=True)
 class _Tokenized:
-    tokens: np.ndarray  # int32 [t]
+    tokens: np.ndarray  # [t], the file's dtype
     lengths: np.ndarray  # int32 [documents]
     mask: np.ndarray | None  # uint8 [t]
-    skipped: int  # empty documents
+    empty: int  # documents
+    blank: int  # lines
 
 
-_worker: dict[str, Any] = {}
+class _Worker:
+    """What tokenizes a chunk; it is sent to each process once, as text."""
+
+    def __init__(self, tokenizer_json: str, eos_id: int, dtype: type[np.integer], text_key: str, mask_prompts: bool):
+        self.tokenizer_json, self.eos_id, self.dtype = tokenizer_json, eos_id, dtype
+        self.text_key, self.mask_prompts = text_key, mask_prompts
+
+    @cached_property
+    def backend(self) -> tokenizers.Tokenizer:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallelism is ours
+        backend = tokenizers.Tokenizer.from_str(self.tokenizer_json)
+        backend.encode_special_tokens = True  # words like "<|eos|>" inside a text are text, not the end of a document
+        return backend
+
+    def tokenize(self, chunk: Chunk) -> _Tokenized:
+        found = list(documents(chunk, self.text_key))
+        kept = [document for document in found if document.text.strip()]
+        # Offsets cost time, and only the mask reads them.
+        encode = self.backend.encode_batch if self.mask_prompts else self.backend.encode_batch_fast
+        encodings = encode([document.text for document in kept], add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        for document in ids:
+            document.append(self.eos_id)
+        lengths = np.array([len(document) for document in ids], dtype=np.int32)
+        tokens = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum(dtype=np.int64)))
+        mask = None
+        if self.mask_prompts:
+            masks = [
+                _answer_mask(encoding.offsets, document.answers, len(document.text))
+                for encoding, document in zip(encodings, kept, strict=True)
+            ]
+            mask = np.concatenate([np.empty(0, np.uint8), *masks])
+        return _Tokenized(narrowed(tokens, self.dtype), lengths, mask, len(found) - len(kept), chunk.num_blank)
 
 
-def _start_worker(tokenizer_json: str, eos_id: int, text_key: str, mask_prompts: bool) -> None:
-    # Parallelism is ours; and words like "<|eos|>" inside a text are text, not the end of a document.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    _worker.update(tokenizer=tokenizer, eos_id=eos_id, text_key=text_key, mask_prompts=mask_prompts)
+_worker: _Worker  # of this process
 
 
-def _tokenize_chunk(chunk: Chunk) -> _Tokenized:
-    eos = [_worker["eos_id"]]
-    all_documents = list(documents(chunk, _worker["text_key"]))
-    kept = [document for document in all_documents if document.text.strip()]
-    encodings = _worker["tokenizer"].encode_batch([document.text for document in kept], add_special_tokens=False)
-    tokens = [np.array(encoding.ids + eos, dtype=np.int32) for encoding in encodings]
-    lengths = np.array([len(part) for part in tokens], dtype=np.int32)
-    mask = None
-    if _worker["mask_prompts"]:
-        masks = [
-            _answer_mask(encoding.offsets, document.answers, len(document.text))
-            for encoding, document in zip(encodings, kept, strict=True)
-        ]
-        mask = np.concatenate([np.empty(0, np.uint8), *masks])
-    joined = np.concatenate([np.empty(0, np.int32), *tokens])
-    return _Tokenized(joined, lengths, mask, len(all_documents) - len(kept))
+def _start_process(worker: _Worker) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to handle
+    _worker = worker
+
+
+def _tokenize(chunk: Chunk) -> _Tokenized:
+    return _worker.tokenize(chunk)
 
 
 def _answer_mask(offsets: list[tuple[int, int]], answers: list[tuple[int, int]], text_length: int) -> np.ndarray:
@@ -176,29 +228,27 @@ def _answer_mask(offsets: list[tuple[int, int]], answers: list[tuple[int, int]],
 
 def _useful_workers(paths: list[str]) -> int:
     """Processes that are worth starting: each takes half a second to start, and tokenizes about 4 MB in a second."""
-    return max(1, min(os.cpu_count() or 1, sum(map(os.path.getsize, paths)) >> 22))
+    return max(1, min(len(os.sched_getaffinity(0)), sum(map(os.path.getsize, paths)) >> 22))
 
 
-def _in_processes(
-    chunks: Iterable[Chunk], tokenizer: Tokenizer, text_key: str, mask_prompts: bool, workers: int
-) -> Iterator[_Tokenized]:
+def _in_processes(chunks: Iterable[Chunk], worker: _Worker, workers: int) -> Iterator[_Tokenized]:
     """Chunks tokenized by `workers` processes, in order, few at a time."""
-    arguments = (tokenizer.json, tokenizer.eos_id, text_key, mask_prompts)
     if workers == 1:
-        _start_worker(*arguments)
-        yield from map(_tokenize_chunk, chunks)
+        yield from map(worker.tokenize, chunks)
         return
     # spawn: a fork of a process with threads (torch's, tokenizers') may hang.
     context = multiprocessing.get_context("spawn")
     waiting: deque[Future[_Tokenized]] = deque()
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(worker,)) as pool:
         try:
             for chunk in chunks:
-                waiting.append(pool.submit(_tokenize_chunk, chunk))
+                waiting.append(pool.submit(_tokenize, chunk))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise OSError("a process that tokenizes was killed, perhaps for its memory; use fewer workers") from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
