@@ -40,6 +40,12 @@ class PackedBatch:
     source_ids: Tensor  # [b] int32: index into data.sources
     sample_ids: Tensor  # [b] int64: index of each sequence in the run's global order
 
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each document, or of each row where documents are not isolated: [documents] int32."""
+        lengths = np.diff(self.cu_seqlens.numpy())
+        return lengths[lengths > 0]
+
 
 @dataclass(frozen=True)
 class PolicyBatch(PackedBatch):

@@ -8,7 +8,10 @@ counts the lower triangle only (as Megatron-Bridge does since 25.09), and so doe
 # d hidden, v vocabulary, h heads, k key/value heads, p head_dim, f MLP width
 # i Mamba inner width, H Mamba heads, g SSM groups, n SSM state, c conv kernel, Q chunk_len
 
+from collections import Counter
 from collections.abc import Collection
+
+import numpy as np
 
 from prism_mcore.model.spec import ATTENTION, LAYER_NAMES, MAMBA, MLP, ModelSpec
 
@@ -55,6 +58,13 @@ def flops_per_token(spec: ModelSpec, seq_len: int, recompute: Collection[str] = 
     those. Model FLOPs, which MFU is made of, are those without.
     """
     layers = sum(
-        (4 if LAYER_NAMES[kind] in recompute else 3) * sublayer_flops(spec, kind, seq_len) for kind in spec.pattern
+        count * (4 if LAYER_NAMES[kind] in recompute else 3) * sublayer_flops(spec, kind, seq_len)
+        for kind, count in Counter(spec.pattern).items()
     )
     return layers + 3 * head_flops(spec)
+
+
+def flops_of_documents(spec: ModelSpec, lengths: np.ndarray) -> float:
+    """Model FLOPs, forward and backward, over documents of so many tokens each, none of which sees another."""
+    each = zip(*np.unique(lengths, return_counts=True), strict=True)
+    return sum(int(count) * int(length) * flops_per_token(spec, int(length)) for length, count in each)

@@ -54,6 +54,6 @@ def _work(settings: RLSettings, spec: ModelSpec) -> Table:
             ("rollouts per step", f"{rl.prompts_per_step} prompts x {sampling.samples} = {count:,}"),
             ("response tokens per step", f"at most {count * sampling.max_tokens:,}"),
             ("rollouts of the run", f"{count * settings.train.steps:,}"),
-            ("model FLOPs per token", f"{model * (1 + 1 / 3 + scoring):.4g} generated, scored and trained on"),
+            ("model FLOPs per token", f"at most {model * (1 + 1 / 3 + scoring):.4g} generated, scored and trained on"),
         ],
     )

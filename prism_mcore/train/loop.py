@@ -62,7 +62,7 @@ def train(run: MidtrainRun) -> int:
             if run.guard.admits(step, stats, batch):
                 update(run.optimizer, stats.grad_norm, lr)
             metrics.mark("update")
-            metrics.log(step, stats, lr)
+            metrics.log(step, batch, stats, lr)
 
             if due(step, settings.train.validate_every, steps):
                 metrics.log_validation(step, held_out_losses(run))

@@ -12,13 +12,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+import numpy as np
 import torch
 
 from prism_mcore.console import say
-from prism_mcore.model.flops import flops_per_token
+from prism_mcore.model.flops import flops_of_documents
 from prism_mcore.plan.throughput import peak_flops
 
 if TYPE_CHECKING:
+    from prism_mcore.batch import PackedBatch
     from prism_mcore.train.loop import MidtrainRun
     from prism_mcore.train.step import StepStats
 
@@ -102,8 +104,8 @@ class Metrics:
         settings = run.settings
         self.steps, self.every = settings.train.steps, settings.log.every
         self.tokens_per_step = settings.train.global_batch * settings.data.seq_len
-        self.flops_per_step = self.tokens_per_step * flops_per_token(run.spec, settings.data.seq_len)
-        self.num_devices = run.groups.world_size
+        self.spec = run.spec
+        self.devices_per_replica = run.groups.world_size // run.groups.dp_size
         self.peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self.domains = run.loader.domains
         self._step_times: deque[float] = deque(maxlen=20)
@@ -127,9 +129,10 @@ class Metrics:
         """The named part of the step ends here; it becomes time/<part>_s."""
         self.clock.mark(part)
 
-    def log(self, step: int, stats: StepStats, lr: float) -> None:
+    def log(self, step: int, batches: Sequence[PackedBatch], stats: StepStats, lr: float) -> None:
         """Write down a step: step, loss (nats per token), loss/<domain>, grad_norm, lr, tokens (so far), time/step_s,
-        time/<part>_s, throughput/tokens_per_s (all devices), throughput/tflops (each device), throughput/mfu (where the
+        time/<part>_s, throughput/tokens_per_s (all devices), throughput/tflops (each device of rank 0's replica: the
+        model's FLOPs over the documents of its micro-batches, isolated ones each on its own), throughput/mfu (where the
         peak is known), memory/peak_gb (of rank 0). NaN and Inf become null.
         """
         step_s = self.clock.step_s
@@ -137,7 +140,8 @@ class Metrics:
         if not self.records:
             return
         domains = domain_losses(self.domains, stats)
-        flops = self.flops_per_step / step_s / self.num_devices
+        lengths = np.concatenate([batch.document_lengths for batch in batches])
+        flops = flops_of_documents(self.spec, lengths) / step_s / self.devices_per_replica
         record = {
             "step": step,
             "loss": stats.loss,

@@ -11,7 +11,7 @@ from prism_mcore.train.settings import MidtrainSettings
 
 def plan(settings: MidtrainSettings, spec: ModelSpec, world_size: int) -> list[Table]:
     """Layout, memory, work and GPU hours of checked settings."""
-    seq_len, train = settings.data.seq_len, settings.train
+    seq_len, train, isolated = settings.data.seq_len, settings.train, settings.data.document_mask
     step_tokens = train.global_batch * seq_len
     tokens = step_tokens * train.steps
     model, hardware = flops_per_token(spec, seq_len), flops_per_token(spec, seq_len, train.recompute)
@@ -20,9 +20,10 @@ def plan(settings: MidtrainSettings, spec: ModelSpec, world_size: int) -> list[T
         [
             ("tokens per step", f"{step_tokens:,}"),
             ("tokens of the run", f"{tokens:,}"),
-            ("model FLOPs per token", f"{model:.4g} forward and backward"),
+            # How long isolated documents are, the data says: metrics.jsonl counts them.
+            ("model FLOPs per token", f"{'at most ' * isolated}{model:.4g} forward and backward"),
             ("with recompute", f"{hardware:.4g} ({hardware / model - 1:+.0%})"),
-            ("model FLOPs of the run", f"{model * tokens:.4g}"),
+            ("model FLOPs of the run", f"{'at most ' * isolated}{model * tokens:.4g}"),
         ],
     )
     return [

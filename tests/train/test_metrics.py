@@ -4,9 +4,11 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from ranks import run_ranks
 
+from prism_mcore.model.flops import head_flops, sublayer_flops
 from prism_mcore.train.settings import LogSettings, TrainSettings
 
 
@@ -22,9 +24,13 @@ def fake_run(folder, rank=0, tensorboard=False):
             log=LogSettings(every=2, tensorboard=tensorboard),
         ),
         spec=SPECS["dense"],
-        groups=SimpleNamespace(rank=rank, world_size=2),
+        groups=SimpleNamespace(rank=rank, world_size=2, dp_size=2),
         loader=SimpleNamespace(domains=["code", "math", "code"]),
     )
+
+
+# Two micro-batches of rank 0: documents of 3 and 13 tokens, and one of 16, behind which nothing follows.
+BATCHES = [SimpleNamespace(document_lengths=np.array(lengths, dtype=np.int32)) for lengths in ([3, 13], [16])]
 
 
 def write_steps(run, start, stop, loss=2.0):
@@ -36,7 +42,7 @@ def write_steps(run, start, stop, loss=2.0):
             metrics.start_step()
             metrics.mark("data")
             stats = StepStats(loss, 0.5, (1.0, math.nan, 4.0), (20, 0, 10), None)
-            metrics.log(step, stats, 1e-3)
+            metrics.log(step, BATCHES, stats, 1e-3)
             if step % 4 == 0:
                 metrics.log_validation(step, {"code": 2.5, "math": 3.5})
 
@@ -56,6 +62,18 @@ def test_a_record_per_step_with_true_names(tmp_path):
     assert 0 < first["time/data_s"] <= first["time/step_s"]
     assert first["throughput/tokens_per_s"] == pytest.approx(64 / first["time/step_s"])
     assert first["memory/peak_gb"] > 0
+
+
+def test_flops_are_of_what_rank_0_computes(tmp_path):
+    """Attention over each document's own length, not over the row that holds two of them."""
+    run = fake_run(tmp_path)
+    run.groups.world_size, run.groups.dp_size = 4, 2  # each replica on two devices
+    write_steps(run, 0, 1)
+    (record,) = records(tmp_path)
+    spec = run.spec
+    layers = sum(n * sublayer_flops(spec, kind, n) for kind in spec.pattern for n in (3, 13, 16))
+    flops = 3 * (layers + 32 * head_flops(spec))
+    assert record["throughput/tflops"] * record["time/step_s"] * 2 == pytest.approx(flops / 1e12)
 
 
 def test_a_resumed_run_has_every_step_once(tmp_path):
