@@ -57,7 +57,7 @@ def assert_rows_stand_alone(function, *inputs):
 
 # What decides the library and its code path: one row's length and columns, on either side of every threshold.
 @with_threads
-@pytest.mark.parametrize("k, n", [(16, 61), (48, 80), (100, 333), (128, 1024), (1376, 512), (2048, 64)])
+@pytest.mark.parametrize("k, n", [(16, 61), (48, 80), (100, 333), (128, 1024), (1376, 512), (2048, 64), (4096, 256)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_a_product(k, n, dtype):
     weight = randn(n, k, dtype=dtype)
