@@ -6,8 +6,8 @@ eight rows never did, over 1 to 4,096 rows, any offset and one to four threads; 
 did not, except one matrix alone of 24 columns with three threads (tests/kernels/test_exact.py).
 
 Processors with AMX cut the sums of bf16 by the number of rows at any multiple: there bf16 is multiplied as fp32 and the
-result rounded once (8 rows of 1,024 x 4,096: 1.5 times as long, 2,048 rows: 8 times). Sums over 256 numbers and fewer, as
-in batched products, are not cut.
+result rounded once (8 rows of 1,024 x 4,096: 1.5 times as long, 2,048 rows: 8 times). Sums over 256 numbers and fewer,
+as in batched products, are not cut.
 """
 
 # m rows, k summed over, n columns

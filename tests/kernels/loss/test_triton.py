@@ -104,7 +104,7 @@ def test_sums_over_more_chunks_are_not_rounded(monkeypatch):
 def test_one_token(form):
     hidden, weight, labels, token_weights = problem(tokens=1)
     token_weights[:] = 1
-    # The yardstick is its product of a batch: MKL takes one row by other code, with more partial sums on some processors.
+    # The yardstick is its product of a batch: MKL takes one row by other code, with more partial sums on some CPUs.
     in_a_batch = plain_loss(labels.expand(TOKENS), token_weights.expand(TOKENS) / TOKENS, 1.0)
     plain = lambda hidden, weight: in_a_batch(hidden.expand(TOKENS, -1), weight)  # noqa: E731
     assert_as_exact_as(form(labels, token_weights, 1.0), plain, [hidden, weight])
