@@ -33,15 +33,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import register_dataclass, tree_flatten, tree_unflatten
 
 from prism_kernels import backends, interpreter
 from prism_kernels.caches import PagedCache, SlotCache
+from prism_kernels.scan.inputs import ScanInputs
 
 HERE = Path(__file__).parent
 DEFAULT_MODELS = ["llama-3.1-8b", "nemotron-h-8b", "granite-4.0-h-micro"]
 PAUSE_CYCLES = 10_000_000  # about five milliseconds: the host queues a whole call meanwhile; the scan takes it two
 SMOKE_TOKENS = 32
+register_dataclass(ScanInputs)  # its tensors are inputs as an argument's are
 
 
 @dataclass

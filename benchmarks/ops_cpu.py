@@ -27,6 +27,7 @@ from prism_kernels.norm import reference as norms
 from prism_kernels.rope import reference as rotations
 from prism_kernels.rope.angles import rope_table
 from prism_kernels.scan import reference as scans
+from prism_kernels.scan.inputs import ScanInputs
 from prism_mcore.megatron_patches import ParallelLinear
 
 BATCH, LENGTH, HIDDEN, HEADS, HEAD_DIM, VOCAB = 4, 512, 256, 8, 64, 8192
@@ -56,8 +57,8 @@ def scan(dtype: torch.dtype, groups: int, state: int, boundaries: Boundaries) ->
     A_log = torch.arange(1, HEADS + 1).float().log().requires_grad_()
     D, dt_bias = leaf(HEADS, dtype=torch.float32), torch.full((HEADS,), -3.0, requires_grad=True)
 
-    def ours(x, dt, A_log, B, C, D, dt_bias):
-        return scans.ssd_scan(x, dt, A_log, B, C, D, dt_bias, boundaries, 128)
+    def ours(*inputs):
+        return scans.ssd_scan(ScanInputs(*inputs), boundaries, 128)
 
     def peer(x, dt, A_log, B, C, D, dt_bias):
         x, dt, B, C = (y.unflatten(0, (BATCH, LENGTH)) for y in (x, dt, B, C))

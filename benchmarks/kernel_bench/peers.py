@@ -210,13 +210,12 @@ def mamba_ssd_scan(work: Work) -> Prepared:
     _import_mamba()
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    x, dt, A_log, B, C, D, dt_bias, _, chunk = work.args
+    inputs, _, chunk = work.args
 
     def call() -> Tensor:
-        one = (y[None] for y in (x, dt, B, C))
-        x_, dt_, B_, C_ = one
-        A = -torch.exp(A_log)
-        return mamba_chunk_scan_combined(x_, dt_, A, B_, C_, chunk, D=D, dt_bias=dt_bias, dt_softplus=True)
+        x, dt, B, C = (y[None] for y in (inputs.x, inputs.dt, inputs.B, inputs.C))
+        A = -torch.exp(inputs.A_log)
+        return mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D=inputs.D, dt_bias=inputs.dt_bias, dt_softplus=True)
 
     return call, work.leaves
 
@@ -225,11 +224,12 @@ def mamba_ssd_step(work: Work) -> Prepared:
     _import_mamba()
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
-    x, dt, A_log, B, C, D, dt_bias, cache, slots, _ = work.args
+    inputs, cache, slots, _ = work.args
+    x, B, C = inputs.x, inputs.B, inputs.C
     (heads, p), n = x.shape[1:], B.shape[-1]
-    A = -torch.exp(A_log)[:, None, None].expand(heads, p, n)
-    D, dt_bias = (y[:, None].expand(heads, p) for y in (D, dt_bias))
-    dt = dt[:, :, None].expand(*x.shape)
+    A = -torch.exp(inputs.A_log)[:, None, None].expand(heads, p, n)
+    D, dt_bias = (y[:, None].expand(heads, p) for y in (inputs.D, inputs.dt_bias))
+    dt = inputs.dt[:, :, None].expand(*x.shape)
     state, slots = cache.state.detach().clone(), slots.to(torch.int32)
 
     def call() -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.caches import ConvCache, PagedCache, ScanCache
 from prism_kernels.rope.angles import rope_table
+from prism_kernels.scan.inputs import ScanInputs
 
 BLOCK_LEN = 64  # tokens in a block of the paged cache
 EPS = 1e-5
@@ -167,7 +168,7 @@ def conv_step(make: Inputs, shape: Shape, tokens: int) -> Work:
     return _work((x, weight, bias, cache, make.arange(tokens)), (), moved)
 
 
-def _scan_inputs(make: Inputs, shape: Shape, tokens: int) -> tuple[Tensor, ...]:
+def _scan_inputs(make: Inputs, shape: Shape, tokens: int) -> tuple[ScanInputs, tuple[Tensor, ...]]:
     h, p, g, n = (shape[key] for key in "hpgn")
     x, B, C = make.columns(tokens, h * p, g * n, g * n)
     dt, _ = make.columns(tokens, h, 2 * h * p)
@@ -175,19 +176,18 @@ def _scan_inputs(make: Inputs, shape: Shape, tokens: int) -> tuple[Tensor, ...]:
         y.detach().unflatten(-1, s).requires_grad_(make.gradients) for y, s in ((x, (h, p)), (B, (g, n)), (C, (g, n)))
     )
     A_log, D, dt_bias = make.fp32(h), make.fp32(h), make.fp32(h)
-    return x, dt, A_log, B, C, D, dt_bias
+    tensors = (x, dt, A_log, B, C, D, dt_bias)
+    return ScanInputs(*tensors), tensors
 
 
 def ssd_scan(make: Inputs, shape: Shape, tokens: int) -> Work:
-    inputs = _scan_inputs(make, shape, tokens)
-    args = (*inputs, make.one_document(tokens), shape["chunk"])
-    x = inputs[0]
+    inputs, tensors = _scan_inputs(make, shape, tokens)
     flops = scan_flops(shape, tokens)
     return _work(
-        args,
-        inputs,
-        size(*inputs, x),
-        size(*inputs, *inputs, x),
+        (inputs, make.one_document(tokens), shape["chunk"]),
+        tensors,
+        size(*tensors, inputs.x),
+        size(*tensors, *tensors, inputs.x),
         forward_flops=flops,
         backward_flops=2.5 * flops,
     )
@@ -201,11 +201,11 @@ def scan_flops(shape: Shape, tokens: int) -> float:
 
 
 def ssd_step(make: Inputs, shape: Shape, tokens: int) -> Work:
-    inputs = _scan_inputs(make, shape, tokens)
+    inputs, tensors = _scan_inputs(make, shape, tokens)
     cache = ScanCache(make.fp32(2 * tokens, shape["h"], shape["p"], shape["n"]))
     slots = make.arange(tokens)
-    moved = size(*inputs, inputs[0], cache.state)  # half of the slots, read and written
-    return _work((*inputs, cache, slots, slots), (), moved)
+    moved = size(*tensors, inputs.x, cache.state)  # half of the slots, read and written
+    return _work((inputs, cache, slots, slots), (), moved)
 
 
 # ------------------------------------------------------------------------------------------------- attention, loss

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prism_kernels.caches import ConvCache
+from prism_kernels.scan.inputs import ScanInputs
 from prism_mcore.model.context import ModelContext
 from prism_mcore.model.linear import Weight, column_linear_of_parts, project, row_linear
 from prism_mcore.model.state import Decode, MambaCache, PackedTokens, State
@@ -64,7 +65,8 @@ class Mamba(nn.Module):
         xbc = self._convolved(xbc, seq, state)
         xs, B, C = xbc.split([self.inner, self.state, self.state], dim=-1)
         B, C = (y.unflatten(-1, (self.groups, -1)) for y in (B, C))
-        y = self._scanned((xs.unflatten(-1, (self.heads, -1)), dt, self.A_log, B, C, self.D, self.dt_bias), seq, state)
+        xs = xs.unflatten(-1, (self.heads, -1))
+        y = self._scanned(ScanInputs(xs, dt, self.A_log, B, C, self.D, self.dt_bias, spec.dt_limit), seq, state)
         y = self.gated_norm(y.flatten(-2), z, self.norm(), spec.norm_eps, self.norm_groups, self.norm_ranks)
         return project(self.out_proj, y.unsqueeze(1), state)
 
@@ -80,13 +82,13 @@ class Mamba(nn.Module):
         state.cache.conv.state[state.step.slots] = final.to(state.cache.conv.state.dtype)
         return y
 
-    def _scanned(self, inputs: tuple[Tensor, ...], seq: PackedTokens, state: State | None) -> Tensor:
-        """inputs: x [t, h, p], dt [t, h], A_log [h], B, C [t, g, n], D, dt_bias [h] -> [t, h, p]."""
-        spec = self.spec
+    def _scanned(self, inputs: ScanInputs, seq: PackedTokens, state: State | None) -> Tensor:
+        """[t, h, p]."""
+        chunk_len = self.spec.chunk_len
         if state is None:
-            return self.ops["ssd_scan"](*inputs, seq.boundaries, spec.chunk_len, spec.dt_limit)
+            return self.ops["ssd_scan"](inputs, seq.boundaries, chunk_len)
         assert isinstance(state.cache, MambaCache), "a Mamba sub-layer caches its states"
         scan, step = state.cache.scan, state.step
         if isinstance(step, Decode):
-            return self.ops["ssd_step"](*inputs, scan, step.slots, step.positions, spec.dt_limit)
-        return self.ops["ssd_prefill"](*inputs, seq.boundaries, spec.chunk_len, spec.dt_limit, scan, step.slots)
+            return self.ops["ssd_step"](inputs, scan, step.slots, step.positions)
+        return self.ops["ssd_prefill"](inputs, seq.boundaries, chunk_len, scan, step.slots)

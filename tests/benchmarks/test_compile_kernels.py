@@ -85,6 +85,7 @@ from kernel_bench.passes import KernelReport, PassReport
 from kernel_bench.launches import compile_launch, recorded
 
 from prism_kernels.boundaries import Boundaries
+from prism_kernels.scan.inputs import ScanInputs
 from prism_kernels.scan.triton import ssd_scan
 
 
@@ -96,7 +97,8 @@ boundaries = Boundaries(torch.tensor([0, 1024], dtype=torch.int32))
 inputs = [meta(1024, 4, 128), meta(1024, 4), *(meta(4, dtype=torch.float32) for _ in range(3))]
 x, dt, A_log, D, dt_bias = inputs
 with recorded() as record:
-    y = ssd_scan(x, dt, A_log, meta(1024, 1, 128), meta(1024, 1, 128), D, dt_bias, boundaries, 128)
+    scan = ScanInputs(x, dt, A_log, meta(1024, 1, 128), meta(1024, 1, 128), D, dt_bias)
+    y = ssd_scan(scan, boundaries, 128)
 with recorded() as backward:
     torch.autograd.grad(y, inputs, torch.empty_like(y))
 found = {}

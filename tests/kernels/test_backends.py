@@ -12,6 +12,7 @@ from prism_kernels.backends import function, select, why_not
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.conv import reference as conv
 from prism_kernels.scan import reference as scan
+from prism_kernels.scan.inputs import ScanInputs
 from prism_kernels.table import BACKENDS, OPS, place
 
 LIBRARIES = {
@@ -129,9 +130,9 @@ def test_what_other_libraries_do_not_cover_goes_to_the_reference(caplog):
     expected = conv.causal_conv1d(x, weight, None, boundaries, return_final_state=True)
     for a, b in zip(convolve(x, weight, None, boundaries, return_final_state=True), expected, strict=True):
         assert torch.equal(a, b)
-    inputs = (q, torch.randn(8, 2), torch.randn(2), q, q, None, torch.randn(2), boundaries)
+    inputs = ScanInputs(q, torch.randn(8, 2), torch.randn(2), q, q, None, torch.randn(2))
     scanned = function("ssd_scan", "mamba_ssm")
-    assert torch.equal(scanned(*inputs, 24), scan.ssd_scan(*inputs, 24))
+    assert torch.equal(scanned(inputs, boundaries, 24), scan.ssd_scan(inputs, boundaries, 24))
     assert [record.message.split(";")[0] for record in caplog.records] == [
         "attention: flash-attn has no torch.float32: needs bf16 or fp16",
         "causal_conv1d: causal-conv1d takes no states together with packed documents",

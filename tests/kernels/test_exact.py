@@ -24,6 +24,7 @@ from prism_kernels.rope import exact as rotary
 from prism_kernels.scan import exact as scan
 from prism_kernels.scan import reference as plain_scan
 from prism_kernels.scan.exact import _Softplus
+from prism_kernels.scan.inputs import ScanInputs
 
 DTYPES = [torch.float32, torch.bfloat16]
 LENGTHS = (5, 1, 130, 64, 71)  # shorter than a block, one token, more than two blocks, a whole one
@@ -198,7 +199,7 @@ def scan_inputs(t, heads, head_dim, groups, state, dtype):
 def test_scan_step_by_step(dtype, heads, head_dim, groups, state, limit):
     """Prompts of any length go into the cache, fork into other slots full of rubbish, and are replayed by one row."""
     x, dt, A_log, B, C, D, dt_bias = scan_inputs(sum(LENGTHS), heads, head_dim, groups, state, dtype)
-    whole = scan.ssd_scan(x, dt, A_log, B, C, D, dt_bias, documents(*LENGTHS), 128, limit)
+    whole = scan.ssd_scan(ScanInputs(x, dt, A_log, B, C, D, dt_bias, limit), documents(*LENGTHS), 128)
     cache = scan.ssd_cache(2 * len(LENGTHS), heads, head_dim, groups, state, dtype, torch.device("cpu"))
     for tensor in cache.tensors():
         tensor.fill_(1e4)
@@ -206,24 +207,26 @@ def test_scan_step_by_step(dtype, heads, head_dim, groups, state, limit):
     prefilled = [r for r, n in enumerate(prompts) if n]
     at = torch.cat([torch.arange(n) + start for n, start in zip(prompts, starts(LENGTHS), strict=True)])
     boundaries, slots = documents(*(prompts[r] for r in prefilled)), torch.tensor(prefilled)
-    y = scan.ssd_prefill(x[at], dt[at], A_log, B[at], C[at], D, dt_bias, boundaries, 128, limit, cache, slots)
+    inputs = ScanInputs(x[at], dt[at], A_log, B[at], C[at], D, dt_bias, limit)
+    y = scan.ssd_prefill(inputs, boundaries, 128, cache, slots)
     assert torch.equal(y, whole[at])
     cache.copy(slots, slots + len(LENGTHS))
     for rows, at, i in steps(LENGTHS, prompts):
         for fork in (0, len(LENGTHS)):
             place = torch.full((len(rows),), i)
-            args = x[at], dt[at], A_log, B[at], C[at], D, dt_bias, cache, rows + fork, place, limit
-            assert torch.equal(scan.ssd_step(*args), whole[at])
+            inputs = ScanInputs(x[at], dt[at], A_log, B[at], C[at], D, dt_bias, limit)
+            assert torch.equal(scan.ssd_step(inputs, cache, rows + fork, place), whole[at])
 
 
 @with_threads
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_scanned_document_stands_alone(dtype):
     x, dt, A_log, B, C, D, dt_bias = scan_inputs(sum(LENGTHS), 4, 16, 2, 16, dtype)
-    whole = scan.ssd_scan(x, dt, A_log, B, C, D, dt_bias, documents(*LENGTHS), 128)
+    whole = scan.ssd_scan(ScanInputs(x, dt, A_log, B, C, D, dt_bias), documents(*LENGTHS), 128)
     for start, n in zip(starts(LENGTHS).tolist(), LENGTHS, strict=True):
         part = slice(start, start + n)
-        alone = scan.ssd_scan(x[part], dt[part], A_log, B[part], C[part], D, dt_bias, documents(n), 128)
+        inputs = ScanInputs(x[part], dt[part], A_log, B[part], C[part], D, dt_bias)
+        alone = scan.ssd_scan(inputs, documents(n), 128)
         assert torch.equal(alone, whole[part])
 
 
@@ -273,6 +276,10 @@ def test_sums_over_four_ranks_are_taken_in_rank_order_whatever_their_size(dtype)
         assert torch.equal(small, expected[77:80])
 
 
+def with_ones(x, dt, B, C):
+    return ScanInputs(x, dt, torch.ones(4), B, C, torch.ones(4), torch.ones(4))
+
+
 BOUNDARIES = documents(*LENGTHS)
 WITH_GRADIENTS = {
     "linear": (linear, lambda x, w: x @ w.t(), ((50, 24), (30, 24))),
@@ -298,10 +305,8 @@ WITH_GRADIENTS = {
         ((271, 4, 16), (271, 2, 16), (271, 2, 16)),
     ),
     "scan": (
-        lambda x, dt, B, C: scan.ssd_scan(x, dt, torch.ones(4), B, C, torch.ones(4), torch.ones(4), BOUNDARIES, 64),
-        lambda x, dt, B, C: plain_scan.ssd_scan(
-            x, dt, torch.ones(4), B, C, torch.ones(4), torch.ones(4), BOUNDARIES, 64
-        ),
+        lambda *four: scan.ssd_scan(with_ones(*four), BOUNDARIES, 64),
+        lambda *four: plain_scan.ssd_scan(with_ones(*four), BOUNDARIES, 64),
         ((271, 4, 16), (271, 4), (271, 2, 8), (271, 2, 8)),
     ),
     "loss": (

@@ -21,30 +21,24 @@ from prism_kernels.caches import SlotCache
 from prism_kernels.linear.exact import bmm
 from prism_kernels.precision import accumulate_dtype
 from prism_kernels.scan import reference
+from prism_kernels.scan.inputs import ScanInputs
 
 CHUNK = 64
 LINEAR_FROM = 20.0  # softplus(x) is x to fp32's last bit from here on
 
 
 def ssd_scan(
-    x: Tensor,
-    dt: Tensor,
-    A_log: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor,
+    inputs: ScanInputs,
     boundaries: Boundaries,
     chunk_len: int,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
     initial_state: Tensor | None = None,
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`reference.ssd_scan` in chunks of 64 tokens, whatever chunk_len says; each document starts a new one."""
-    boundaries.check(x=x, dt=dt, B=B, C=C)
-    step, decay = _step_sizes(dt, A_log, dt_bias, dt_limit)
-    grid = boundaries.derive(_grid)
-    y, final = _Scan.apply(x, step, decay, B, C, D, initial_state, boundaries, grid, return_final_states)
+    inputs.check(boundaries, chunk_len)
+    (step, decay), grid = _step_sizes(inputs), boundaries.derive(_grid)
+    tensors = (inputs.x, step, decay, inputs.B, inputs.C, inputs.D, initial_state)
+    y, final = _Scan.apply(*tensors, boundaries, grid, return_final_states)
     return (y, final) if return_final_states else y
 
 
@@ -65,13 +59,13 @@ class _Softplus(torch.autograd.Function):
         return grad * torch.sigmoid(ctx.saved_tensors[0])
 
 
-def _step_sizes(dt: Tensor, A_log: Tensor, dt_bias: Tensor, limit: tuple[float, float]) -> tuple[Tensor, Tensor]:
+def _step_sizes(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """dt after bias, softplus and limit, and the log of each step's decay: both [t, h]."""
-    acc = accumulate_dtype(dt.dtype)
-    step = _Softplus.apply(dt.to(acc) + dt_bias.to(acc))
-    if tuple(limit) != (0.0, math.inf):
-        step = step.clamp(*limit)
-    return step, step * -A_log.to(acc).exp()
+    acc = accumulate_dtype(inputs.dt.dtype)
+    step = _Softplus.apply(inputs.dt.to(acc) + inputs.dt_bias.to(acc))
+    if tuple(inputs.dt_limit) != (0.0, math.inf):
+        step = step.clamp(*inputs.dt_limit)
+    return step, step * -inputs.A_log.to(acc).exp()
 
 
 class _Chunks(NamedTuple):
@@ -204,55 +198,32 @@ def ssd_cache(
 
 @torch.no_grad()
 def ssd_prefill(
-    x: Tensor,
-    dt: Tensor,
-    A_log: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor,
-    boundaries: Boundaries,
-    chunk_len: int,
-    dt_limit: tuple[float, float],
-    cache: ReplayCache,
-    slots: Tensor,
+    inputs: ScanInputs, boundaries: Boundaries, chunk_len: int, cache: ReplayCache, slots: Tensor
 ) -> Tensor:
     """`ssd_scan` of whole prompts, whose last chunks go into the cache: document i into slots[i]."""
-    boundaries.check(x=x, dt=dt, B=B, C=C)
-    step, decay = _step_sizes(dt, A_log, dt_bias, dt_limit)
-    grid, groups = boundaries.derive(_grid), B.shape[1]
-    chunks = _Chunks.build(x, step, decay, B, C, None, boundaries)
+    inputs.check(boundaries, chunk_len)
+    grid, groups = boundaries.derive(_grid), inputs.B.shape[1]
+    chunks = _Chunks.build(inputs.x, *_step_sizes(inputs), inputs.B, inputs.C, None, boundaries)
     target, last = slots[boundaries.document_rows], grid.last
     cache.put(target, chunks.before[last])
     cache.x[target] = chunks.x[last].transpose(1, 2)
     cache.B[target] = chunks.B.unflatten(0, (-1, groups))[last]
     cache.key[target] = chunks.key[last]
     cache.query[target] = chunks.query[last][..., -1]  # padding decays nothing
-    return grid.flatten(_outputs(chunks, D))
+    return grid.flatten(_outputs(chunks, inputs.D))
 
 
 @torch.no_grad()
-def ssd_step(
-    x: Tensor,
-    dt: Tensor,
-    A_log: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor,
-    cache: ReplayCache,
-    slots: Tensor,
-    positions: Tensor,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-) -> Tensor:
-    """`ssd_scan` of one token for each row, as one row of its chunk: x [b, h, p], dt [b, h], B and C [b, g, n].
+def ssd_step(inputs: ScanInputs, cache: ReplayCache, slots: Tensor, positions: Tensor) -> Tensor:
+    """`ssd_scan` of one token for each row, as one row of its chunk: [b, h, p].
 
     slots [b] int64; positions [b] int64: the tokens' places in their documents, which say where a chunk starts.
     """
+    x, B, C, D = inputs.x, inputs.B, inputs.C, inputs.D
     acc, (b, heads, p), (groups, n) = accumulate_dtype(x.dtype), x.shape, B.shape[1:]
     place = positions % CHUNK
     _start_chunks(cache, slots[place == 0], positions[place == 0])
-    step, decay = _step_sizes(dt, A_log, dt_bias, dt_limit)
+    step, decay = _step_sizes(inputs)
     query = cache.query[slots] + decay
     cache.query[slots] = query
     cache.key[slots, :, place] = query - step.log()

@@ -5,32 +5,25 @@ What a library does not cover of an op raises `Uncovered` before it is called.
 
 # t packed tokens, h heads, p head_dim, g groups, n state
 
-import math
-
 import torch
 from torch import Tensor
 
 from prism_kernels.backends import Uncovered
 from prism_kernels.boundaries import Boundaries, document_ids
 from prism_kernels.precision import HALF
+from prism_kernels.scan.inputs import ScanInputs
 
 
 def ssd_scan_by_mamba_ssm(
-    x: Tensor,
-    dt: Tensor,
-    A_log: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor,
+    inputs: ScanInputs,
     boundaries: Boundaries,
     chunk_len: int,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
     initial_state: Tensor | None = None,
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`ssd_scan` by mamba-ssm, without states: its chunk grid does not restart at documents, it masks across them."""
-    boundaries.check(x=x, dt=dt, B=B, C=C)
+    inputs.check(boundaries, chunk_len)
+    x = inputs.x
     if initial_state is not None or return_final_states:
         raise Uncovered("mamba-ssm keeps one state per batch row, not one per packed document")
     if x.dtype not in (*HALF, torch.float32):
@@ -41,15 +34,15 @@ def ssd_scan_by_mamba_ssm(
 
     y = mamba_chunk_scan_combined(
         x[None],
-        dt[None],
-        -A_log.float().exp(),
-        B[None],
-        C[None],
+        inputs.dt[None],
+        -inputs.A_log.float().exp(),
+        inputs.B[None],
+        inputs.C[None],
         chunk_len,
-        D=D,
-        dt_bias=dt_bias,
+        D=inputs.D,
+        dt_bias=inputs.dt_bias,
         seq_idx=boundaries.derive(document_ids) if len(boundaries.documents) > 1 else None,
         dt_softplus=True,
-        dt_limit=tuple(dt_limit),
+        dt_limit=tuple(inputs.dt_limit),
     )
     return y[0]

@@ -20,6 +20,7 @@ from torch import Tensor
 from prism_kernels.boundaries import Boundaries, ChunkGrid
 from prism_kernels.caches import ScanCache
 from prism_kernels.precision import LOG2_E, accumulate_dtype
+from prism_kernels.scan.inputs import ScanInputs
 
 CPU_CHUNK = 64  # 128 is 15% slower in fp32, 256 twice as slow
 BLOCK_ELEMENTS = 2**18  # of the [chunks, h, Q, Q] decays alive at a time: 1 MiB in fp32 stays in a core's L2 cache
@@ -27,44 +28,34 @@ STATE_ELEMENTS = 2**17  # of a decode step's states worked on at a time: 512 KiB
 
 
 def ssd_scan(
-    x: Tensor,
-    dt: Tensor,
-    A_log: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor,
+    inputs: ScanInputs,
     boundaries: Boundaries,
     chunk_len: int,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
     initial_state: Tensor | None = None,
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mamba-2's selective scan, S_i = exp(dt_i A) S_{i-1} + dt_i x_i B_i and y_i = S_i C_i + D x_i, in chunks.
+    """Mamba-2's selective scan of packed documents, in chunks.
 
-    x: [t, h, p], dt: [t, h] raw (before dt_bias, softplus, limit), A_log and dt_bias: [h], A = -exp(A_log),
-    B and C: [t, g, n] with h % g == 0, D: [h]; initial_state: [documents, h, p, n] (zeros where None).
+    initial_state: [documents, h, p, n] (zeros where None).
     Returns y [t, h, p] in x.dtype and, on request, the final states [documents, h, p, n] fp32.
     chunk_len changes the result by rounding only: it is the longest chunk allowed, and a CPU takes at most 64.
     Decays and states are fp32 (fp64 for fp64 inputs), products are in x.dtype. Source: arXiv 2405.21060, section 6.
     """
-    boundaries.check(x=x, dt=dt, B=B, C=C)
-    if x.shape[1] % B.shape[1]:
-        raise ValueError(f"ssd_scan: {x.shape[1]} heads are not a multiple of {B.shape[1]} groups")
-    step, decay = _step_sizes(dt, A_log, dt_bias, dt_limit, accumulate_dtype(x.dtype))
+    inputs.check(boundaries, chunk_len)
+    x, B, C, D = inputs.x, inputs.B, inputs.C, inputs.D
+    step, decay = _step_sizes(inputs)
     grid = boundaries.chunks(min(chunk_len, CPU_CHUNK) if x.device.type == "cpu" else chunk_len)
     y, final = _ChunkedScan.apply(x, step, decay, B, C, D, initial_state, boundaries, grid, return_final_states)
     return (y, final) if return_final_states else y
 
 
-def _step_sizes(
-    dt: Tensor, A_log: Tensor, dt_bias: Tensor, limit: tuple[float, float], acc: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _step_sizes(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """dt after bias, softplus and limit, and the log of each step's decay: both [t, h]."""
-    step = F.softplus(dt.to(acc) + dt_bias.to(acc))
-    if tuple(limit) != (0.0, math.inf):
-        step = step.clamp(*limit)
-    return step, step * -A_log.to(acc).exp()
+    acc = accumulate_dtype(inputs.x.dtype)
+    step = F.softplus(inputs.dt.to(acc) + inputs.dt_bias.to(acc))
+    if tuple(inputs.dt_limit) != (0.0, math.inf):
+        step = step.clamp(*inputs.dt_limit)
+    return step, step * -inputs.A_log.to(acc).exp()
 
 
 class _Chunks(NamedTuple):
@@ -275,20 +266,11 @@ def _head_sums(a: Tensor, b: Tensor, num_chunks: int, heads: int) -> Tensor:
 
 
 def ssd_recurrence(
-    x: Tensor,
-    dt: Tensor,
-    A_log: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor,
-    boundaries: Boundaries,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    initial_state: Tensor | None = None,
+    inputs: ScanInputs, boundaries: Boundaries, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`ssd_scan` as the recurrence that defines it, one token at a time: (y, final states). Slow; for tests."""
-    acc = accumulate_dtype(x.dtype)
-    step, decay = _step_sizes(dt, A_log, dt_bias, dt_limit, acc)
+    x, B, C, D = inputs.x, inputs.B, inputs.C, inputs.D
+    acc, (step, decay) = accumulate_dtype(x.dtype), _step_sizes(inputs)
     heads, groups = x.shape[1], B.shape[1]
     wide_B, wide_C = (y.to(acc).repeat_interleave(heads // groups, 1) for y in (B, C))
     wide_x = x.to(acc)
@@ -312,51 +294,26 @@ def ssd_cache(
     return ScanCache(torch.zeros(shape, dtype=accumulate_dtype(dtype), device=device))
 
 
-def ssd_prefill(
-    x: Tensor,
-    dt: Tensor,
-    A_log: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor,
-    boundaries: Boundaries,
-    chunk_len: int,
-    dt_limit: tuple[float, float],
-    cache: ScanCache,
-    slots: Tensor,
-) -> Tensor:
+def ssd_prefill(inputs: ScanInputs, boundaries: Boundaries, chunk_len: int, cache: ScanCache, slots: Tensor) -> Tensor:
     """`ssd_scan` of whole documents whose states go on in slots [documents] int64 of the cache: y [t, h, p]."""
-    inputs = (x, dt, A_log, B, C, D, dt_bias, boundaries, chunk_len, dt_limit)
-    y, final = ssd_scan(*inputs, return_final_states=True)
+    y, final = ssd_scan(inputs, boundaries, chunk_len, return_final_states=True)
     cache.state[slots] = final.to(cache.state.dtype)
     return y
 
 
-def ssd_step(
-    x: Tensor,
-    dt: Tensor,
-    A_log: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor,
-    cache: ScanCache,
-    slots: Tensor,
-    positions: Tensor,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-) -> Tensor:
-    """`ssd_scan` of one token for each row: x [b, h, p], dt [b, h], B and C [b, g, n] -> [b, h, p].
+def ssd_step(inputs: ScanInputs, cache: ScanCache, slots: Tensor, positions: Tensor) -> Tensor:
+    """`ssd_scan` of one token for each row: [b, h, p].
 
     slots [b] int64: the rows' places in the cache, which move on; positions [b] int64: the token's place in its
     document, for caches that restart at each chunk (not this one).
     """
-    acc, (b, heads, head_dim), (groups, n) = accumulate_dtype(x.dtype), x.shape, B.shape[1:]
-    step = F.softplus(dt.to(acc) + dt_bias.to(acc)).clamp(*dt_limit)
-    decay = (step * -A_log.to(acc).exp()).exp()[..., None, None]
+    x, D, acc = inputs.x, inputs.D, accumulate_dtype(inputs.x.dtype)
+    (b, heads, head_dim), (groups, n) = x.shape, inputs.B.shape[1:]
+    step, log_decay = _step_sizes(inputs)
+    decay = log_decay.exp()[..., None, None]
     wide, by_group = x.to(acc), (b, groups, heads // groups, -1)
     scaled = (wide * step[..., None]).view(*by_group, 1)
-    B, C = (y.to(acc)[:, :, None, None] for y in (B, C))  # [b, g, 1, 1, n]
+    B, C = (y.to(acc)[:, :, None, None] for y in (inputs.B, inputs.C))  # [b, g, 1, 1, n]
     y = torch.empty_like(wide, memory_format=torch.contiguous_format).view(by_group)  # [b, g, h / g, p]
     rows = max(1, STATE_ELEMENTS // (heads * head_dim * n)) if x.device.type == "cpu" else b
     for start in range(0, b, rows):

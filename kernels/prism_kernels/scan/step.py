@@ -2,8 +2,6 @@
 
 # b rows, h heads, p head_dim, g groups, n state
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from prism_kernels.backends import Uncovered
 from prism_kernels.caches import ScanCache
+from prism_kernels.scan.inputs import ScanInputs
 
 # Elements of a state in one program: 16 KB in and out for 4 warps, 32 fp32 values per thread in 16-byte accesses.
 # Chosen by what it compiles to, 72 registers, so that seven programs fit a multiprocessor; not yet a measurement.
@@ -50,23 +49,12 @@ def step_kernel(
     tl.store(y + (wide_row * num_heads + head) * WIDTH + p, out.to(y.dtype.element_ty), mask=p < WIDTH)
 
 
-def ssd_step(
-    x: Tensor,
-    dt: Tensor,
-    A_log: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor,
-    cache: ScanCache,
-    slots: Tensor,
-    positions: Tensor,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-) -> Tensor:
+def ssd_step(inputs: ScanInputs, cache: ScanCache, slots: Tensor, positions: Tensor) -> Tensor:
     """`reference.ssd_step`; slots must differ from each other, as each is read and written by its own programs.
 
     Covered: fp32 states, x, B and C in bf16 or fp32, state up to 256.
     """
+    x, dt, B, C, D = inputs.x, inputs.dt, inputs.B, inputs.C, inputs.D
     if cache.state.dtype != torch.float32 or x.dtype not in (torch.bfloat16, torch.float32):
         raise Uncovered(f"state {cache.state.dtype}, x {x.dtype}: needs float32, and bfloat16 or float32")
     (b, heads, head_dim), (groups, state) = x.shape, B.shape[1:]
@@ -80,7 +68,8 @@ def ssd_step(
     columns = triton.next_power_of_2(state)
     rows = min(triton.next_power_of_2(head_dim), STATE_ELEMENTS // columns)
     step_kernel[triton.cdiv(head_dim, rows), heads, b](
-        x, dt, A_log, B, C, dt_bias if D is None else D, dt_bias, cache.state, slots, y, *dt_limit,
+        x, dt, inputs.A_log, B, C, inputs.dt_bias if D is None else D, inputs.dt_bias, cache.state, slots, y,
+        *inputs.dt_limit,
         heads, heads // groups, x.stride(0), dt.stride(0), B.stride(0), C.stride(0), cache.state.stride(0),
         WIDTH=head_dim, STATE=state, P=rows, N=columns, SKIP=D is not None, num_warps=4,
     )  # fmt: skip

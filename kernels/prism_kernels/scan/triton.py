@@ -2,8 +2,6 @@
 
 # t packed tokens, h heads, p head_dim, g groups, n state, C chunks
 
-import math
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -14,6 +12,7 @@ from prism_kernels.boundaries import Boundaries, ScanTables
 from prism_kernels.caches import ScanCache
 from prism_kernels.scan.backward import Slots, launch_group_grads, launch_inner_grads, launch_step_grads
 from prism_kernels.scan.forward import Decays, Shape, launch_decays, launch_outputs, launch_states
+from prism_kernels.scan.inputs import ScanInputs
 from prism_kernels.scan.step import ssd_step
 
 __all__ = ["ssd_prefill", "ssd_scan", "ssd_step"]
@@ -23,16 +22,9 @@ WALKS = 256  # programs that walk over chunks: about two per multiprocessor of a
 
 
 def ssd_scan(
-    x: Tensor,
-    dt: Tensor,
-    A_log: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor,
+    inputs: ScanInputs,
     boundaries: Boundaries,
     chunk_len: int,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
     initial_state: Tensor | None = None,
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -40,12 +32,8 @@ def ssd_scan(
 
     Covered: x, B and C alike bf16 or fp32, head_dim and state up to 128.
     """
-    boundaries.check(x=x, dt=dt, B=B, C=C)
-    heads, groups = x.shape[1], B.shape[1]
-    if heads % groups:
-        raise ValueError(f"ssd_scan: {heads} heads are not a multiple of {groups} groups")
-    if chunk_len < 1:
-        raise ValueError(f"chunk_len={chunk_len}; needs at least 1")
+    inputs.check(boundaries, chunk_len)
+    x, dt, B, C = inputs.x, inputs.dt, inputs.B, inputs.C
     if x.dtype not in (torch.bfloat16, torch.float32) or not x.dtype == B.dtype == C.dtype:
         raise Uncovered(f"x {x.dtype}, B {B.dtype}, C {C.dtype}: needs all bfloat16 or all float32")
     if max(x.shape[2], B.shape[2]) > WIDEST:
@@ -57,31 +45,16 @@ def ssd_scan(
         initial_state = initial_state if initial_state is None else F.pad(initial_state, (0, more_n, 0, more_p))
     x, B, C = (_rows(y) for y in (x, B, C))
     dt = dt if dt.stride(1) == 1 else dt.contiguous()
-    y, final = _Scan.apply(
-        x, dt, A_log, B, C, D, dt_bias, initial_state, boundaries, chunk_len, dt_limit, return_final_states
-    )
+    tensors = (x, dt, inputs.A_log, B, C, inputs.D, inputs.dt_bias, initial_state)
+    y, final = _Scan.apply(*tensors, boundaries, chunk_len, inputs.dt_limit, return_final_states)
     if more_p or more_n:
         y, final = y[..., :head_dim], None if final is None else final[..., :head_dim, :state]
     return (y, final) if return_final_states else y
 
 
-def ssd_prefill(
-    x: Tensor,
-    dt: Tensor,
-    A_log: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor,
-    boundaries: Boundaries,
-    chunk_len: int,
-    dt_limit: tuple[float, float],
-    cache: ScanCache,
-    slots: Tensor,
-) -> Tensor:
+def ssd_prefill(inputs: ScanInputs, boundaries: Boundaries, chunk_len: int, cache: ScanCache, slots: Tensor) -> Tensor:
     """`reference.ssd_prefill`, on the inputs that `ssd_scan` covers."""
-    inputs = (x, dt, A_log, B, C, D, dt_bias, boundaries, chunk_len, dt_limit)
-    y, final = ssd_scan(*inputs, return_final_states=True)
+    y, final = ssd_scan(inputs, boundaries, chunk_len, return_final_states=True)
     cache.state[slots] = final.to(cache.state.dtype)
     return y
 

@@ -8,6 +8,7 @@ from tiny.accuracy import assert_as_exact_as, documents, randn, value_and_gradie
 from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 
 from prism_kernels.boundaries import Boundaries
+from prism_kernels.scan.inputs import ScanInputs
 from prism_kernels.scan.reference import ssd_recurrence, ssd_scan
 
 HEADS, HEAD_DIM, STATE = 4, 3, 5
@@ -38,13 +39,13 @@ def test_scan_equals_the_recurrence(lengths, groups):
 
     def run(scan):
         def both(*inputs):
-            y, final = scan(*inputs[:7], boundaries, initial_state=inputs[7])
+            y, final = scan(ScanInputs(*inputs[:7]), boundaries, initial_state=inputs[7])
             return torch.cat([y.flatten(), final.flatten()])
 
         return both
 
-    def chunked(*inputs, initial_state):
-        return ssd_scan(*inputs, 4, initial_state=initial_state, return_final_states=True)
+    def chunked(inputs, boundaries, initial_state):
+        return ssd_scan(inputs, boundaries, 4, initial_state, return_final_states=True)
 
     upstream = randn(sum(lengths) * HEADS * HEAD_DIM + inputs[7].numel())
     ours = value_and_gradients(run(chunked), inputs, upstream)
@@ -59,7 +60,7 @@ def test_gradients_of_the_scan_are_derivatives():
     inputs = [x.requires_grad_() for x in (*scan_inputs(8, 1, heads=2, head_dim=2, state=2), randn(2, 2, 2, 2))]
 
     def run(*inputs):
-        return ssd_scan(*inputs[:7], boundaries, 3, (0.01, 1.5), inputs[7], return_final_states=True)
+        return ssd_scan(ScanInputs(*inputs[:7], (0.01, 1.5)), boundaries, 3, inputs[7], return_final_states=True)
 
     assert torch.autograd.gradcheck(run, inputs)
 
@@ -67,20 +68,21 @@ def test_gradients_of_the_scan_are_derivatives():
 def test_packed_documents_equal_separate_ones():
     torch.manual_seed(0)
     inputs = scan_inputs(24, 2, torch.float32)
-    packed = ssd_scan(*inputs, documents(10, 1, 13), 4)
+    packed = ssd_scan(ScanInputs(*inputs), documents(10, 1, 13), 4)
     for start, end in ((0, 10), (10, 11), (11, 24)):
         cut = [x[start:end] if len(x) == 24 else x for x in inputs]
-        torch.testing.assert_close(ssd_scan(*cut, documents(end - start), 4), packed[start:end], rtol=1e-6, atol=1e-6)
+        alone = ssd_scan(ScanInputs(*cut), documents(end - start), 4)
+        torch.testing.assert_close(alone, packed[start:end], rtol=1e-6, atol=1e-6)
 
 
 def test_two_halves_chained_by_their_state_equal_the_whole():
     torch.manual_seed(0)
     inputs = scan_inputs(21, 1)
-    whole, final = ssd_scan(*inputs, documents(21), 4, return_final_states=True)
+    whole, final = ssd_scan(ScanInputs(*inputs), documents(21), 4, return_final_states=True)
     parts, state = [], None
     for start, end in ((0, 9), (9, 21)):
         cut = [x[start:end] if len(x) == 21 else x for x in inputs]
-        y, state = ssd_scan(*cut, documents(end - start), 4, initial_state=state, return_final_states=True)
+        y, state = ssd_scan(ScanInputs(*cut), documents(end - start), 4, state, return_final_states=True)
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts), whole)
     torch.testing.assert_close(state, final)
@@ -98,7 +100,7 @@ def test_scan_equals_transformers(groups):
         return y.flatten(0, 1)
 
     def ours(*inputs):
-        return ssd_scan(*inputs, documents(19, 19), 8, (0.1, math.inf))
+        return ssd_scan(ScanInputs(*inputs, (0.1, math.inf)), documents(19, 19), 8)
 
     inputs, upstream = [x, dt, A_log, B, C, D, dt_bias], randn(*x.shape, dtype=torch.float32)
     pairs = zip(value_and_gradients(ours, inputs, upstream), value_and_gradients(peer, inputs, upstream), strict=True)
@@ -132,20 +134,24 @@ def test_scan_is_as_exact_as_plain_torch(dtype, decay):
     boundaries = documents(150, 64, 41)
     inputs = scan_inputs(255, 2, dtype, head_dim=32, state=16)
     inputs[2], inputs[6] = inputs[2].abs(), torch.full_like(inputs[6], decay)
-    assert_as_exact_as(lambda *a: ssd_scan(*a, boundaries, 64), plain_scan(boundaries), inputs)
+    assert_as_exact_as(lambda *a: ssd_scan(ScanInputs(*a), boundaries, 64), plain_scan(boundaries), inputs)
 
 
 def test_a_step_of_zero_has_finite_gradients():
     inputs = scan_inputs(6, 1, torch.float32)
     inputs[1] = torch.full_like(inputs[1], -200.0)  # softplus underflows to 0
-    for x in value_and_gradients(lambda *a: ssd_scan(*a, documents(6), 4), inputs, torch.ones(6, HEADS, HEAD_DIM)):
+
+    def run(*inputs):
+        return ssd_scan(ScanInputs(*inputs), documents(6), 4)
+
+    for x in value_and_gradients(run, inputs, torch.ones(6, HEADS, HEAD_DIM)):
         assert x.isfinite().all()
 
 
 def test_disagreeing_shapes_are_named():
     inputs = scan_inputs(6, 1)
     with pytest.raises(ValueError, match="x has 6 tokens, cu_seqlens ends at 5"):
-        ssd_scan(*inputs, documents(5), 4)
+        ssd_scan(ScanInputs(*inputs), documents(5), 4)
     inputs[3] = randn(6, 3, STATE)
     with pytest.raises(ValueError, match="4 heads are not a multiple of 3 groups"):
-        ssd_scan(*inputs, documents(6), 4)
+        ssd_scan(ScanInputs(*inputs), documents(6), 4)

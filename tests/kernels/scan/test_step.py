@@ -8,6 +8,7 @@ from tiny.accuracy import kernel_documents as documents
 from prism_kernels.backends import Uncovered
 from prism_kernels.caches import ScanCache
 from prism_kernels.scan import reference
+from prism_kernels.scan.inputs import ScanInputs
 from prism_kernels.scan.triton import ssd_prefill, ssd_step
 
 LIMIT = (0.01, 2.0)
@@ -31,9 +32,9 @@ def test_step_equals_the_reference(dtype, head_dim, state):
     slots = torch.tensor([4, 0, 2], device=DEVICE)
     start = randn(6, 4, head_dim, state, dtype=torch.float32).to(DEVICE)
     ours, plain, exact = ScanCache(start.clone()), ScanCache(start.clone()), ScanCache(start.double())
-    y = ssd_step(*inputs, ours, slots, slots, LIMIT)
-    theirs = reference.ssd_step(*inputs, plain, slots, slots, LIMIT)
-    best = reference.ssd_step(*(x.double() for x in inputs), exact, slots, slots, LIMIT)
+    y = ssd_step(ScanInputs(*inputs, LIMIT), ours, slots, slots)
+    theirs = reference.ssd_step(ScanInputs(*inputs, LIMIT), plain, slots, slots)
+    best = reference.ssd_step(ScanInputs(*(x.double() for x in inputs), LIMIT), exact, slots, slots)
     eps = torch.finfo(dtype).eps
     assert y.dtype == dtype and relative_error(y, best) <= 2 * relative_error(theirs, best) + eps
     assert relative_error(ours.state, exact.state) <= 1e-6
@@ -43,12 +44,13 @@ def test_step_equals_the_reference(dtype, head_dim, state):
 def test_steps_continue_a_scan():
     torch.manual_seed(0)
     inputs = step_inputs(20, torch.float32)
-    whole, final = reference.ssd_scan(*inputs, documents(20), 8, LIMIT, return_final_states=True)
+    whole, final = reference.ssd_scan(ScanInputs(*inputs, LIMIT), documents(20), 8, return_final_states=True)
     first = [x[:17] if len(x) == 20 else x for x in inputs]
-    _, state = reference.ssd_scan(*first, documents(17), 8, LIMIT, return_final_states=True)
+    _, state = reference.ssd_scan(ScanInputs(*first, LIMIT), documents(17), 8, return_final_states=True)
     cache, slots = ScanCache(state.clone()), torch.zeros(1, dtype=torch.int64, device=DEVICE)
     for i in range(17, 20):
-        y = ssd_step(*(x[i : i + 1] if len(x) == 20 else x for x in inputs), cache, slots, slots + i, LIMIT)
+        row = ScanInputs(*(x[i : i + 1] if len(x) == 20 else x for x in inputs), LIMIT)
+        y = ssd_step(row, cache, slots, slots + i)
         torch.testing.assert_close(y[0], whole[i], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(cache.state, final, rtol=1e-5, atol=1e-5)
 
@@ -56,11 +58,12 @@ def test_steps_continue_a_scan():
 def test_steps_continue_a_prefill():
     torch.manual_seed(0)
     inputs = step_inputs(20, torch.float32)
-    whole = reference.ssd_scan(*inputs, documents(20), 8, LIMIT)
+    whole = reference.ssd_scan(ScanInputs(*inputs, LIMIT), documents(20), 8)
     cache, slots = ScanCache(torch.ones(3, 4, 16, 16, device=DEVICE)), torch.tensor([2], device=DEVICE)
     first = [x[:19] if len(x) == 20 else x for x in inputs]
-    y = ssd_prefill(*first, documents(19), 8, LIMIT, cache, slots)
-    last = ssd_step(*(x[19:] if len(x) == 20 else x for x in inputs), cache, slots, slots, LIMIT)
+    y = ssd_prefill(ScanInputs(*first, LIMIT), documents(19), 8, cache, slots)
+    row = ScanInputs(*(x[19:] if len(x) == 20 else x for x in inputs), LIMIT)
+    last = ssd_step(row, cache, slots, slots)
     torch.testing.assert_close(torch.cat([y, last]), whole, rtol=1e-5, atol=1e-5)
     assert (cache.state[:2] == 1).all()
 
@@ -76,15 +79,15 @@ def test_small_steps_keep_their_digits():
     inputs[6].zero_()
     slots, start = torch.tensor([1, 0], device=DEVICE), torch.zeros(2, 4, 16, 16, device=DEVICE)
     ours, exact = ScanCache(start.clone()), ScanCache(start.double())
-    ssd_step(*inputs, ours, slots, slots)
-    reference.ssd_step(*(x.double() for x in inputs), exact, slots, slots)
+    ssd_step(ScanInputs(*inputs), ours, slots, slots)
+    reference.ssd_step(ScanInputs(*(x.double() for x in inputs)), exact, slots, slots)
     for head in range(4):
         assert relative_error(ours.state[:, head], exact.state[:, head]) < 2e-6
 
 
 def test_what_is_not_covered_is_refused():
-    inputs, slots = step_inputs(1, torch.float32), torch.zeros(1, dtype=torch.int64)
+    inputs, slots = ScanInputs(*step_inputs(1, torch.float32)), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(Uncovered, match="needs float32"):
-        ssd_step(*inputs, ScanCache(torch.zeros(1, 4, 16, 16, dtype=torch.bfloat16)), slots, slots)
+        ssd_step(inputs, ScanCache(torch.zeros(1, 4, 16, 16, dtype=torch.bfloat16)), slots, slots)
     with pytest.raises(Uncovered, match="needs a contiguous one"):
-        ssd_step(*inputs, ScanCache(torch.zeros(1, 4, 16, 16).transpose(2, 3)), slots, slots)
+        ssd_step(inputs, ScanCache(torch.zeros(1, 4, 16, 16).transpose(2, 3)), slots, slots)

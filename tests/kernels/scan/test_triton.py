@@ -10,6 +10,7 @@ from tiny.accuracy import kernel_documents as documents
 from prism_kernels.backends import Uncovered, function
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.scan import reference, triton
+from prism_kernels.scan.inputs import ScanInputs
 
 LIMIT = (0.05, 1.5)
 NAMES = ("result", "x", "dt", "A_log", "B", "C", "D", "dt_bias", "initial state")
@@ -31,7 +32,7 @@ def result_and_finals(scan, boundaries, chunk_len, with_initial):
 
     def run(*inputs):
         initial = inputs[7] if with_initial else None
-        y, final = scan(*inputs[:7], boundaries, chunk_len, LIMIT, initial, True)
+        y, final = scan(ScanInputs(*inputs[:7], LIMIT), boundaries, chunk_len, initial, True)
         return torch.cat([y.flatten().to(final.dtype), final.flatten()])
 
     return run
@@ -125,7 +126,7 @@ def test_a_step_of_zero_is_finite():
     inputs[1] = torch.full_like(inputs[1], -300.0)  # softplus underflows to 0
 
     def run(*inputs):
-        return triton.ssd_scan(*inputs, documents(20), 16)
+        return triton.ssd_scan(ScanInputs(*inputs), documents(20), 16)
 
     for x in value_and_gradients(run, inputs, torch.ones(20, 2, 16, device=DEVICE)):
         assert x.isfinite().all()
@@ -137,7 +138,7 @@ def test_gradient_of_the_final_states_alone():
 
     def grads(scan, inputs):
         leaves = [x.detach().requires_grad_() for x in inputs]
-        _, final = scan(*leaves, documents(13, 7), 16, return_final_states=True)
+        _, final = scan(ScanInputs(*leaves), documents(13, 7), 16, return_final_states=True)
         return torch.autograd.grad(final.square().sum(), [leaves[i] for i in (0, 1, 2, 3, 6)])
 
     exact = grads(reference.ssd_scan, [x.double() for x in inputs])
@@ -148,10 +149,10 @@ def test_gradient_of_the_final_states_alone():
 def test_packed_documents_equal_separate_ones_exactly():
     torch.manual_seed(0)
     inputs = scan_inputs(40, torch.bfloat16)
-    packed = triton.ssd_scan(*inputs, documents(21, 19), 16)
+    packed = triton.ssd_scan(ScanInputs(*inputs), documents(21, 19), 16)
     for start, end in ((0, 21), (21, 40)):
         cut = [x[start:end] if len(x) == 40 else x for x in inputs]
-        assert torch.equal(triton.ssd_scan(*cut, documents(end - start), 16), packed[start:end])
+        assert torch.equal(triton.ssd_scan(ScanInputs(*cut), documents(end - start), 16), packed[start:end])
 
 
 def test_gradients_are_the_same_every_time():
@@ -159,7 +160,7 @@ def test_gradients_are_the_same_every_time():
     inputs, upstream = scan_inputs(40, torch.bfloat16), randn(40, 2, 16).to(DEVICE)
 
     def run(*inputs):
-        return triton.ssd_scan(*inputs, documents(21, 19), 16)
+        return triton.ssd_scan(ScanInputs(*inputs), documents(21, 19), 16)
 
     first, second = (value_and_gradients(run, inputs, upstream) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -168,19 +169,19 @@ def test_gradients_are_the_same_every_time():
 def test_what_is_not_covered_goes_to_the_reference(caplog):
     inputs = scan_inputs(6, torch.float32)
     with pytest.raises(Uncovered, match="state 160: needs at most 128"):
-        triton.ssd_scan(*scan_inputs(6, torch.float32, state=160), documents(6), 16)
+        triton.ssd_scan(ScanInputs(*scan_inputs(6, torch.float32, state=160)), documents(6), 16)
     with pytest.raises(Uncovered, match="needs all bfloat16 or all float32"):
-        triton.ssd_scan(*[x.double() for x in inputs], documents(6), 16)
-    y = function("ssd_scan", "triton")(*[x.double() for x in inputs], documents(6), 16)
+        triton.ssd_scan(ScanInputs(*[x.double() for x in inputs]), documents(6), 16)
+    y = function("ssd_scan", "triton")(ScanInputs(*[x.double() for x in inputs]), documents(6), 16)
     assert y.dtype == torch.float64 and "plain torch is used instead" in caplog.text
 
 
 def test_disagreeing_shapes_are_named():
     inputs = scan_inputs(6, torch.float32)
     with pytest.raises(ValueError, match="x has 6 tokens, cu_seqlens ends at 5"):
-        triton.ssd_scan(*inputs, documents(5), 16)
+        triton.ssd_scan(ScanInputs(*inputs), documents(5), 16)
     with pytest.raises(ValueError, match="2 heads are not a multiple of 3 groups"):
-        triton.ssd_scan(*scan_inputs(6, torch.float32, groups=3), documents(6), 16)
+        triton.ssd_scan(ScanInputs(*scan_inputs(6, torch.float32, groups=3)), documents(6), 16)
 
 
 def test_tables_of_chunks_segments_and_documents():
@@ -194,5 +195,7 @@ def test_tables_of_chunks_segments_and_documents():
 def test_limits_of_infinity_are_none():
     torch.manual_seed(0)
     inputs = scan_inputs(20, torch.float32)
-    ours, plain = (scan(*inputs, documents(20), 16, (0.0, math.inf)) for scan in (triton.ssd_scan, reference.ssd_scan))
+    ours, plain = (
+        scan(ScanInputs(*inputs, (0.0, math.inf)), documents(20), 16) for scan in (triton.ssd_scan, reference.ssd_scan)
+    )
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
