@@ -22,6 +22,9 @@ from prism_kernels.precision import accumulate_dtype
 
 ROWS = 8
 BATCHED_ROWS = 4  # of each matrix of a batched product
+AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # not public: its absence is not an error
+AMX_TERMS = 256  # of a sum in bf16, at most
+WIDENED_COLUMNS = 4096  # of a bf16 weight widened at a time
 AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
@@ -29,6 +32,9 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     """a [m, k] @ b [k, n], each row the same bits with whatever other rows; no autograd."""
     if AMX and a.dtype == torch.bfloat16 and a.device.type == "cpu":
         return mm(a.float(), b.float()).to(a.dtype)
+    if AMX and a.dtype == torch.bfloat16 and a.device.type == "cpu" and a.shape[1] > AMX_TERMS:
+        wide = a.float()
+        return torch.cat([mm(wide, block.float()).to(a.dtype) for block in b.split(WIDENED_COLUMNS, 1)], 1)
     missing = -len(a) % ROWS
     padded = F.pad(a, (0, 0, 0, missing)) if missing else a
     if matmul.ONEDNN is not None and a.dtype == torch.float32 and a.device.type == "cpu":
