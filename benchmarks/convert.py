@@ -125,19 +125,19 @@ def hash_files(folder: Path) -> None:
 
 
 def import_(folder: Path) -> Callable[[], object]:
-    from prism_mcore.convert.checkpoint import import_hf, plan_import
+    from prism_mcore.convert.offline import import_hf, plan_import
 
     return lambda: import_hf(plan_import(folder / "hf"), folder / "out")
 
 
 def verify(folder: Path) -> Callable[[], object]:
-    from prism_mcore.convert.checkpoint import plan_export
+    from prism_mcore.convert.offline import plan_export
 
     return lambda: plan_export(folder / "ckpt")
 
 
 def export(folder: Path) -> Callable[[], object]:
-    from prism_mcore.convert.checkpoint import export_checkpoint, plan_export
+    from prism_mcore.convert.offline import export_checkpoint, plan_export
 
     plan = plan_export(folder / "ckpt")
     return lambda: export_checkpoint(plan, folder / "out")
@@ -158,15 +158,15 @@ def make_directory(out: Path, layers: int, folder: Path) -> int:
     """A directory of random bf16 weights; returns its bytes."""
     import torch
 
-    from prism_mcore.convert.export import conventional_source, write_directory
     from prism_mcore.convert.names import hf_tensors
+    from prism_mcore.convert.write import conventional_directory, write_directory
     from prism_mcore.model.spec import read_config, spec_from_config
 
     raw = read_config("llama-3.1-8b") | {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(raw))
     spec = spec_from_config(raw)
     dtypes = dict.fromkeys(hf_tensors(spec), torch.bfloat16)
-    source = conventional_source(spec, folder, (folder / "config.json",), dtypes, SHARD_BYTES)
+    source = conventional_directory(spec, folder, (folder / "config.json",), dtypes, SHARD_BYTES)
     size = sum(shard.size for shard in source.shards.values())
     if shutil.disk_usage(folder).free < 5 * size:
         raise SystemExit(
@@ -183,9 +183,9 @@ def make_directory(out: Path, layers: int, folder: Path) -> int:
 
 
 def largest_tensor(path: Path) -> int:
-    from prism_mcore.convert.source import read_source
+    from prism_mcore.convert.read import read_directory
 
-    return max(entry.end - entry.start for _, _, entry in read_source(path).entries())
+    return max(entry.end - entry.start for _, _, entry in read_directory(path).entries())
 
 
 def same_files(path: Path, out: Path) -> bool:

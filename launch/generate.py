@@ -84,7 +84,7 @@ def _generate(
     import torch.distributed as dist
 
     from prism_mcore import platform
-    from prism_mcore.convert.hf import model_from_hf
+    from prism_mcore.convert.online import model_from_hf
     from prism_mcore.generate import unfinished
     from prism_mcore.generate.engine import Engine
     from prism_mcore.generate.prompts import requests_of, response_lines

@@ -61,7 +61,7 @@ def _score(arguments: argparse.Namespace, settings: ScoreSettings, spec: ModelSp
     import torch.distributed as dist
 
     from prism_mcore import platform
-    from prism_mcore.convert.hf import model_from_hf
+    from prism_mcore.convert.online import model_from_hf
     from prism_mcore.evaluate.scoring import ScoreFile, score
     from prism_mcore.parallel import init_groups
 

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         # "Transformer Engine and Apex are not installed": nothing here would use them.
         warnings.simplefilter("ignore")
-        import prism_mcore.convert.checkpoint  # noqa: F401
+        import prism_mcore.convert.offline  # noqa: F401
     try:
         options.run(options)
     except (ValueError, OSError) as error:
@@ -39,8 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
 def from_hf(options: argparse.Namespace) -> None:
     from prism_mcore.checkpoint.durable import MANIFEST, damage
     from prism_mcore.checkpoint.folder import step_name
-    from prism_mcore.convert.checkpoint import import_hf, plan_import
     from prism_mcore.convert.manifest import verify
+    from prism_mcore.convert.offline import import_hf, plan_import
 
     if options.verify and (options.hf_dir / MANIFEST).is_file():
         _refuse(verify(options.hf_dir))
@@ -62,8 +62,8 @@ def from_hf(options: argparse.Namespace) -> None:
 
 
 def to_hf(options: argparse.Namespace) -> None:
-    from prism_mcore.convert.checkpoint import export_checkpoint, plan_export
     from prism_mcore.convert.manifest import verify
+    from prism_mcore.convert.offline import export_checkpoint, plan_export
 
     plan = plan_export(options.ckpt_dir, master=options.master, config=options.config, tokenizer=options.tokenizer)
     weights = "fp32 masters" if plan.master else "weights"

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from prism_mcore.console import plain, progress, say, show
-from prism_mcore.convert.export import write_directory
 from prism_mcore.convert.names import ExchangeError
-from prism_mcore.convert.source import Source, read_source
+from prism_mcore.convert.read import HFDirectory, read_directory
+from prism_mcore.convert.write import write_directory
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,8 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
 def merge(checkpoints: list[str], out: Path, like: Path | None) -> None:
     """Write the average of `PATH:WEIGHT`s to `out`, a new directory laid out as `like` or as the first checkpoint."""
     paths, shares = parse(checkpoints)
-    sources = [read_source(path) for path in paths]
-    layout = read_source(like) if like else sources[0]
+    sources = [read_directory(path) for path in paths]
+    layout = read_directory(like) if like else sources[0]
     for source in sources:
         check_same_model(source, layout)
     show(_table(paths, shares, checkpoints))
@@ -67,7 +67,7 @@ def parse(checkpoints: list[str]) -> tuple[list[Path], list[float]]:
     return paths, [weight / math.fsum(weights) for weight in weights]
 
 
-def check_same_model(source: Source, layout: Source) -> None:
+def check_same_model(source: HFDirectory, layout: HFDirectory) -> None:
     """Raise ExchangeError, naming the first difference, unless both are checkpoints of one architecture."""
     for field, (ours, theirs) in source.spec().differences(layout.spec()).items():
         raise ExchangeError(f"{source.folder} and {layout.folder} are different models: {field} is {ours} and {theirs}")
@@ -87,7 +87,7 @@ def check_same_model(source: Source, layout: Source) -> None:
 class Average(ExitStack):
     """Rows of the weighted sum of several checkpoints' tensors; files are opened when they are first wanted."""
 
-    def __init__(self, sources: list[Source], shares: list[float]):
+    def __init__(self, sources: list[HFDirectory], shares: list[float]):
         super().__init__()
         self.shares = shares
         self.places = [{name: source.folder / file for file, name, _ in source.entries()} for source in sources]

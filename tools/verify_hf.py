@@ -27,7 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from prism_mcore.console import console as open_console
 from prism_mcore.console import say, styled
-from prism_mcore.convert.source import read_source
+from prism_mcore.convert.read import read_directory
 from prism_mcore.evaluate.checks import check
 from prism_mcore.evaluate.settings import ScoreSettings
 from prism_mcore.model.spec import LAYER_NAMES, ModelSpec
@@ -69,7 +69,7 @@ def verify(options: argparse.Namespace, console: Console) -> list[Difference]:
     """The differences of every output, in the order of the forward pass."""
     from prism_mcore.evaluate.scoring import read_token_lists
 
-    source = read_source(options.hf)
+    source = read_directory(options.hf)
     spec = source.spec()
     source.tensors(spec)  # what is missing or too much is said here, once
     tokens = (
@@ -177,7 +177,7 @@ def _run_ranks(hf: Path, settings: ScoreSettings, tokens: Tensor, reference: Pat
 def compare(hf: Path, settings: ScoreSettings, tokens: Tensor, reference: Path) -> list[Difference]:
     """One rank of ours: what this rank has to say of the outputs that it computes."""
     from prism_mcore import platform
-    from prism_mcore.convert.hf import model_from_hf
+    from prism_mcore.convert.online import model_from_hf
     from prism_mcore.evaluate.scoring import score
     from prism_mcore.parallel import init_groups
 

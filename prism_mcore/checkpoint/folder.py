@@ -17,10 +17,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
 from prism_mcore.agree import gather_failures
-from prism_mcore.checkpoint.durable import damage
+from prism_mcore.checkpoint.durable import FileRecord, damage, write_manifest
 
 FORMAT_VERSION = 1
 STATE = "state.json"
@@ -87,3 +89,26 @@ def read_state(path: Path) -> dict[str, Any]:
             " Load it with the version of prism_mcore that wrote it"
         )
     return record
+
+
+def state_text(step: int, layout: dict[str, int], optimizer_step: int, state: dict[str, Any]) -> str:
+    """What state.json says. Raises ValueError for numbers that JSON does not have."""
+    record = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "layout": layout,
+        "optimizer_step": optimizer_step,
+        "state": state,
+    }
+    return json.dumps(record, indent=1, allow_nan=False)
+
+
+def complete(path: Path, state: str, records: dict[str, FileRecord]) -> None:
+    """Give a folder of tensors and their index the small files, and the manifest over all; state: `state_text`'s.
+
+    records: of the files that are hashed already.
+    """
+    save_config(CheckpointingConfig("torch_dist", 1), str(path))
+    torch.save({}, path / "common.pt")
+    (path / STATE).write_text(state, encoding="utf-8")
+    write_manifest(path, records)

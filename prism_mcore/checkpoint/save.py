@@ -5,7 +5,6 @@ __main__, and wait for ever when one of them dies.
 """
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -34,13 +32,13 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
 from prism_mcore.agree import all_ranks, deadline, end_process, gather_failures
-from prism_mcore.checkpoint.durable import FileRecord, describe, sync_folder, write_atomically, write_manifest
+from prism_mcore.checkpoint.durable import FileRecord, describe, sync_folder, write_atomically
 from prism_mcore.checkpoint.folder import (
-    FORMAT_VERSION,
     LATEST,
-    STATE,
     CheckpointError,
+    complete,
     complete_steps,
+    state_text,
     step_name,
 )
 from prism_mcore.checkpoint.optimizer_state import optimizer_step
@@ -134,7 +132,7 @@ class _Save:
     ) -> None:
         with self._agreed():
             if self.groups.rank == 0:
-                self.text = json.dumps(self._record(optimizer, state), indent=1, allow_nan=False)
+                self.text = state_text(self.step, layout(self.groups), optimizer_step(optimizer), state)
                 self._prepare_folder()
         tensors = sharded_tensors(chunks, optimizer, self.groups, is_loading=False)
         tensors["random"], tensors["more"] = sharded_random_state(self.groups.rank), more
@@ -177,15 +175,6 @@ class _Save:
         if self.groups.rank == 0:
             log.info("saved %s in %.1f s", self.path, self.age_s)
 
-    def _record(self, optimizer: MegatronOptimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "format_version": FORMAT_VERSION,
-            "step": self.step,
-            "layout": layout(self.groups),
-            "optimizer_step": optimizer_step(optimizer),
-            "state": state,
-        }
-
     def _prepare_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.glob(".tmp_*"):
@@ -196,10 +185,7 @@ class _Save:
         """On rank 0, when every rank's tensors are on the disk: the small files, the manifest, the rename."""
         del self.index.all_local_plans  # megatron-core's cache of plans; not part of the index
         self.writer.finish(self.index, results)
-        save_config(CheckpointingConfig("torch_dist", 1), str(self.temporary))
-        torch.save({}, self.temporary / "common.pt")
-        (self.temporary / STATE).write_text(self.text, encoding="utf-8")
-        write_manifest(self.temporary, records)
+        complete(self.temporary, self.text, records)
         if self.path.exists():  # the run went back to an earlier step, and has come here again
             _discard(self.path)
         os.replace(self.temporary, self.path)

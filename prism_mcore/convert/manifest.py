@@ -21,7 +21,7 @@ from prism_mcore.checkpoint.durable import (
     sync_file,
     write_atomically,
 )
-from prism_mcore.convert.source import Entry, Shard, read_source
+from prism_mcore.convert.read import Entry, Shard, read_directory
 
 TensorRecord = dict[str, Any]  # {"dtype": "BF16", "shape": [...], "sha256": hex}
 CHUNK_BYTES = 32 * 2**20
@@ -49,7 +49,7 @@ def verify(folder: Path) -> list[str]:
     problems = damage(folder)
     try:
         recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["tensors"]
-        shards = read_source(folder).shards
+        shards = read_directory(folder).shards
     except (OSError, ValueError, KeyError) as error:  # ExchangeError is a ValueError
         return problems or [str(error)]
     if recorded.keys() != shards.keys():

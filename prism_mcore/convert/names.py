@@ -20,7 +20,7 @@ class ExchangeError(ValueError):
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRange:
     """Rows [start, start + rows) of a key."""
 
     key: str
@@ -33,11 +33,11 @@ class HFTensor:
     """One tensor of a Hugging Face directory.
 
     `model.layers.0.mamba.in_proj.weight` of Granite-4.0-H-Micro, [z | x | B | C | dt]:
-        HFTensor(shape=(8512, 2048), runs=(Run("layers.0.mixer.in_proj.weight.z", 0, 4096), ...))
+        HFTensor(shape=(8512, 2048), runs=(RowRange("layers.0.mixer.in_proj.weight.z", 0, 4096), ...))
     """
 
     shape: Shape
-    runs: tuple[Run, ...]  # in the order of its rows
+    runs: tuple[RowRange, ...]  # in the order of its rows
     optional: bool = False  # a tied output layer: the same numbers as the embedding, where a directory has it at all
 
 
@@ -50,7 +50,9 @@ def hf_tensors(spec: ModelSpec, names: Collection[str] = ()) -> dict[str, HFTens
     prefix = next((p for p in family.prefixes if p + family.embedding in names), family.prefixes[0])
     sizes = keys(spec)
     tensors = {
-        prefix + family.embedding: _tensor("embedding.weight", [Run("embedding.weight", 0, spec.vocab_size)], sizes)
+        prefix + family.embedding: _tensor(
+            "embedding.weight", [RowRange("embedding.weight", 0, spec.vocab_size)], sizes
+        )
     }
     for index, kind in enumerate(spec.pattern):
         layer = f"{prefix}layers.{index // family.sublayers}."
@@ -58,9 +60,11 @@ def hf_tensors(spec: ModelSpec, names: Collection[str] = ()) -> dict[str, HFTens
             runs = [run for key in ours for run in _runs(f"layers.{index}.{key}", spec, sizes)]
             if runs:
                 tensors[layer + name] = _tensor(name, runs, sizes)
-    tensors[prefix + family.final_norm] = _tensor("", [Run("final_norm.weight", 0, spec.hidden_size)], sizes)
+    tensors[prefix + family.final_norm] = _tensor("", [RowRange("final_norm.weight", 0, spec.hidden_size)], sizes)
     output = "embedding.weight" if spec.tied_embeddings else "output.weight"
-    tensors[family.output] = HFTensor(sizes[output], (Run(output, 0, spec.vocab_size),), optional=spec.tied_embeddings)
+    tensors[family.output] = HFTensor(
+        sizes[output], (RowRange(output, 0, spec.vocab_size),), optional=spec.tied_embeddings
+    )
     return tensors
 
 
@@ -77,7 +81,7 @@ def parts(name: str, parameter: Parameter) -> dict[str, Shape]:
     return {f"{name}.{part}": (size, *tail) for part, size in zip(parameter.names, parameter.parts, strict=True)}
 
 
-def _runs(key: str, spec: ModelSpec, sizes: dict[str, Shape]) -> Iterator[Run]:
+def _runs(key: str, spec: ModelSpec, sizes: dict[str, Shape]) -> Iterator[RowRange]:
     """The rows of one entry of a table; none where the model does not have it (a convolution without bias)."""
     key, bracket, which = key.partition("[")
     if key not in sizes:
@@ -86,12 +90,12 @@ def _runs(key: str, spec: ModelSpec, sizes: dict[str, Shape]) -> Iterator[Run]:
         p, queries = spec.head_dim, spec.num_heads // spec.num_kv_heads
         first, count = {"q": (0, queries), "k": (queries, 1), "v": (queries + 1, 1)}[which[0]]
         for head in range(spec.num_kv_heads):
-            yield Run(key, (head * (queries + 2) + first) * p, count * p)
+            yield RowRange(key, (head * (queries + 2) + first) * p, count * p)
     else:
-        yield Run(key, 0, sizes[key][0])
+        yield RowRange(key, 0, sizes[key][0])
 
 
-def _tensor(name: str, runs: list[Run], sizes: dict[str, Shape]) -> HFTensor:
+def _tensor(name: str, runs: list[RowRange], sizes: dict[str, Shape]) -> HFTensor:
     tail = sizes[runs[0].key][1:]
     if name.endswith("conv1d.weight"):
         tail = (1, *tail)  # torch's Conv1d: [channels, channels / groups = 1, kernel]

@@ -21,8 +21,8 @@ from prism_mcore.checkpoint.folder import CheckpointError, latest, newest_undama
 from prism_mcore.checkpoint.load import Loaded, load, load_weights
 from prism_mcore.checkpoint.save import Checkpoints
 from prism_mcore.config import SettingsError, dump
-from prism_mcore.convert.checkpoint import SOURCE, remember_source
-from prism_mcore.convert.hf import load_hf
+from prism_mcore.convert.offline import SOURCE, remember_source
+from prism_mcore.convert.online import load_hf
 from prism_mcore.exit_codes import STOPPED_BY_GUARD
 from prism_mcore.model.build import chunks_of
 from prism_mcore.model.hybrid import HybridModel

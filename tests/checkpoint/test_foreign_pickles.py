@@ -174,7 +174,7 @@ GADGETS = {
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    from prism_mcore.convert.checkpoint import import_hf, plan_import
+    from prism_mcore.convert.offline import import_hf, plan_import
 
     folder = tmp_path_factory.mktemp("imported")
     save_hf("llama-3.1", folder / "in", dtype=torch.bfloat16)

@@ -8,17 +8,17 @@ import torch
 from safetensors.torch import load_file
 from tiny.hf_models import save_hf
 
-from prism_mcore.convert.export import write_directory
 from prism_mcore.convert.manifest import verify
-from prism_mcore.convert.source import SourceTensors, read_source
+from prism_mcore.convert.read import HFTensors, read_directory
+from prism_mcore.convert.write import write_directory
 
 
 @pytest.fixture
 def export(tmp_path):
     """A directory copied tensor by tensor."""
     save_hf("granite-4.0-h-micro", tmp_path / "in", dtype=torch.float16, max_shard_size="60KB")
-    source = read_source(tmp_path / "in")
-    with SourceTensors(source) as reader:
+    source = read_directory(tmp_path / "in")
+    with HFTensors(source) as reader:
         write_directory(tmp_path / "out", source, reader.read)
     return tmp_path / "out"
 
@@ -46,7 +46,7 @@ def test_a_good_export_has_no_problems(export):
 
 def test_one_bit_is_found_and_its_tensor_named(export):
     shard = export / "model-00002-of-00003.safetensors"
-    name, entry = list(read_source(export).shards[shard.name].entries.items())[3]
+    name, entry = list(read_directory(export).shards[shard.name].entries.items())[3]
     content = bytearray(shard.read_bytes())
     content[int.from_bytes(content[:8], "little") + 8 + entry.end - 1] ^= 1
     shard.write_bytes(content)

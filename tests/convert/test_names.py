@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny.hf_models import FAMILIES, save_hf
 
-from prism_mcore.convert.layout import Places, held_columns, held_rows, runs_within
-from prism_mcore.convert.names import Run, hf_tensors, keys
-from prism_mcore.convert.source import read_source
+from prism_mcore.convert.names import RowRange, hf_tensors, keys
+from prism_mcore.convert.read import read_directory
+from prism_mcore.convert.rows import Places, held_columns, held_rows, runs_within
 from prism_mcore.model.parameters import parameters, shard
 from prism_mcore.model.spec import read_spec
 
@@ -67,7 +67,7 @@ def test_names_of_the_published_files():
 def test_the_tables_name_what_transformers_writes(tmp_path, family, original):
     """In its files' own names, and in those that transformers 5 has in memory."""
     save_hf(family, tmp_path, dtype=torch.bfloat16).save_pretrained(tmp_path, save_original_format=original)
-    source = read_source(tmp_path)
+    source = read_directory(tmp_path)
     found = source.tensors(source.spec())  # refuses what is missing, too many or of another shape
     assert found.keys() == source.names
 
@@ -101,7 +101,7 @@ def test_rows_within_a_tensor_and_their_places_are_inverse():
     found = [
         (copy.hf_row, copy.rows, row + copy.row)
         for run, row in runs_within(tensors[name], 8000, 18500)
-        for copy in places.find(Run(run.key, run.start, run.rows))
+        for copy in places.find(RowRange(run.key, run.start, run.rows))
     ]
     assert [hf_row - 8000 for hf_row, _, _ in found] == [row for _, _, row in found]
     assert sum(rows for _, rows, _ in found) == 10500

@@ -11,7 +11,7 @@ from tiny.gradients import close, whole_gradients
 from tiny.hf_models import FAMILIES, SEQ_LEN, save_hf
 from tiny.models import packed_batch
 
-from prism_mcore.convert.hf import load_hf
+from prism_mcore.convert.online import load_hf
 from prism_mcore.evaluate.scoring import score
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops

@@ -3,7 +3,7 @@
 import torch
 from tiny.models import SPECS
 
-from prism_mcore.convert.hf import load_hf
+from prism_mcore.convert.online import load_hf
 from prism_mcore.generate import Engine, EngineSettings, Request
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops

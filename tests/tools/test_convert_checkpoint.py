@@ -17,7 +17,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny.hf_models import FAMILIES, save_hf
 
-from prism_mcore.convert.source import read_source
+from prism_mcore.convert.read import read_directory
 from prism_mcore.model.spec import read_spec
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -64,10 +64,10 @@ def test_there_and_back_without_a_process_group(
     convert, tmp_path, monkeypatch, family, dtype, shards, layout, small_blocks
 ):
     if small_blocks:  # real tensors are of many
-        monkeypatch.setattr("prism_mcore.convert.files.BLOCK_BYTES", 4096)
-        monkeypatch.setattr("prism_mcore.convert.export.BLOCK_BYTES", 5000)
-        monkeypatch.setattr("prism_mcore.convert.checkpoint.PIECE_BYTES", 6000)
-        monkeypatch.setattr("prism_mcore.convert.checkpoint.FILE_BYTES", 20_000)
+        monkeypatch.setattr("prism_mcore.checkpoint.files.BLOCK_BYTES", 4096)
+        monkeypatch.setattr("prism_mcore.convert.write.BLOCK_BYTES", 5000)
+        monkeypatch.setattr("prism_mcore.convert.offline.PIECE_BYTES", 6000)
+        monkeypatch.setattr("prism_mcore.convert.offline.FILE_BYTES", 20_000)
     save_hf(family, tmp_path / "in", dtype=DTYPES[dtype], max_shard_size=shards)
     (tmp_path / "in" / "tokenizer_config.json").write_bytes(b'{ "a":1}\r\n')
     tp, pp = layout
@@ -138,7 +138,7 @@ def load_imported(groups, checkpoint, path):
 
 
 def load_directory(groups, path):
-    from prism_mcore.convert.hf import load_hf
+    from prism_mcore.convert.online import load_hf
 
     chunks = build(groups, path, torch.bfloat16)
     load_hf(path, chunks, groups)
@@ -164,7 +164,7 @@ def test_a_run_starts_from_an_import_as_from_the_directory(convert, tmp_path, fa
 def train_and_save(groups, path, folder, dtype, init, shift=0.0):
     """A checkpoint with an optimizer whose fp32 masters are away from the weights by `shift`, as after small steps."""
     from prism_mcore.checkpoint.save import Checkpoints
-    from prism_mcore.convert.hf import load_hf
+    from prism_mcore.convert.online import load_hf
     from prism_mcore.train.optimizer import build_optimizer, wrap
     from prism_mcore.train.settings import CheckpointSettings, OptimizerSettings
 
@@ -195,7 +195,7 @@ def test_a_run_of_any_layout_is_exported(convert, tmp_path, family, layout):
 
 
 def remember(init, spec, run):
-    from prism_mcore.convert.checkpoint import remember_source
+    from prism_mcore.convert.offline import remember_source
 
     remember_source(init, spec, run / "source")
 
@@ -242,7 +242,7 @@ def test_a_model_from_random_weights_is_exported_as_transformers_would(convert, 
     assert {n: t.shape for n, t in weights.items()} == {n: t.shape for n, t in theirs.items()}
     assert {t.dtype for t in weights.values()} <= {dtype, torch.float32}
     if {t.dtype for t in weights.values()} == {dtype}:  # no A_log that a run keeps in fp32
-        (ours,), (reference,) = (read_source(tmp_path / n).shards.values() for n in ("out", "theirs"))
+        (ours,), (reference,) = (read_directory(tmp_path / n).shards.values() for n in ("out", "theirs"))
         assert ours.header == reference.header
     _, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
@@ -253,7 +253,7 @@ def test_a_model_from_random_weights_is_exported_as_transformers_would(convert, 
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    from prism_mcore.convert.checkpoint import import_hf, plan_import
+    from prism_mcore.convert.offline import import_hf, plan_import
 
     folder = tmp_path_factory.mktemp("imported")
     save_hf("llama-3.1", folder / "in", dtype=torch.bfloat16, max_shard_size="30KB")
@@ -329,7 +329,7 @@ def test_masters_of_an_import(convert, capsys, tmp_path, imported):
 @pytest.mark.parametrize("command", ["from-hf", "to-hf"])
 def test_a_full_disk(convert, capsys, tmp_path, monkeypatch, imported, command, block_bytes):
     """RLIMIT_FSIZE stands in for it: the write fails in the same place, with EFBIG instead of ENOSPC."""
-    monkeypatch.setattr("prism_mcore.convert.files.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("prism_mcore.checkpoint.files.BLOCK_BYTES", block_bytes)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
     try:

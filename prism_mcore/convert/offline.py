@@ -2,11 +2,8 @@
 
 import contextlib
 import functools
-import itertools
-import json
 import math
 import os
-import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,34 +12,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
-from prism_mcore.checkpoint.durable import FileRecord, damage, write_atomically, write_manifest
-from prism_mcore.checkpoint.folder import FORMAT_VERSION, LATEST, STATE, CheckpointError, latest, read_state, step_name
-from prism_mcore.convert.export import conventional_source, in_fp32, write_directory
-from prism_mcore.convert.files import Buffers, HashedFile, Workers, new_directory, read_ahead
-from prism_mcore.convert.layout import Places, runs_within
-from prism_mcore.convert.names import ExchangeError, HFTensor, Run, Shape, hf_tensors, keys, parts
-from prism_mcore.convert.source import (
+from prism_mcore.checkpoint.durable import damage, write_atomically
+from prism_mcore.checkpoint.files import Buffers, read_ahead
+from prism_mcore.checkpoint.folder import LATEST, STATE, CheckpointError, latest, read_state, step_name
+from prism_mcore.checkpoint.stored import MASTER, Piece, StoredTensors, write_weights
+from prism_mcore.convert.names import ExchangeError, HFTensor, RowRange, hf_tensors, keys, parts
+from prism_mcore.convert.read import (
     LAYOUT,
-    Source,
-    SourceTensors,
-    as_bytes,
-    keep_source,
-    kept_source,
-    read_source,
+    HFDirectory,
+    HFTensors,
+    keep_directory,
+    kept_directory,
+    read_directory,
     side_files,
 )
-from prism_mcore.convert.stored import StoredTensors
+from prism_mcore.convert.rows import Places, runs_within
+from prism_mcore.convert.write import conventional_directory, in_fp32, new_directory, write_directory
 from prism_mcore.model.parameters import parameters
 from prism_mcore.model.spec import ModelSpec, find_config, read_spec
 from prism_mcore.model.split import split_layers
@@ -50,7 +37,6 @@ from prism_mcore.model.split import split_layers
 SOURCE = "source"  # beside the checkpoints of a run or an import: where its weights came from
 PIECE_BYTES = 64 * 2**20  # of fp32: tensors are stored in pieces of about so many
 FILE_BYTES = 2 * 10**9  # of fp32: ranks and threads share the verifying file by file
-MASTER = "optimizer.state.param."  # the optimizer's fp32 copy of a key
 
 OnBytes = Callable[[int], None]
 
@@ -64,7 +50,7 @@ class Export:
 
     checkpoint: Path
     spec: ModelSpec
-    source: Source  # the layout to write
+    source: HFDirectory  # the layout to write
     master: bool
 
     @property
@@ -82,22 +68,20 @@ def plan_export(
     none. tokenizer: a folder whose files are copied, too. Raises ExchangeError.
     """
     checkpoint = checkpoint_in(path)
-    try:
+    with _as_exchange_error():
         read_state(checkpoint)
-    except CheckpointError as error:
-        raise ExchangeError(str(error)) from error
     if problems := _damage(checkpoint):
         raise ExchangeError(f"cannot export {checkpoint}: {'; '.join(problems)}")
     folder = config or source_of(checkpoint)
-    with StoredTensors(checkpoint, MASTER if master else "") as stored:
+    with _as_exchange_error(), StoredTensors(checkpoint, MASTER if master else "") as stored:
         if (folder / LAYOUT).is_file():
-            source = kept_source(folder)
+            source = kept_directory(folder)
             spec = source.spec()
         else:
             file = folder if folder.is_file() else folder / "config.json"
             spec = read_spec(file)
             dtypes = {name: stored.dtype(tensor.runs[0].key) for name, tensor in hf_tensors(spec).items()}
-            source = conventional_source(spec, folder, (file,), dtypes)
+            source = conventional_directory(spec, folder, (file,), dtypes)
         _check_shapes(stored, spec)
     extra = tuple(path for path in side_files(tokenizer) if path.name != "config.json") if tokenizer else ()
     source = replace(source, side_files=tuple({p.name: p for p in (*source.side_files, *extra)}.values()))
@@ -107,10 +91,18 @@ def plan_export(
 def export_checkpoint(export: Export, out: Path, on_bytes: OnBytes = lambda size: None) -> None:
     """Write what was planned to a directory that is not there; memory stays at a few blocks of 8 MiB."""
     tensors = export.source.tensors(export.spec)
-    with StoredTensors(export.checkpoint, MASTER if export.master else "") as stored:
+    with _as_exchange_error(), StoredTensors(export.checkpoint, MASTER if export.master else "") as stored:
         write_directory(
             out, export.source, lambda name, start, rows: _read_rows(stored, tensors[name], start, rows), on_bytes
         )
+
+
+@contextlib.contextmanager
+def _as_exchange_error() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise ExchangeError(str(error)) from error
 
 
 def checkpoint_in(path: Path) -> Path:
@@ -137,7 +129,7 @@ def remember_source(init: str, spec: str | None, folder: Path) -> None:
     run, are copied. spec: `model.spec`, whose config.json alone is kept for random weights.
     """
     if init != "random" and (Path(init) / "config.json").is_file():
-        keep_source(read_source(Path(init)), folder)
+        keep_directory(read_directory(Path(init)), folder)
         return
     if init != "random":
         with contextlib.suppress(ExchangeError):  # a run from before sources were kept
@@ -153,10 +145,10 @@ def _read_rows(stored: StoredTensors, tensor: HFTensor, start: int, out: Tensor)
     for run, row in runs_within(tensor, start, start + out.shape[0]):
         target = out[row : row + run.rows]
         if stored.dtype(run.key) == out.dtype:
-            stored.read(run, target)
+            stored.read(run.key, run.start, target)
         else:
             read = torch.empty(target.shape, dtype=stored.dtype(run.key))
-            stored.read(run, read)
+            stored.read(run.key, run.start, read)
             target.copy_(read)
 
 
@@ -186,7 +178,7 @@ def _check_shapes(stored: StoredTensors, spec: ModelSpec) -> None:
 class Import:
     """What an import will read."""
 
-    source: Source
+    source: HFDirectory
     spec: ModelSpec
     tensors: dict[str, HFTensor]
 
@@ -198,7 +190,7 @@ class Import:
 
 def plan_import(path: Path) -> Import:
     """Look at a Hugging Face directory and check it; raises ExchangeError."""
-    source = read_source(path)
+    source = read_directory(path)
     spec = source.spec()
     return Import(source, spec, source.tensors(spec))
 
@@ -213,53 +205,19 @@ def import_hf(plan: Import, out: Path, *, tp: int = 1, pp: int = 1, on_bytes: On
     tp, pp: write the files that so many ranks would; every layout can read them, but in this one a rank opens
     hardly more than its own, and they are verified in parallel. Memory stays at a few pieces of at most 64 MiB.
     """
-    with new_directory(out) as folder, SourceTensors(plan.source) as reader:
-        reader.check_tied(plan.tensors, 0, plan.spec.vocab_size)
-        path = folder / step_name(0)
-        path.mkdir()
-        keep_source(plan.source, folder / SOURCE)
-        write_atomically(folder / LATEST, path.name)
-        index = Metadata({}, storage_data={})
-        records = _write_tensors(path, plan, reader, index, tp, pp, on_bytes)
-        (path / ".metadata").write_bytes(pickle.dumps(index))
-        save_config(CheckpointingConfig("torch_dist", 1), str(path))
-        torch.save({}, path / "common.pt")
-        layout = {"tp": tp, "pp": pp, "vpp": 1, "dp": 1, "cp": 1}
-        state = {"format_version": FORMAT_VERSION, "step": 0, "layout": layout, "optimizer_step": 0, "state": {}}
-        (path / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        write_manifest(path, records)
-
-
-def _write_tensors(
-    path: Path, plan: Import, reader: SourceTensors, index: Metadata, tp: int, pp: int, on_bytes: OnBytes
-) -> dict[str, FileRecord]:
     pieces = sorted(_pieces(plan, tp, pp), key=lambda piece: piece.file)
     buffers, places = Buffers(3), Places(plan.tensors)  # one is read, one is waiting, one is written
-    tensors = read_ahead(functools.partial(_read_piece, piece, reader, places, buffers) for piece in pieces)
-    records = {}
-    with Workers() as workers, contextlib.closing(tensors):
-        for name, own in itertools.groupby(pieces, key=lambda piece: piece.file):
-            with contextlib.closing(HashedFile(path / name, workers)) as file:
-                for piece in own:
-                    tensor = next(tensors)
-                    _save(tensor, piece, file, index)
-                    on_bytes(tensor.nbytes)
-            records[name] = file.record
-    return records
+    with new_directory(out) as folder, HFTensors(plan.source) as reader:
+        reader.check_tied(plan.tensors, 0, plan.spec.vocab_size)
+        path = folder / step_name(0)
+        keep_directory(plan.source, folder / SOURCE)
+        write_atomically(folder / LATEST, path.name)
+        reads = (functools.partial(_read_piece, piece, reader, places, buffers) for piece in pieces)
+        with contextlib.closing(read_ahead(reads)) as tensors:
+            write_weights(path, pieces, tensors, {"tp": tp, "pp": pp, "vpp": 1, "dp": 1, "cp": 1}, on_bytes)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A part of a key that is written at once."""
-
-    key: str
-    shape: Shape  # of the whole key
-    offsets: Shape
-    sizes: Shape
-    file: str
-
-
-def _pieces(plan: Import, tp: int, pp: int) -> Iterator[_Piece]:
+def _pieces(plan: Import, tp: int, pp: int) -> Iterator[Piece]:
     """What `tp` x `pp` ranks would hold of every key, in runs of rows of PIECE_BYTES; a rank without rows has none."""
     stage_of = _stages(plan.spec, pp)
     written: Counter[int] = Counter()  # bytes of fp32 by rank
@@ -276,11 +234,11 @@ def _pieces(plan: Import, tp: int, pp: int) -> Iterator[_Piece]:
                     writer = stage_of(name) * tp + rank
                     file = f"__{writer}_{written[writer] // FILE_BYTES}.distcp"
                     written[writer] += 4 * math.prod(sizes)
-                    yield _Piece(key, shape, (row, *begin[1:]), sizes, file)
+                    yield Piece(key, shape, (row, *begin[1:]), sizes, file)
 
 
-def _read_piece(piece: _Piece, reader: SourceTensors, places: Places, buffers: Buffers) -> Tensor:
-    wanted = Run(piece.key, piece.offsets[0], piece.sizes[0])
+def _read_piece(piece: Piece, reader: HFTensors, places: Places, buffers: Buffers) -> Tensor:
+    wanted = RowRange(piece.key, piece.offsets[0], piece.sizes[0])
     dtype = _dtype_of(piece, reader, places)
     out = buffers.take(piece.sizes, dtype)
     for copy in places.find(wanted):
@@ -297,26 +255,10 @@ def _read_piece(piece: _Piece, reader: SourceTensors, places: Places, buffers: B
     return out
 
 
-def _dtype_of(piece: _Piece, reader: SourceTensors, places: Places) -> torch.dtype:
+def _dtype_of(piece: Piece, reader: HFTensors, places: Places) -> torch.dtype:
     """The narrowest dtype that holds a key exactly: a directory may mix them, and q be bf16 where k is fp32."""
-    found = places.find(Run(piece.key, 0, piece.shape[0]))
+    found = places.find(RowRange(piece.key, 0, piece.shape[0]))
     return functools.reduce(torch.promote_types, {reader.places[copy.name][1].torch_dtype for copy in found})
-
-
-def _save(tensor: Tensor, piece: _Piece, file: HashedFile, index: Metadata) -> None:
-    start = file.size
-    # torch.save writes all of what a tensor is a view of: give it one of exactly this memory.
-    exact = torch.frombuffer(as_bytes(tensor), dtype=tensor.dtype).view(tensor.shape)
-    try:
-        torch.save(exact, file)
-    except RuntimeError as error:  # torch makes of a full disk an assertion about positions
-        raise file.error or error from error
-    offsets, sizes = torch.Size(piece.offsets), torch.Size(piece.sizes)
-    entry = index.state_dict_metadata.setdefault(
-        piece.key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(piece.shape), [])
-    )
-    entry.chunks.append(ChunkStorageMetadata(offsets, sizes))
-    index.storage_data[MetadataIndex(piece.key, offsets)] = _StorageInfo(piece.file, start, file.size - start)
 
 
 def _stages(spec: ModelSpec, pp: int) -> Callable[[str], int]:

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from prism_mcore.convert.export import blocks, write_directory
-from prism_mcore.convert.layout import Places, held_columns, held_rows, overlap, runs_within
 from prism_mcore.convert.names import ExchangeError, HFTensor, parts
-from prism_mcore.convert.source import Entry, Source, SourceTensors, read_source
+from prism_mcore.convert.read import Entry, HFDirectory, HFTensors, read_directory
+from prism_mcore.convert.rows import Places, held_columns, held_rows, overlap, runs_within
+from prism_mcore.convert.write import blocks, write_directory
 from prism_mcore.model.build import chunks_of
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.model.parameters import Parameter, parameters
@@ -43,7 +43,7 @@ def load_hf(path: str | Path, chunks: list[HybridModel], groups: Groups) -> None
     the model lacks or has in another shape, and for one the model needs and the directory lacks.
     """
     with agreed():
-        source = read_source(Path(path))
+        source = read_directory(Path(path))
         spec = chunks[0].spec
         if source.spec().family != spec.family:
             raise ExchangeError(f"{path} is a {source.spec().family} model; the model to fill is {spec.family}")
@@ -70,7 +70,7 @@ def agreed() -> Iterator[None]:
 class _Reader(contextlib.ExitStack):
     """Slices of the tensors of a directory; files are opened when something of them is first wanted."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: HFDirectory):
         super().__init__()
         self.folder = source.folder
         self.files = {name: file for file, name, _ in source.entries()}
@@ -111,10 +111,10 @@ def _fill_one(
     weight[filled:].zero_()  # what pads the vocabulary
 
 
-def _check_tied(chunks: list[HybridModel], groups: Groups, source: Source) -> None:
+def _check_tied(chunks: list[HybridModel], groups: Groups, source: HFDirectory) -> None:
     """The ranks that hold the embedding compare its rows with a tied output layer, where the directory has one."""
     spec = chunks[0].spec
-    with SourceTensors(source) as tensors:
+    with HFTensors(source) as tensors:
         for chunk in chunks:
             if chunk.pre_process:
                 parameter = parameters(spec)["embedding.weight"]
@@ -125,7 +125,7 @@ def _check_tied(chunks: list[HybridModel], groups: Groups, source: Source) -> No
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def save_hf(chunks: list[HybridModel], groups: Groups, out: str | Path, source: Source) -> None:
+def save_hf(chunks: list[HybridModel], groups: Groups, out: str | Path, source: HFDirectory) -> None:
     """Write the running model as a Hugging Face directory in the layout of `source`; every rank calls it.
 
     Rank 0 writes, cast to the dtypes of the layout; the others send it their slices, a block at a time. Raises
@@ -157,7 +157,7 @@ class _Holder:
 class _Gatherer:
     """Blocks of the whole model's tensors on rank 0, sent by the ranks that hold them; all go through one order."""
 
-    def __init__(self, chunks: list[HybridModel], groups: Groups, source: Source, tensors: dict[str, HFTensor]):
+    def __init__(self, chunks: list[HybridModel], groups: Groups, source: HFDirectory, tensors: dict[str, HFTensor]):
         self.groups, self.tensors = groups, tensors
         self.table, self.dtype = parameters(chunks[0].spec), chunks[0].config.params_dtype
         self.owner = {key: name for name, parameter in self.table.items() for key in parts(name, parameter)}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prism_mcore.checkpoint.durable import MANIFEST, sync_file, sync_folder
+from prism_mcore.checkpoint.files import read_exactly
 from prism_mcore.convert.names import ExchangeError, HFTensor, Shape, hf_tensors
 from prism_mcore.model.spec import ModelSpec, UnsupportedModel, read_spec
 
@@ -63,7 +64,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Source:
+class HFDirectory:
     """A Hugging Face directory, or the layout of one that was kept."""
 
     folder: Path
@@ -109,7 +110,7 @@ class Source:
             raise ExchangeError(f"{self.folder} has no {_some(missing)}, which the model needs")
 
 
-def read_source(folder: Path) -> Source:
+def read_directory(folder: Path) -> HFDirectory:
     """The directory's files and headers, all checked against each other and against the files' sizes.
 
     Raises ExchangeError naming the file, and the tensor where there is one.
@@ -127,10 +128,10 @@ def read_source(folder: Path) -> Source:
     for file, listed in files.items():
         if listed is not None:
             _check_listed(index, folder / file, set(listed), set(shards[file].entries))
-    return Source(folder, shards, tuple(side_files(folder)))
+    return HFDirectory(folder, shards, tuple(side_files(folder)))
 
 
-def keep_source(source: Source, folder: Path) -> None:
+def keep_directory(source: HFDirectory, folder: Path) -> None:
     """Write the layout and the side files of a directory to a small folder, in place of what was there."""
     temporary = folder.with_name(f".tmp_{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -147,8 +148,8 @@ def keep_source(source: Source, folder: Path) -> None:
     os.replace(temporary, folder)
 
 
-def kept_source(folder: Path) -> Source:
-    """The source whose layout `keep_source` wrote."""
+def kept_directory(folder: Path) -> HFDirectory:
+    """The source whose layout `keep_directory` wrote."""
     try:
         layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
         version, headers = layout["version"], layout["headers"]
@@ -157,13 +158,13 @@ def kept_source(folder: Path) -> Source:
     if version != LAYOUT_VERSION:
         raise ExchangeError(f"{folder / LAYOUT} has version {version}; this program reads version {LAYOUT_VERSION}")
     shards = {file: Shard(header, parse_header(header, folder / file)) for file, header in headers.items()}
-    return Source(folder, shards, tuple(path for path in side_files(folder) if path.name != LAYOUT))
+    return HFDirectory(folder, shards, tuple(path for path in side_files(folder) if path.name != LAYOUT))
 
 
-class SourceTensors(contextlib.ExitStack):
+class HFTensors(contextlib.ExitStack):
     """Rows of the tensors of a Hugging Face directory, read without mapping the files."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: HFDirectory):
         super().__init__()
         self.source, self.descriptors = source, dict[str, int]()
         self.places = {name: (file, entry) for file, name, entry in source.entries()}
@@ -175,7 +176,8 @@ class SourceTensors(contextlib.ExitStack):
             self.descriptors[file] = os.open(self.source.folder / file, os.O_RDONLY)
             self.callback(os.close, self.descriptors[file])
         start = self.source.shards[file].data_start + entry.start + row * (entry.end - entry.start) // entry.shape[0]
-        read_exactly(self.descriptors[file], start, out, self.source.folder / file)
+        if not read_exactly(self.descriptors[file], start, out):
+            raise ExchangeError(f"{self.source.folder / file} ends before byte {start + out.nbytes}: it is truncated")
 
     def check_tied(self, tensors: dict[str, HFTensor], start: int, stop: int) -> None:
         """Raise ExchangeError where rows of an output layer differ from the embedding that it is tied to."""
@@ -195,22 +197,6 @@ class SourceTensors(contextlib.ExitStack):
         rows = torch.empty((stop - start, *entry.shape[1:]), dtype=entry.torch_dtype)
         self.read(name, start, rows)
         return rows
-
-
-def read_exactly(descriptor: int, start: int, out: Tensor, path: Path) -> None:
-    """Fill a contiguous tensor with the bytes of an open file from `start` on; `path` is what messages call it."""
-    data = as_bytes(out)
-    done = 0
-    while done < len(data):
-        count = os.preadv(descriptor, [data[done:]], start + done)
-        if count == 0:
-            raise ExchangeError(f"{path} ends before byte {start + len(data)}: it is truncated")
-        done += count
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def parse_header(header: str, file: Path) -> dict[str, Entry]:

@@ -14,7 +14,7 @@ from tiny.hf_models import FAMILIES, save_hf
 from tiny.oracle import our_weights
 
 from prism_mcore.convert.names import ExchangeError
-from prism_mcore.convert.source import keep_source, kept_source, read_source
+from prism_mcore.convert.read import keep_directory, kept_directory, read_directory
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.parameters import gather
@@ -67,8 +67,8 @@ def chunks_for(groups, spec, dtype=torch.bfloat16):
 def round_trip(groups, path, out):
     """Load, save, and the whole weights by name."""
     from prism_mcore.convert import export
-    from prism_mcore.convert.hf import load_hf, save_hf
-    from prism_mcore.convert.source import read_source
+    from prism_mcore.convert.online import load_hf, save_hf
+    from prism_mcore.convert.read import read_directory
 
     export.BLOCK_BYTES = 5000  # real tensors are of many blocks
     chunks = chunks_for(groups, read_spec(path))
@@ -76,7 +76,7 @@ def round_trip(groups, path, out):
         for tensor in chunk.parameters():
             tensor.data.fill_(7.0)  # what nobody writes shows
     load_hf(path, chunks, groups)
-    save_hf(chunks, groups, out, read_source(path))
+    save_hf(chunks, groups, out, read_directory(path))
     return whole_weights(chunks, groups)
 
 
@@ -113,18 +113,18 @@ def test_every_layout_reads_the_same_weights_and_writes_the_same_files(directori
 
 
 def load_save(groups, path, out, dtype, source):
-    from prism_mcore.convert.hf import load_hf, save_hf
-    from prism_mcore.convert.source import kept_source
+    from prism_mcore.convert.online import load_hf, save_hf
+    from prism_mcore.convert.read import kept_directory
 
     chunks = chunks_for(groups, read_spec(path), dtype)
     load_hf(path, chunks, groups)
-    save_hf(chunks, groups, out, kept_source(source))
+    save_hf(chunks, groups, out, kept_directory(source))
 
 
 def test_the_kept_layout_replaces_the_directory(directories, tmp_path):
     """What stays beside a run is enough for the same files, and is small; fp32 parameters come back as bf16."""
     path, _ = directories("nemotron-h")
-    keep_source(read_source(path), tmp_path / "source")
+    keep_directory(read_directory(path), tmp_path / "source")
     assert not list((tmp_path / "source").glob("*.safetensors"))
     run_ranks(2, load_save, path, tmp_path / "out", torch.float32, tmp_path / "source", pp=2)
     assert_same_files(path, tmp_path / "out")
@@ -141,12 +141,12 @@ def test_a_tied_output_layer_comes_back_where_it_was(tmp_path, duplicate):
 
 
 def load_save_fp32(groups, path, out):
-    from prism_mcore.convert.hf import load_hf, save_hf
-    from prism_mcore.convert.source import read_source
+    from prism_mcore.convert.online import load_hf, save_hf
+    from prism_mcore.convert.read import read_directory
 
     chunks = chunks_for(groups, read_spec(path), torch.float32)  # holds every fp16 number
     load_hf(path, chunks, groups)
-    save_hf(chunks, groups, out, read_source(path))
+    save_hf(chunks, groups, out, read_directory(path))
 
 
 # --- what is wrong with a directory is said before anything is read ---------------------------------------------------
@@ -247,9 +247,9 @@ def good(tmp_path_factory):
     save_hf("llama-3.1", folder / "single", dtype=torch.bfloat16)
     save_hf("llama-3.1", folder / "sharded", dtype=torch.bfloat16, max_shard_size="30KB")
     for name in ("single", "sharded"):
-        source = read_source(folder / name)
+        source = read_directory(folder / name)
         assert source.tensors(source.spec())
-    assert len(read_source(folder / "sharded").shards) == 4
+    assert len(read_directory(folder / "sharded").shards) == 4
     return folder
 
 
@@ -259,7 +259,7 @@ def test_one_message_names_the_file_and_the_tensor(good, tmp_path, fault):
     break_it, words = (SINGLE | SHARDED)[fault]
     break_it(tmp_path / "bad")
     with pytest.raises(ExchangeError) as error:
-        source = read_source(tmp_path / "bad")
+        source = read_directory(tmp_path / "bad")
         source.tensors(source.spec())
     assert "\n" not in str(error.value)
     for word in words:
@@ -267,7 +267,7 @@ def test_one_message_names_the_file_and_the_tensor(good, tmp_path, fault):
 
 
 def load_other_spec(groups, path, spec_path):
-    from prism_mcore.convert.hf import load_hf
+    from prism_mcore.convert.online import load_hf
 
     load_hf(path, chunks_for(groups, read_spec(spec_path)), groups)
 
@@ -295,15 +295,15 @@ def test_another_family_is_refused(good, tmp_path):
 
 
 def save_on_full_disk(groups, path, out):
-    from prism_mcore.convert.hf import load_hf, save_hf
-    from prism_mcore.convert.source import read_source
+    from prism_mcore.convert.online import load_hf, save_hf
+    from prism_mcore.convert.read import read_directory
 
     chunks = chunks_for(groups, read_spec(path))
     load_hf(path, chunks, groups)
     if groups.rank == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     try:
-        save_hf(chunks, groups, out, read_source(path))
+        save_hf(chunks, groups, out, read_directory(path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
@@ -326,7 +326,7 @@ def test_nothing_is_overwritten(good, tmp_path):
 
 
 def test_a_kept_layout_of_another_version_is_refused(good, tmp_path):
-    keep_source(read_source(good / "single"), tmp_path / "source")
+    keep_directory(read_directory(good / "single"), tmp_path / "source")
     edit_json(tmp_path / "source" / "layout.json", version=2)
     with pytest.raises(ExchangeError, match=r"layout\.json has version 2"):
-        kept_source(tmp_path / "source")
+        kept_directory(tmp_path / "source")

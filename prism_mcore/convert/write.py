@@ -1,7 +1,9 @@
-"""Writing a Hugging Face directory from anything that gives rows of its tensors, in bounded memory."""
+"""A Hugging Face directory written from anything that gives rows of its tensors, in bounded memory."""
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prism_mcore.checkpoint.durable import FileRecord
-from prism_mcore.convert.files import BLOCK_BYTES, BLOCKS_WAITING, Buffers, HashedFile, Workers, new_directory
+from prism_mcore.checkpoint.durable import FileRecord, sync_folder
+from prism_mcore.checkpoint.files import BLOCK_BYTES, BLOCKS_WAITING, Buffers, HashedFile, Workers, as_bytes
 from prism_mcore.convert.manifest import TensorRecord, tensor_record, write_export_manifest
-from prism_mcore.convert.names import hf_tensors
-from prism_mcore.convert.source import DTYPE_NAMES, INDEX, SINGLE, Entry, Shard, Source, as_bytes, parse_header
+from prism_mcore.convert.names import ExchangeError, hf_tensors
+from prism_mcore.convert.read import DTYPE_NAMES, INDEX, SINGLE, Entry, HFDirectory, Shard, parse_header
 from prism_mcore.model.spec import ModelSpec
 
 SHARD_BYTES = 5 * 10**9  # of a model that did not come from Hugging Face
@@ -25,7 +27,7 @@ ReadRows = Callable[[str, int, Tensor], None]
 
 
 def write_directory(
-    out: Path, source: Source, read_rows: ReadRows, on_bytes: Callable[[int], None] = lambda size: None
+    out: Path, source: HFDirectory, read_rows: ReadRows, on_bytes: Callable[[int], None] = lambda size: None
 ) -> None:
     """Write a model in the layout of `source`, with its side files and a manifest, to a directory that is not there.
 
@@ -44,6 +46,36 @@ def write_directory(
         if (text := index_text(source)) is not None:
             (folder / INDEX).write_text(text, encoding="utf-8")
         write_export_manifest(folder, files, tensors)
+
+
+@contextlib.contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A directory that gets its name when the block has ended well, and disappears when it has not.
+
+    Raises ExchangeError where `out` exists, and where the disk is full or cannot be written.
+    """
+    if out.exists():
+        raise ExchangeError(f"{out} exists already; remove it, or write to another directory")
+    folder = out.with_name(f".tmp_{out.name}")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+        folder.mkdir(parents=True)
+        yield folder
+        sync_folder(folder)
+        os.replace(folder, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise ExchangeError(
+            f"cannot write {out}: {error}. {_free_space(out.parent)} The unfinished directory was removed"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_space(folder: Path) -> str:
+    while not folder.exists():
+        folder = folder.parent
+    return f"The disk of {folder} has {shutil.disk_usage(folder).free / 2**30:.2f} GiB free."
 
 
 def _write_shard(
@@ -82,13 +114,13 @@ def blocks(entry: Entry) -> Iterator[tuple[int, int]]:
 # --- layouts that no directory gave -----------------------------------------------------------------------------------
 
 
-def conventional_source(
+def conventional_directory(
     spec: ModelSpec,
     folder: Path,
     side_files: tuple[Path, ...],
     dtypes: dict[str, torch.dtype],
     shard_bytes: int = SHARD_BYTES,
-) -> Source:
+) -> HFDirectory:
     """The layout in which Hugging Face would write a model: the family's names, shards of at most `shard_bytes`.
 
     dtypes: of each tensor by Hugging Face's name. A tied output layer is left out.
@@ -106,12 +138,12 @@ def conventional_source(
     # The order that safetensors itself writes: wide dtypes first, then by name.
     ordered = [dict(sorted(group.items(), key=lambda item: (-item[1][0].itemsize, item[0]))) for group in groups]
     if len(ordered) == 1:
-        return Source(folder, {SINGLE: make_shard(ordered[0], SINGLE)}, side_files)
+        return HFDirectory(folder, {SINGLE: make_shard(ordered[0], SINGLE)}, side_files)
     names = [f"model-{i:05d}-of-{len(ordered):05d}.safetensors" for i in range(1, len(ordered) + 1)]
-    return Source(folder, {n: make_shard(g, n) for n, g in zip(names, ordered, strict=True)}, side_files)
+    return HFDirectory(folder, {n: make_shard(g, n) for n, g in zip(names, ordered, strict=True)}, side_files)
 
 
-def in_fp32(source: Source) -> Source:
+def in_fp32(source: HFDirectory) -> HFDirectory:
     """The same layout with every tensor in fp32."""
     shards = {}
     for file, shard in source.shards.items():
@@ -134,7 +166,7 @@ def make_shard(
     return Shard(text, parse_header(text, Path(file)))
 
 
-def index_text(source: Source) -> str | None:
+def index_text(source: HFDirectory) -> str | None:
     """The index to write beside the shards; None where there is one file, or the source's own index is copied."""
     if INDEX in {path.name for path in source.side_files} or set(source.shards) == {SINGLE}:
         return None

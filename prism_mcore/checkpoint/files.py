@@ -1,4 +1,4 @@
-"""Large files and directories: whole or not at all, read ahead, and hashed while they are written."""
+"""Large files: read ahead, and hashed while they are written past the page cache."""
 
 import contextlib
 import errno
@@ -7,9 +7,8 @@ import hashlib
 import math
 import mmap
 import os
-import shutil
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,43 +16,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from prism_mcore.checkpoint.durable import FileRecord, sync_folder
-from prism_mcore.convert.names import ExchangeError
+from prism_mcore.checkpoint.durable import FileRecord
 
 BLOCK_BYTES = 8 * 2**20  # read, hashed and written at once
 BLOCKS_WAITING = 4  # for their hash or for the disk: what bounds memory
 
 T = TypeVar("T")
-
-
-@contextlib.contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """A directory that gets its name when the block has ended well, and disappears when it has not.
-
-    Raises ExchangeError where `out` exists, and where the disk is full or cannot be written.
-    """
-    if out.exists():
-        raise ExchangeError(f"{out} exists already; remove it, or write to another directory")
-    folder = out.with_name(f".tmp_{out.name}")
-    try:
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-        folder.mkdir(parents=True)
-        yield folder
-        sync_folder(folder)
-        os.replace(folder, out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise ExchangeError(
-            f"cannot write {out}: {error}. {_free_space(out.parent)} The unfinished directory was removed"
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _free_space(folder: Path) -> str:
-    while not folder.exists():
-        folder = folder.parent
-    return f"The disk of {folder} has {shutil.disk_usage(folder).free / 2**30:.2f} GiB free."
 
 
 class Buffers:
@@ -211,3 +179,20 @@ def write_through_cache(descriptor: int) -> bool:
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
     return bool(flags & os.O_DIRECT)
+
+
+def read_exactly(descriptor: int, start: int, out: Tensor) -> bool:
+    """Fill a contiguous tensor with the bytes of an open file from `start` on; false where the file ends before."""
+    data = as_bytes(out)
+    done = 0
+    while done < len(data):
+        count = os.preadv(descriptor, [data[done:]], start + done)
+        if count == 0:
+            return False
+        done += count
+    return True
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
