@@ -66,11 +66,11 @@ def chunks_for(groups, spec, dtype=torch.bfloat16):
 
 def round_trip(groups, path, out):
     """Load, save, and the whole weights by name."""
-    from prism_mcore.convert import export
+    from prism_mcore.convert import write
     from prism_mcore.convert.online import load_hf, save_hf
     from prism_mcore.convert.read import read_directory
 
-    export.BLOCK_BYTES = 5000  # real tensors are of many blocks
+    write.BLOCK_BYTES = 5000  # real tensors are of many blocks
     chunks = chunks_for(groups, read_spec(path))
     for chunk in chunks:
         for tensor in chunk.parameters():
