@@ -353,8 +353,8 @@ def test_nothing_is_overwritten_and_a_dry_run_writes_nothing(convert, capsys, tm
 def test_a_killed_process_leaves_no_directory_that_looks_whole(tmp_path, imported):
     """Killed while it writes: at the name of the target there is nothing, and the next try succeeds."""
     code = (
-        "import os, sys; from prism_mcore.convert import export;"
-        "export.write_export_manifest = lambda *rest: os._exit(9);"
+        "import os, sys; from prism_mcore.convert import write;"
+        "write.write_export_manifest = lambda *rest: os._exit(9);"
         f"sys.argv = [{str(TOOL)!r}, 'to-hf', {str(imported / 'ckpt')!r}, {str(tmp_path / 'out')!r}];"
         "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
