@@ -3,11 +3,9 @@
 oneDNN (fp32 and bf16) and MKL choose their code, and with it the order of a row's sums, by the number of rows: one row
 differs from the same row among others, in MKL two and three do, and with two threads five, seven and nine. Multiples of
 eight rows never did, over 1 to 4,096 rows, any offset and one to four threads; in batched products multiples of four
-did not, except one matrix alone of 24 columns with three threads (tests/kernels/test_exact.py).
-
-Processors with AMX cut the sums of bf16 by the number of rows at any multiple: there bf16 is multiplied as fp32 and the
-result rounded once (8 rows of 1,024 x 4,096: 1.5 times as long, 2,048 rows: 8 times). Sums over 256 numbers and fewer,
-as in batched products, are not cut.
+did not, except one matrix alone of 24 columns with three threads (tests/kernels/test_exact.py). Where the processor has
+AMX (Xeons since 2023) multiples of eight do in bf16, where 512 terms and more are added, not 448: there every product
+is one of 64 rows, so that the code that is chosen is one, too.
 """
 
 # m rows, k summed over, n columns
@@ -23,18 +21,15 @@ from prism_kernels.precision import accumulate_dtype
 ROWS = 8
 BATCHED_ROWS = 4  # of each matrix of a batched product
 AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # not public: its absence is not an error
-AMX_TERMS = 256  # of a sum in bf16, at most
-WIDENED_COLUMNS = 4096  # of a bf16 weight widened at a time
+AMX_TERMS, AMX_ROWS = 256, 64  # sums of more terms in bf16 are taken for so many rows at a time
 AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a [m, k] @ b [k, n], each row the same bits with whatever other rows; no autograd."""
-    if AMX and a.dtype == torch.bfloat16 and a.device.type == "cpu":
-        return mm(a.float(), b.float()).to(a.dtype)
     if AMX and a.dtype == torch.bfloat16 and a.device.type == "cpu" and a.shape[1] > AMX_TERMS:
-        wide = a.float()
-        return torch.cat([mm(wide, block.float()).to(a.dtype) for block in b.split(WIDENED_COLUMNS, 1)], 1)
+        blocks = F.pad(a, (0, 0, 0, -len(a) % AMX_ROWS)).split(AMX_ROWS)
+        return torch.cat([torch.mm(block, b) for block in blocks])[: len(a)]
     missing = -len(a) % ROWS
     padded = F.pad(a, (0, 0, 0, missing)) if missing else a
     if matmul.ONEDNN is not None and a.dtype == torch.float32 and a.device.type == "cpu":
