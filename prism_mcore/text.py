@@ -24,7 +24,8 @@ class Tokenizer:
     """What one tokenizer.json says, whatever lies beside it.
 
     backend: never truncates or pads. named: {"bos_token": "<s>", "eos_token": "</s>", ...}, the special tokens that the
-    files beside it name. eos_id: the token that ends every text, None where none is named. sha256: of the file.
+    files beside it name. eos_id: the token that ends every text, None where none is named. end_ids: all that end a
+    response. sha256: of the file.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Tokenizer:
         named: Mapping[str, str] | None = None,
         *,
         eos_id: int | None = None,
+        end_ids: Iterable[int] = (),
         chat_template: str | None = None,
         source: str = "the tokenizer",
         sha256: str | None = None,
@@ -42,6 +44,7 @@ class Tokenizer:
         self.backend, self.named, self.chat_template, self.source = backend, dict(named or {}), chat_template, source
         self.sha256 = sha256 or hashlib.sha256(backend.to_str().encode()).hexdigest()
         self.eos_id = self.id_of(self.named["eos_token"]) if "eos_token" in self.named else eos_id
+        self.end_ids = frozenset(end_ids) | ({self.eos_id} if self.eos_id is not None else frozenset())
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Tokenizer":
@@ -164,6 +167,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         backend,
         named,
         eos_id=eos[0] if len(eos) == 1 else None,
+        end_ids=eos,
         chat_template=_chat_template(place),
         source=str(place),
         sha256=hashlib.sha256(content).hexdigest(),
@@ -204,8 +208,8 @@ def stop_tokens(sampling: Any, tokenizer: Tokenizer | None, eos: Sequence[int] =
     ends = set(sampling.stop_ids)
     if not sampling.ignore_eos:
         ends |= set(eos)
-        if tokenizer is not None and tokenizer.eos_id is not None:
-            ends.add(tokenizer.eos_id)
+        if tokenizer is not None:
+            ends |= tokenizer.end_ids
     return ends
 
 
