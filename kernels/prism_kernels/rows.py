@@ -3,6 +3,7 @@
 import functools
 
 import torch
+import triton
 from torch import Tensor
 
 from prism_kernels.backends import Uncovered
@@ -32,6 +33,13 @@ def multiple(*strides: int) -> int:
     Granite-4-H's projection at TP 8 has 1288.
     """
     return next(n for n in (16, 8, 4, 2, 1) if all(stride % n == 0 for stride in strides))
+
+
+def tile(width: int, elements_per_thread: int, most_warps: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a program's tile: whole rows, at least 2048 elements, so many of them per thread."""
+    block = triton.next_power_of_2(width)
+    rows = max(1, 2048 // block)
+    return rows, block, min(most_warps, max(4, rows * block // (32 * elements_per_thread)))
 
 
 @functools.cache

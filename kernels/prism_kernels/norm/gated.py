@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prism_kernels.backends import Uncovered
-from prism_kernels.rows import as_rows, check_dtypes, multiple, multiprocessors
+from prism_kernels.rows import as_rows, check_dtypes, multiple, multiprocessors, tile
 
 WIDEST = 8192  # columns of a group: what the backward pass holds of it fits registers
 
@@ -172,20 +172,13 @@ def backward_kernel(
     tl.store(partial + program * (GROUPS * W) + columns, tl.sum(sums, 0, keep_dims=True), mask=offsets < W)
 
 
-def _tile(w: int, elements_per_thread: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a program's tile: whole groups, at least 2048 elements, so many of them per thread."""
-    block = triton.next_power_of_2(w)
-    rows = max(1, 2048 // block)
-    return rows, block, min(16, max(4, rows * block // (32 * elements_per_thread)))
-
-
 def _forward(
     y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """(out [t, g w], inverse [t, g]) of rows y, z."""
     t, w = y.shape[0], y.shape[1] // groups
     # 16 elements of y and of z per thread: two 16-byte accesses each (from the compile report, not measured).
-    rows, block, warps = _tile(w, 16)
+    rows, block, warps = tile(w, 16, most_warps=16)
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     inverse = torch.empty(t, groups, dtype=torch.float32, device=y.device)
     size, squares, blocks = w, inverse, triton.cdiv(t, rows)
@@ -236,7 +229,7 @@ def _backward(
     w = y.shape[1] // groups
     # Five rows are live (grad, y, z, weight, its gradient): 8 elements per thread, 512 threads on each multiprocessor
     # (1024 would spill) and a block of rows ahead; chosen from the compile report, not measured.
-    rows, block, warps = _tile(w, 8)
+    rows, block, warps = tile(w, 8, most_warps=16)
     programs = min(triton.cdiv(t, rows), max(1, multiprocessors(y.device) * (16 // warps) // groups))
     grad_y = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     grad_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)

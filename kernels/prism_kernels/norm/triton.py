@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from prism_kernels.backends import Uncovered
 from prism_kernels.norm.gated import gated_rms_norm
-from prism_kernels.rows import as_rows, check_dtypes, multiple, multiprocessors
+from prism_kernels.rows import as_rows, check_dtypes, multiple, multiprocessors, tile
 
 __all__ = ["add_rms_norm", "gated_rms_norm", "rms_norm"]
 
@@ -169,13 +169,6 @@ def wide_backward_kernel(
         tl.debug_barrier()  # this program's partial sums are in memory before it reads them again
 
 
-def _tile(d: int, elements_per_thread: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a program's tile: whole rows, at least 2048 elements, so many of them per thread."""
-    block = triton.next_power_of_2(d)
-    rows = max(1, 2048 // block)
-    return rows, block, min(32, max(4, rows * block // (32 * elements_per_thread)))
-
-
 def _forward(x: Tensor, branch: Tensor | None, alpha: float, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
     """(normed [t, d], h [t, d] or x itself, inverse [t]) of rows x and branch [t, d]."""
     t, d = x.shape
@@ -184,7 +177,7 @@ def _forward(x: Tensor, branch: Tensor | None, alpha: float, weight: Tensor, eps
     h = x if branch is None else torch.empty(t, d, dtype=x.dtype, device=x.device)
     inverse = torch.empty(t, dtype=torch.float32, device=x.device)
     # 16 elements of a row per thread are two 16-byte accesses (chosen from the compile report, not measured).
-    rows, block, warps = _tile(d, 16)
+    rows, block, warps = tile(d, 16, most_warps=32)
     forward_kernel[(triton.cdiv(t, rows),)](
         x,
         added,
@@ -219,7 +212,7 @@ def _backward(
     # Four rows are live (x, grad, weight, its gradient). 512 threads on each multiprocessor and a row ahead keep
     # 32-64 KB in flight there; chosen from the compile report, not measured.
     wide = d > WIDEST_BACKWARD
-    rows, block, warps = (4, 2048, 16) if wide else _tile(d, 16)
+    rows, block, warps = (4, 2048, 16) if wide else tile(d, 16, most_warps=32)
     programs = min(triton.cdiv(t, rows), multiprocessors(x.device) * (16 // warps))
     partial = (torch.zeros if wide else torch.empty)(programs, d, dtype=torch.float32, device=x.device)
     (wide_backward_kernel if wide else backward_kernel)[(programs,)](
