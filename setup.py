@@ -1,6 +1,6 @@
 """Installs prism_mcore and its kernels; exact tested versions are in constraints.txt."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 EXTRAS = {
     # With a GPU: the kernels' compiler and Transformer Engine's FP8, attention and fused layers.
@@ -33,15 +33,7 @@ setup(
         "prism_mcore.plan",
         "prism_mcore.rl",
         "prism_kernels",
-        "prism_kernels.activation",
-        "prism_kernels.adamw",
-        "prism_kernels.attention",
-        "prism_kernels.conv",
-        "prism_kernels.linear",
-        "prism_kernels.loss",
-        "prism_kernels.norm",
-        "prism_kernels.rope",
-        "prism_kernels.scan",
+        *(f"prism_kernels.{folder}" for folder in find_packages("kernels/prism_kernels")),  # one per group of ops
     ],
     package_data={"prism_mcore.model": ["configs/*.json"]},  # the shapes that recipes name
     install_requires=[

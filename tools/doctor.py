@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from prism_kernels.backends import SelectedBackend, select, why_not
+from prism_kernels.backends import SelectedBackend, missing_module, select, why_not
 from prism_kernels.table import BACKENDS, OPS
 from prism_mcore.console import say, show, styled
 
@@ -46,6 +46,15 @@ OPTIONAL = {
     "apex": ("FusedAdam where Transformer Engine is absent", "our kernel"),
     "math-verify": ("math rewards", "they are refused"),
     "reasoning-gym": ("demo tasks", "they are refused"),
+}
+# distribution -> the backend that calls it
+BACKEND_OF = {
+    "triton": "triton",
+    "transformer-engine": "te",
+    "flash-attn": "flash_attn",
+    "mamba-ssm": "mamba_ssm",
+    "causal-conv1d": "causal_conv1d",
+    "apex": "apex",
 }
 
 
@@ -100,7 +109,7 @@ def _packages() -> Table:
     for name, purpose in REQUIRED.items():
         table.add_row(name, _version(name) or styled("missing", "red"), purpose, "nothing works")
     for name, (purpose, without) in OPTIONAL.items():
-        table.add_row(name, _version(name) or styled("-", "dim"), purpose, without)
+        table.add_row(name, _optional_version(name), purpose, without)
     return table
 
 
@@ -109,6 +118,15 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _optional_version(distribution: str) -> str | Text:
+    """Its version; where the module that is called is not in it (PyPI's apex is another package), that, too."""
+    version, backend = _version(distribution), BACKEND_OF.get(distribution)
+    if version is None:
+        return styled("-", "dim")
+    module = missing_module(backend) if backend else None
+    return styled(f"{version}, without {module}", "yellow") if module else version
 
 
 def _backends(device: torch.device) -> Table:

@@ -57,17 +57,21 @@ def _select(op: str, wanted: str, device: torch.device) -> SelectedBackend:
 
 def why_not(backend: str, device: torch.device) -> str | None:
     """Why this backend cannot run here, or None."""
-    needs = BACKENDS[backend]
-    for module in needs.needs:
-        if not any(map(_is_installed, module.split("|"))):
-            return f"{module.split('|')[0]} is not installed: {needs.install}"
+    if missing := missing_module(backend):
+        return f"{missing} is not installed: {BACKENDS[backend].install}"
     if device.type == "cuda" and backend == "exact":
         return "its bits are promised on a CPU only"
-    if device.type != "cuda" and needs.gpu_only:
+    if device.type != "cuda" and BACKENDS[backend].gpu_only:
         return f"it needs a GPU, the device is {device.type}"
     if device.type != "cuda" and backend == "triton" and not interpreter.active():
         return f"it needs a GPU, or TRITON_INTERPRET=1; the device is {device.type}"
     return None
+
+
+def missing_module(backend: str) -> str | None:
+    """The first of the modules that this backend calls which is not installed, or None."""
+    modules = (needed.split("|") for needed in BACKENDS[backend].needs)
+    return next((either[0] for either in modules if not any(map(_is_installed, either))), None)
 
 
 def _is_installed(module: str) -> bool:

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import prism_kernels
 from prism_kernels.table import BACKENDS, OPS, check_choices
 
 NAMES_A_TYPO = """
@@ -42,6 +44,12 @@ def test_a_typo_is_found_without_torch():
 def test_a_wrong_name_is_refused_with_the_right_ones(op, backend, said):
     with pytest.raises(ValueError, match=said):
         check_choices({op: backend})
+
+
+def test_every_folder_holds_the_ops_of_the_table_and_is_a_package():
+    folders = {path.name for path in Path(prism_kernels.__file__).parent.iterdir() if path.is_dir()} - {"__pycache__"}
+    assert folders == {op.folder for op in OPS.values()}
+    assert all((Path(prism_kernels.__file__).parent / folder / "__init__.py").exists() for folder in folders)
 
 
 def test_every_backend_of_the_table_and_auto_may_be_asked_for():

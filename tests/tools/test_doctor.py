@@ -55,6 +55,20 @@ def test_a_missing_requirement_is_named(capsys, monkeypatch):
     assert "missing no-such-package" in capsys.readouterr().err
 
 
+def test_a_package_that_only_has_the_name_is_not_what_is_called(capsys, monkeypatch, tmp_path):
+    """PyPI's apex"""
+    (tmp_path / "apex" / "forms").mkdir(parents=True)
+    (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('not to be imported')")
+    (tmp_path / "apex-0.9.10.dist-info").mkdir()
+    (tmp_path / "apex-0.9.10.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: apex\nVersion: 0.9.10\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor.main(["--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "0.9.10, without apex.optimizers.fused_adam" in out
+    assert "apex.optimizers.fused_adam is not installed: see github.com/NVIDIA/apex" in out
+    assert doctor.main(["--device", "cpu", "kernels.adamw=apex"]) == 2
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         doctor.main(["--help"])

@@ -22,7 +22,6 @@ ROWS = 8
 BATCHED_ROWS = 4  # of each matrix of a batched product
 AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # not public: its absence is not an error
 AMX_TERMS, AMX_ROWS = 256, 64  # sums of more terms in bf16 are taken for so many rows at a time
-AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
