@@ -43,9 +43,9 @@ from prism_mcore.checkpoint.folder import (
 )
 from prism_mcore.checkpoint.optimizer_state import optimizer_step
 from prism_mcore.checkpoint.random_state import sharded_random_state
+from prism_mcore.checkpoint.settings import CheckpointSettings
 from prism_mcore.checkpoint.sharded import layout, sharded_tensors
 from prism_mcore.parallel import Groups
-from prism_mcore.train.settings import CheckpointSettings
 
 DEADLINE = "checkpoint.save_deadline_s"
 

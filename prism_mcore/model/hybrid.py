@@ -28,8 +28,9 @@ from prism_mcore.model.context import ModelContext
 from prism_mcore.model.linear import add_and_norm, norm, residual_sum
 from prism_mcore.model.mamba import GLOBAL_NAMES, Mamba
 from prism_mcore.model.mlp import MLP
-from prism_mcore.model.parameters import Parameter, draw, padded_vocabulary, parameters, shard
+from prism_mcore.model.parameters import Parameter, padded_vocabulary, parameters
 from prism_mcore.model.state import Cache, Decode, PackedTokens, Prefill, State
+from prism_mcore.model.tensors import draw, shard
 
 MIXERS: dict[str, type[nn.Module]] = {"*": Attention, "-": MLP, "M": Mamba}
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from prism_kernels.loss.reference import CHUNK_BYTES, MOST_ROUNDED_SUMS
+from prism_kernels.loss import CHUNK_BYTES, MOST_ROUNDED_SUMS
 from prism_mcore.model.parameters import Parameter, padded_vocabulary, parameters
 from prism_mcore.model.settings import BuildSettings
 from prism_mcore.model.spec import ATTENTION, LAYER_NAMES, MAMBA, MLP, ModelSpec

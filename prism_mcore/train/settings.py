@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from prism_mcore.checkpoint.settings import CheckpointSettings
 from prism_mcore.config import ProgramSettings, Section
 from prism_mcore.data.settings import DataSettings
 from prism_mcore.model.settings import KernelSettings, ModelSettings, PrecisionSettings, RecomputeType
@@ -64,22 +65,6 @@ class OptimizerSettings(Section):
     )
     eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment")
     clip_grad: float = Field(default=1.0, ge=0, description="Largest L2 norm of the whole gradient; 0 is no clipping")
-
-
-class CheckpointSettings(Section):
-    """Saving and resuming."""
-
-    every: int = Field(
-        default=0, ge=0, description="Steps between checkpoints; one at the end in any case; 0 is only that one"
-    )
-    keep: int = Field(default=3, ge=0, description="Newest checkpoints to keep; 0 keeps all")
-    resume: bool = Field(
-        default=True, description="Go on from the newest undamaged checkpoint of the run, where there is one"
-    )
-    async_save: bool = Field(default=False, description="Write while training goes on; costs a copy in host memory")
-    save_deadline_s: float = Field(
-        default=1800.0, gt=0, description="A save that takes longer ends the run with an error"
-    )
 
 
 class GuardSettings(Section):

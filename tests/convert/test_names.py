@@ -10,8 +10,9 @@ from tiny.hf_models import FAMILIES, save_hf
 from prism_mcore.convert.names import RowRange, hf_tensors, keys
 from prism_mcore.convert.read import read_directory
 from prism_mcore.convert.rows import Places, held_columns, held_rows, runs_within
-from prism_mcore.model.parameters import parameters, shard
+from prism_mcore.model.parameters import parameters
 from prism_mcore.model.spec import read_spec
+from prism_mcore.model.tensors import shard
 
 # Parameters of the published models.
 COUNTS = {

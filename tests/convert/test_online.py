@@ -17,9 +17,9 @@ from prism_mcore.convert.names import ExchangeError
 from prism_mcore.convert.read import keep_directory, kept_directory, read_directory
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
-from prism_mcore.model.parameters import gather
 from prism_mcore.model.spec import read_spec
 from prism_mcore.model.split import split_layers
+from prism_mcore.model.tensors import gather
 
 LAYOUTS = {
     "1": (1, {}),

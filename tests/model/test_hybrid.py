@@ -8,8 +8,9 @@ from tiny.models import SPECS, packed_batch, packed_batches, random_documents
 from prism_kernels.boundaries import Boundaries, document_ends
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
-from prism_mcore.model.parameters import draw, gather, parameters, shard
+from prism_mcore.model.parameters import parameters
 from prism_mcore.model.split import split_layers
+from prism_mcore.model.tensors import draw, gather, shard
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from prism_mcore.model.parameters import gather
+from prism_mcore.model.tensors import gather
 
 
 def whole_gradients(chunks, wrapped, groups):

@@ -8,7 +8,8 @@ from tiny.models import CONFIGS, SPECS, packed_batch
 
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
-from prism_mcore.model.parameters import parameters, shard
+from prism_mcore.model.parameters import parameters
+from prism_mcore.model.tensors import shard
 from prism_mcore.train.optimizer import build_optimizer, update, wrap
 from prism_mcore.train.schedule import learning_rate
 from prism_mcore.train.settings import OptimizerSettings

@@ -19,11 +19,6 @@ from prism_kernels.precision import LOG2_E, accumulate_dtype
 
 CHUNK_TOKENS = 512
 CHUNK_ROWS = 4096  # of a bf16 weight widened at a time
-# Of triton.py, the same on a GPU; here, because planning has to know them without Triton.
-CHUNK_BYTES = 2**30  # of logits: 4,096 tokens at 128k, two chunks of a training step's 8,192
-# Sums over more chunks than this are fp32. Rounding partial sums to bf16 adds little to what rounded logits and their
-# gradients already cost: over 8 chunks the error is 1.07x that of fp32 sums (24 wide, 64 tokens, against fp64).
-MOST_ROUNDED_SUMS = 8
 
 ROWS = 64  # of a chunk's logits worked on at a time: 64 x 8,192 in fp32 is 2 MiB, about a core's L2 cache
 

@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from prism_kernels.backends import Uncovered
-from prism_kernels.loss.reference import CHUNK_BYTES, MOST_ROUNDED_SUMS, Shard, check_inputs, chunks, join_shards
+from prism_kernels.loss import CHUNK_BYTES, MOST_ROUNDED_SUMS
+from prism_kernels.loss.reference import Shard, check_inputs, chunks, join_shards
 
 LOG_2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(-1e30)  # less than any logit; finite, so that differences of two are 0 and not nan
