@@ -42,8 +42,12 @@ BACKENDS: dict[str, Backend] = {
         "peers", ("flash_attn.flash_attn_interface", "flash_attn_2_cuda"), "pip install flash-attn", gpu_only=True
     ),
     "triton": Backend("triton", ("triton.language",), "pip install triton"),
+    # Its package imports the compiled module first, whatever is wanted of it.
     "mamba_ssm": Backend(
-        "peers", ("mamba_ssm.ops.triton.ssd_combined",), "pip install mamba-ssm causal-conv1d", gpu_only=True
+        "peers",
+        ("mamba_ssm.ops.triton.ssd_combined", "selective_scan_cuda"),
+        "pip install mamba-ssm causal-conv1d",
+        gpu_only=True,
     ),
     "causal_conv1d": Backend(
         "peers",

@@ -19,7 +19,7 @@ LIBRARIES = {
     "te": ("transformer_engine.pytorch", "transformer_engine.wheel_lib.transformer_engine_torch"),
     "apex": ("apex.optimizers.fused_adam", "amp_C"),
     "flash_attn": ("flash_attn.flash_attn_interface", "flash_attn_2_cuda"),
-    "mamba_ssm": ("mamba_ssm.ops.triton.ssd_combined",),
+    "mamba_ssm": ("mamba_ssm.ops.triton.ssd_combined", "selective_scan_cuda"),
     "causal_conv1d": ("causal_conv1d.causal_conv1d_interface", "causal_conv1d_cuda"),
 }
 GPU = torch.device("cuda")
@@ -86,6 +86,7 @@ def test_other_libraries_kernels_are_second_to_ours_on_a_gpu_and_attention_of_fl
         ("flash_attn", ["flash_attn.flash_attn_interface"], "flash_attn_2_cuda"),
         ("te", ["transformer_engine.pytorch", "transformer_engine.common"], "transformer_engine_torch"),
         ("mamba_ssm", ["mamba_ssm.models"], "mamba_ssm.ops.triton.ssd_combined"),
+        ("mamba_ssm", ["mamba_ssm.ops.triton.ssd_combined"], "selective_scan_cuda"),  # built without CUDA
         ("causal_conv1d", ["causal_conv1d"], "causal_conv1d.causal_conv1d_interface"),
     ],
 )
