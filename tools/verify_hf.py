@@ -1,71 +1,62 @@
 """Compare our model with transformers, layer by layer: `python tools/verify_hf.py HF_DIR [--tp N --pp N]`.
 
-Both run on the CPU in fp32, one after the other, ours on tp x pp processes. For the output of every sub-layer and for
-the logits the largest difference is printed relative to the largest number of transformers'. The exit code is 0 where
-all are within the tolerance, 1 where one is not, 2 where they could not be compared.
+Both run on the CPU in fp32, one after the other, ours on tp x pp processes, and each has the weights of one layer at a
+time: a 24B model takes some 6 GB of memory. Every sub-layer's output and the logits are compared twice, with ours fed
+with what transformers gave (a difference is found where it begins) and with ours fed with ours from the embedding on;
+differences are relative to the largest number of transformers'. The exit code is 0 where all are within the tolerance,
+1 where one is not, 2 where they could not be compared.
 """
 
 import argparse
+import math
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from prism_mcore.console import console as open_console
-from prism_mcore.console import say, styled
+from prism_mcore.console import progress, say, show, styled
 from prism_mcore.convert.read import read_directory
+from prism_mcore.convert.reference import VOCABULARY_ROWS, decoder_layers, output_names, write_reference
+from prism_mcore.convert.sublayers import Difference
 from prism_mcore.evaluate.checks import check
 from prism_mcore.evaluate.settings import ScoreSettings
-from prism_mcore.model.spec import LAYER_NAMES, ModelSpec
-from prism_mcore.parallel import Groups
+from prism_mcore.model.parameters import parameters
+from prism_mcore.model.spec import ModelSpec
+from prism_mcore.plan.host import PROCESS_BYTES, check_fits
 
-LOGITS, EMBEDDING = "logits", "embedding"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What differs most in one output.
-
-    Difference(output="layer 3 mlp", largest=2.4e-5, relative=6.1e-7)
-    """
-
-    output: str
-    largest: float  # max |ours - theirs|
-    relative: float  # the same over max |theirs|; nan where either has a nan
+FP32 = 4  # bytes
+STAGE_TIME = timedelta(hours=6)  # a stage waits for those before it
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    console = open_console()
     try:
-        differences = verify(options, console)
+        differences = verify(options)
     except (ValueError, OSError) as error:
         say(f"verify_hf: {error}", stderr=True)
         return 2
-    failed = [d.output for d in differences if not d.relative <= options.tolerance]
-    console.print(_table(differences, options.tolerance))
+    failed = [d.output for d in differences if not _agrees(d, options.tolerance)]
+    show(_table(differences, options.tolerance))
     if failed:
-        console.print(f"FAIL: {len(failed)} of {len(differences)} outputs differ, the first is {failed[0]}")
+        say(f"FAIL: {len(failed)} of {len(differences)} outputs differ, the first is {failed[0]}")
         return 1
-    console.print(f"PASS: all {len(differences)} outputs agree within {options.tolerance:g}")
+    say(f"PASS: all {len(differences)} outputs agree within {options.tolerance:g}")
     return 0
 
 
-def verify(options: argparse.Namespace, console: Console) -> list[Difference]:
+def verify(options: argparse.Namespace) -> list[Difference]:
     """The differences of every output, in the order of the forward pass."""
     from prism_mcore.evaluate.scoring import read_token_lists
 
@@ -82,13 +73,49 @@ def verify(options: argparse.Namespace, console: Console) -> list[Difference]:
         }
     )
     check(settings, spec, options.tp * options.pp, tokens.shape[1])
+    check_fits(
+        needed_bytes(spec, tokens.numel(), options.tp, options.pp),
+        f"verifying {options.hf} on {options.tp * options.pp} processes",
+        "free memory, or take fewer processes (--tp, --pp) or tokens (--length)",
+    )
     with tempfile.TemporaryDirectory() as folder:
-        reference = Path(folder) / "reference.safetensors"
-        with console.status("running transformers"), ProcessPoolExecutor(1, get_context("spawn")) as process:
-            process.submit(write_reference, options.hf, spec, tokens, reference).result()
-        with console.status(f"running prism_mcore, tp {options.tp} x pp {options.pp}"), gpus_hidden():
-            found = {d.output: d for d in _run_ranks(options.hf, settings, tokens, reference)}
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            try:
+                process.submit(_run_transformers, options.hf, tokens, Path(folder)).result()
+            except BrokenProcessPool as error:
+                raise ValueError("the process that ran transformers was killed, for lack of memory perhaps") from error
+        with gpus_hidden():
+            found = {d.output: d for d in _run_ranks(options.hf, settings, tokens, Path(folder))}
     return [found[name] for name in output_names(spec)]
+
+
+def needed_bytes(spec: ModelSpec, tokens: int, tp: int, pp: int) -> int:
+    """The most memory that all processes have together, transformers' first and ours then: the largest layer in fp32,
+    the largest tensor of it as the file has it, and what a forward pass over the tokens makes.
+    """
+    sizes = [0] * len(spec.pattern)
+    largest = spec.hidden_size * VOCABULARY_ROWS
+    for name, parameter in parameters(spec).items():
+        if name.startswith("layers."):
+            elements = math.prod(parameter.shape)
+            sizes[int(name.split(".")[1])] += elements
+            largest = max(largest, elements)
+    piece = FP32 * VOCABULARY_ROWS * (spec.hidden_size + 3 * tokens)
+    widest = max(spec.ffn_size or 0, 2 * spec.mamba_inner_size + spec.mamba_num_heads, 2 * spec.hidden_size)
+    working = FP32 * tokens * 8 * widest
+    if spec.mamba_num_heads:
+        # transformers' scan: two products of chunks x chunks x heads x state (or head) in fp32, and copies of them
+        working += FP32 * tokens * 32 * spec.mamba_num_heads * 3 * spec.ssm_state_size
+    theirs = max(sum(sizes[i] for i in layer) for layer in decoder_layers(spec))
+    own = max(sizes) + tp * largest  # a rank reads whole rows, whatever it keeps of them
+    first = 2 * PROCESS_BYTES + max(FP32 * (theirs + largest) + working, piece)
+    then = (1 + tp * pp) * PROCESS_BYTES + max(FP32 * own + tp * working, tp * piece)
+    return max(first, then)
+
+
+def random_tokens(spec: ModelSpec, length: int) -> Tensor:
+    """[2, length] token ids, the same every time."""
+    return torch.randint(spec.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
 
 
 @contextmanager
@@ -104,53 +131,10 @@ def gpus_hidden() -> Iterator[None]:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
-def random_tokens(spec: ModelSpec, length: int) -> Tensor:
-    """[2, length] token ids, the same every time."""
-    return torch.randint(spec.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-
-
-def output_names(spec: ModelSpec) -> list[str]:
-    """The residual stream after the embedding and after every sub-layer, then the logits."""
-    layers = [f"sub-layer {index} {LAYER_NAMES[kind]}" for index, kind in enumerate(spec.pattern)]
-    return [EMBEDDING, *layers, LOGITS]
-
-
-# --- transformers -----------------------------------------------------------------------------------------------------
-
-
-def write_reference(hf: Path, spec: ModelSpec, tokens: Tensor, out: Path) -> None:
-    """transformers' residual stream before every norm, [b, s, d], and its logits [b, s, v], as a safetensors file."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    # transformers 5 reads head_dim alone and not Nemotron-H's own attention_head_dim
-    model = transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, head_dim=spec.head_dim)
-    for module in model.modules():
-        if hasattr(module, "time_step_limit"):
-            # transformers 5.23 clamps Nemotron-H's time steps at time_step_min, which no file asks for
-            module.time_step_limit = spec.dt_limit
-    norms = _norms(model, spec)
-    # What goes into the norm of a sub-layer is what came out of the one before.
-    names = output_names(spec)[:-1]
-    kept: dict[str, Tensor] = {}
-    for name, norm in zip(names, norms, strict=True):
-        norm.register_forward_pre_hook(lambda _, inputs, name=name: kept.update({name: inputs[0].clone()}))
-    with torch.no_grad():
-        kept[LOGITS] = model(input_ids=tokens, use_cache=False).logits.float().contiguous()
-    save_file(kept, out)
-
-
-def _norms(model: nn.Module, spec: ModelSpec) -> list[nn.Module]:
-    """transformers' norms in the order of our sub-layers, then the final one."""
-    body = model.model
-    if spec.family == "nemotron_h":
-        return [*(layer.norm for layer in body.layers), body.norm_f]
-    pairs = ((layer.input_layernorm, layer.post_attention_layernorm) for layer in body.layers)
-    return [*(norm for pair in pairs for norm in pair), body.norm]
-
-
-# --- ours -------------------------------------------------------------------------------------------------------------
+def _run_transformers(hf: Path, tokens: Tensor, folder: Path) -> None:
+    """In a process of its own: its memory is given back."""
+    with _bar("transformers", len(decoder_layers(read_directory(hf).spec())) + 1) as advance:
+        write_reference(hf, tokens, folder, advance)
 
 
 def _run_ranks(hf: Path, settings: ScoreSettings, tokens: Tensor, reference: Path) -> list[Difference]:
@@ -170,71 +154,57 @@ def _run_ranks(hf: Path, settings: ScoreSettings, tokens: Tensor, reference: Pat
         return [d for rank in elastic_launch(config, compare)(hf, settings, tokens, reference).values() for d in rank]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise ValueError(f"rank {rank}: {failure.message}") from error
+        told = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+        raise ValueError(f"rank {rank}: {told}") from error
 
 
 @record
 def compare(hf: Path, settings: ScoreSettings, tokens: Tensor, reference: Path) -> list[Difference]:
     """One rank of ours: what this rank has to say of the outputs that it computes."""
     from prism_mcore import platform
-    from prism_mcore.convert.online import model_from_hf
-    from prism_mcore.evaluate.scoring import score
+    from prism_mcore.convert.sublayers import Sublayers
+    from prism_mcore.evaluate.scoring import one_document_each
+    from prism_mcore.model.split import split_layers
     from prism_mcore.parallel import init_groups
 
-    device = platform.start()
-    groups = init_groups(settings.parallel)
-    chunks = model_from_hf(hf, settings, groups, device, seq_len=tokens.shape[1])
-    names, differences = output_names(chunks[0].spec), []
-
-    def note(name: str, ours: Tensor, theirs: Tensor) -> None:
-        differences.append(difference(name, ours, theirs))
-
-    with safe_open(reference, "pt") as theirs:
-
-        def see(index: int, x: Tensor) -> None:
-            whole = _whole(x, settings, groups)
-            if groups.tp_rank == 0:
-                note(names[index], whole[: tokens.numel()].unflatten(0, tokens.shape), theirs.get_tensor(names[index]))
-
-        for chunk in chunks:
-            if chunk.pre_process:
-                chunk.embedding.register_forward_hook(lambda module, inputs, x: see(0, x))
-            for index, layer in chunk.layers.items():
-                layer.register_forward_hook(
-                    lambda module, inputs, out, index=int(index): see(index + 1, module.total(*out))
-                )
-        score(
-            chunks,
-            tokens,
+    parallel = settings.parallel
+    platform.start(timeout=STAGE_TIME)
+    groups = init_groups(parallel, timeout=STAGE_TIME)
+    source = read_directory(hf)
+    layers = split_layers(source.spec(), parallel.pp, 1, tokens.shape[1], parallel.split)[groups.pp_rank]
+    padding = -tokens.numel() % (parallel.tp if parallel.sequence_parallel else 1)
+    with _bar(f"prism_mcore, stage {groups.pp_rank}", len(layers), shown=groups.tp_rank == 0) as advance:
+        found = Sublayers(
+            source,
             groups,
-            lambda sequences, logprobs, logits: note(LOGITS, logits, theirs.get_tensor(LOGITS)),
-            micro_batch=len(tokens),
-            logits=True,
-        )
+            one_document_each(tokens, padding),
+            reference,
+            kernels=settings.kernels,
+            sequence_parallel=parallel.sequence_parallel,
+            on_layer=advance,
+        ).compare(layers)
     platform.shutdown()
-    return differences
+    return found
 
 
-def _whole(x: Tensor, settings: ScoreSettings, groups: Groups) -> Tensor:
-    """[t, 1, d], or a sequence-parallel part of it, -> [t, d]."""
-    parts = [x]
-    if settings.parallel.sequence_parallel:
-        parts = [torch.empty_like(x) for _ in range(groups.tp_size)]
-        dist.all_gather(parts, x.contiguous(), group=groups.tp)
-    return torch.cat(parts).squeeze(1)
+@contextmanager
+def _bar(what: str, total: int, shown: bool = True):
+    """A progress bar of layers; gives the function to call after each."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with progress(*columns, shown=shown) as shows:
+        task = shows.add_task("", total=total)
+        yield lambda: shows.advance(task)
 
 
-def difference(name: str, ours: Tensor, theirs: Tensor) -> Difference:
-    """What differs between two tensors of one shape."""
-    largest = float((ours - theirs).abs().max())
-    return Difference(name, largest, largest / float(theirs.abs().max()))
+def _agrees(d: Difference, tolerance: float) -> bool:
+    return d.alone <= tolerance and d.chained <= tolerance  # a nan is not
 
 
 def _table(differences: list[Difference], tolerance: float) -> Table:
-    table = Table("output", "largest difference", "relative to the largest number", "")
+    table = Table("output", "fed with transformers'", "fed with ours", "")
     for d in differences:
-        verdict = styled("ok", "green") if d.relative <= tolerance else styled("differs", "red")
-        table.add_row(d.output, f"{d.largest:.2e}", f"{d.relative:.2e}", verdict)
+        verdict = styled("ok", "green") if _agrees(d, tolerance) else styled("differs", "red")
+        table.add_row(d.output, f"{d.alone:.2e}", f"{d.chained:.2e}", verdict)
     return table
 
 
