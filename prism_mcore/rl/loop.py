@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from prism_mcore import platform
+from prism_mcore.agree import all_ranks
 from prism_mcore.batch import PackedBatch, PolicyBatch, RolloutGroup
 from prism_mcore.checkpoint.optimizer_state import initialise_state
 from prism_mcore.config import SettingsError
@@ -78,7 +79,7 @@ def train(run: PolicyRun) -> int:
 
             if due(step, settings.train.validate_every, steps):
                 metrics.log_validation(step, held_out_rollouts(run, step))
-            stop = signals.received()
+            stop = not all_ranks(not signals.received)
             if stop or due(step, settings.checkpoint.every, steps):
                 save(run, step)
             run.checkpoints.poll()

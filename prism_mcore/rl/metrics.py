@@ -87,7 +87,7 @@ class RLMetrics:
         }
         self.records.write(STEPS_FILE, record)
         if step % self.every == 0 or step == self.steps:
-            say(self._line(record), stderr=True)
+            say(self._line(record, bool(updates)), stderr=True)
             if self.show:
                 show(rollout_table(groups, self.decode, self.show), stderr=True)
 
@@ -99,9 +99,10 @@ class RLMetrics:
         record = {"step": step, **{f"validation/{key.removeprefix('rollout/')}": v for key, v in found.items()}}
         self.records.write(VALIDATION_FILE, record)
         right = found.get(f"reward/{CORRECT}", math.nan)
+        said = f"correct {right:.3f} reward {found['reward/mean']:.3f}" if math.isfinite(right) else "none verified"
         say(
-            f"step {step:>{len(str(self.steps))}}/{self.steps} | held out: correct {right:.3f}"
-            f" reward {found['reward/mean']:.3f} of {int(found['rollout/count'])} samples",
+            f"step {step:>{len(str(self.steps))}}/{self.steps} | held out: {said}"
+            f" of {int(found['rollout/count'])} samples",
             stderr=True,
         )
 
@@ -122,20 +123,24 @@ class RLMetrics:
         part.replace(path)
         self.clock.mark("records")
 
-    def _line(self, record: dict[str, Any]) -> str:
+    def _line(self, record: dict[str, Any], learnt: bool = True) -> str:
         step = record["step"]
         lost = record["verifier/timeout"] + record["verifier/crash"]
-        parts = [
-            f"step {step:>{len(str(self.steps))}}/{self.steps}",
-            f"reward {record['reward/mean']:.3f}",
-            f"correct {record[f'reward/{CORRECT}']:.3f}" if f"reward/{CORRECT}" in record else "",
-            f"not verified {lost} of {record['rollout/count']}" if lost else "",
-            f"length {record['rollout/length_mean']:.0f}",
+        verified = math.isfinite(record["reward/mean"])
+        update = [
             f"entropy {record['entropy']:.3f}",
             f"KL {record['kl']:.2e}" if record["kl"] else "",
             f"gap {record['rl/logprob_gap_max']:.1e}",
             f"lr {record['lr']:.2e}",
             f"grad {record['grad_norm']:.3f}",
+        ]
+        parts = [
+            f"step {step:>{len(str(self.steps))}}/{self.steps}",
+            f"reward {record['reward/mean']:.3f}" if verified else "",
+            f"correct {record[f'reward/{CORRECT}']:.3f}" if verified and f"reward/{CORRECT}" in record else "",
+            f"not verified {lost} of {record['rollout/count']}" if lost else "",
+            f"length {record['rollout/length_mean']:.0f}",
+            *(update if learnt else ["nothing to learn"]),
             f"{short(record['generation/tokens_per_s'])} tok/s",
             f"ETA {clock_text((self.steps - step) * sum(self._step_times) / len(self._step_times))}",
         ]

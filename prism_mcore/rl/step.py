@@ -4,21 +4,21 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from prism_mcore.agree import summed
 from prism_mcore.batch import PolicyBatch
 from prism_mcore.parallel import Groups
 from prism_mcore.rl.policy_loss import LossTerms, policy_loss
 from prism_mcore.rl.settings import PolicySettings
-from prism_mcore.train.optimizer import gradient_norm
+from prism_mcore.train.optimizer import norm_of, squared_gradient_norm
 from prism_mcore.train.step import to_device
 
 
@@ -31,9 +31,12 @@ class Gap:
     position: int  # in the response
 
 
+NO_GAP = Gap(0.0, -1, -1)
+
+
 @dataclass(frozen=True)
 class PolicyStats:
-    """What an update saw, the same on every rank. Means are over the tokens in the loss, nan where there are none."""
+    """What an update saw, the same on every rank but for `losses`. Means are over the loss's tokens, nan without."""
 
     loss: float
     grad_norm: float
@@ -48,7 +51,12 @@ class PolicyStats:
     capped: float  # share of tokens whose importance weight was cut to the cap
     gap_mean: float  # of |log-prob in training - at sampling|, nats, over on-policy tokens
     gap: Gap
-    row_losses: list[list[float]]  # of this rank's micro-batches: [[loss], ...]
+    losses: Tensor  # [micro-batches] of this rank, on the device
+
+    @property
+    def row_losses(self) -> list[list[float]]:
+        """Of this rank's micro-batches: [[loss], ...]. Waits for the device."""
+        return [[loss] for loss in self.losses.tolist()]
 
 
 def policy_backward(
@@ -75,15 +83,17 @@ def policy_backward(
         return total, torch.full((), counted, dtype=torch.int, device=total.device), total.detach()
 
     _run(chunks, batches, loss, forward_only=False)
-    return replace(_reduced(seen, groups), grad_norm=gradient_norm(optimizer))
+    sums = _summed_here(seen, groups)
+    sums["squared_norm"] = squared_gradient_norm(optimizer, groups, sums["loss"].device)
+    return _stats(summed(sums), torch.stack([part.sums["loss"] for part in seen]))
 
 
 @torch.no_grad()
 def score(chunks: list[DistributedDataParallel], batches: list[PolicyBatch]) -> list[Tensor]:
-    """Log-probs of every label of this rank's micro-batches, [1, t] fp32 each, on the CPU."""
+    """Log-probs of every label of this rank's micro-batches, [1, t] fp32 each, on the device."""
 
     def report(output: tuple[Tensor, Tensor], batch: PolicyBatch, non_loss_data: bool = True) -> Tensor:
-        return output[0].view_as(batch.labels).cpu()
+        return output[0].view_as(batch.labels)
 
     return _run(chunks, batches, report, forward_only=True)
 
@@ -109,11 +119,10 @@ def _run(
 
 @dataclass(frozen=True)
 class _Seen:
-    """One micro-batch's sums over the tokens in the loss, still on the device."""
+    """What one micro-batch saw, still on the device."""
 
-    sums: Tensor  # [10] fp64
-    highest: Tensor  # [2] fp64: ratio, gap
-    place: Tensor  # [2] int64: rollout and position of the largest gap
+    sums: dict[str, Tensor]  # [] fp64 each, over the tokens in the loss
+    largest: Tensor  # [4] fp64: ratio; gap, and the rollout and position that have it
 
     @staticmethod
     def of(terms: LossTerms, entropy: Tensor, batch: PolicyBatch, settings: PolicySettings) -> "_Seen":
@@ -121,19 +130,18 @@ class _Seen:
         mask = batch.loss_mask.flatten()
         on_policy = mask & batch.on_policy.flatten()
         capped = terms.correction >= settings.tis_cap if settings.tis_cap else torch.zeros_like(mask)
-        columns = [
-            terms.loss,
-            mask,
-            entropy * mask,
-            terms.kl * mask,
-            terms.clipped_low & mask,
-            terms.clipped_high & mask,
-            terms.correction * mask,
-            capped & mask,
-            terms.gap * on_policy,
-            on_policy,
-        ]
-        sums = torch.stack([column.sum(dtype=torch.float64) for column in columns])
+        columns = {
+            "loss": terms.loss,
+            "tokens": mask,
+            "entropy": entropy * mask,
+            "kl": terms.kl * mask,
+            "clipped_low": terms.clipped_low & mask,
+            "clipped_high": terms.clipped_high & mask,
+            "correction": terms.correction * mask,
+            "capped": capped & mask,
+            "gap": terms.gap * on_policy,
+            "on_policy": on_policy,
+        }
         # NaN is the largest gap of all
         gaps = torch.where(on_policy, terms.gap.double().nan_to_num(nan=math.inf), -1.0)
         largest, token = gaps.max(0, keepdim=True)  # [1] each: an index without dimensions is read by the CPU
@@ -141,39 +149,49 @@ class _Seen:
         documents = batch.seq_idx.flatten().long()
         document = documents[token]
         first = (mask & (documents == document)).int().argmax()
-        place = torch.cat([batch.rollout_ids[document], token - first])
-        return _Seen(sums, torch.cat([ratio, largest]), place)
+        place = torch.cat([batch.rollout_ids[document], token - first]).double()
+        sums = {name: column.sum(dtype=torch.float64) for name, column in columns.items()}
+        return _Seen(sums, torch.cat([ratio, largest, place]))
 
 
-def _reduced(seen: list[_Seen], groups: Groups) -> PolicyStats:
-    sums = torch.stack([part.sums for part in seen]).sum(0)
-    dist.all_reduce(sums, group=groups.dp_cp)
-    mine = torch.stack([torch.cat([part.highest, part.place.double()]) for part in seen])
-    every = mine.new_empty(groups.dp_cp.size(), 4)
-    best = mine[mine[:, 1].argmax()].clone()
-    best[0] = mine[:, 0].max()
-    dist.all_gather_into_tensor(every, best[None], group=groups.dp_cp)
-    ratios, gaps, rollouts, positions = every.cpu().unbind(1)
+def _summed_here(seen: list[_Seen], groups: Groups) -> dict[str, Tensor]:
+    """What this rank adds to the sums over all: those of its micro-batches, and its row of `largest` [dp x cp, 4].
+
+    Tensor-parallel ranks all have the same.
+    """
+    largest = seen[0].largest.new_zeros(groups.dp_cp.size(), 4)
+    if groups.tp_rank:
+        return {name: torch.zeros_like(value) for name, value in seen[0].sums.items()} | {"largest": largest}
+    table = torch.stack([torch.stack([*part.sums.values()]) for part in seen]).sum(0)
+    every = torch.stack([part.largest for part in seen])
+    row = largest[groups.dp_cp.rank()]
+    row.copy_(every[every[:, 1].argmax(0, keepdim=True)][0])  # an index without dimensions is read by the CPU
+    row[0] = every[:, 0].max()
+    return dict(zip(seen[0].sums, table.unbind(), strict=True)) | {"largest": largest}
+
+
+def _stats(sums: dict[str, Tensor], losses: Tensor) -> PolicyStats:
+    """sums: over all ranks, on the CPU."""
+    ratios, gaps, rollouts, positions = sums["largest"].unbind(1)
     worst = int(gaps.argmax())
-    found = gaps[worst] >= 0
-    loss, tokens, entropy, kl, low, high, importance, capped, gap, on_policy = sums.tolist()
+    tokens, on_policy = int(sums["tokens"]), int(sums["on_policy"])
 
-    def mean(total: float) -> float:
-        return total / tokens if tokens else math.nan
+    def mean(name: str) -> float:
+        return float(sums[name]) / tokens if tokens else math.nan
 
     return PolicyStats(
-        loss=loss,
-        grad_norm=math.nan,
-        tokens=int(tokens),
-        on_policy=int(on_policy),
-        entropy=mean(entropy),
-        kl=mean(kl),
-        clipped_low=mean(low),
-        clipped_high=mean(high),
+        loss=float(sums["loss"]),
+        grad_norm=norm_of(sums["squared_norm"]),
+        tokens=tokens,
+        on_policy=on_policy,
+        entropy=mean("entropy"),
+        kl=mean("kl"),
+        clipped_low=mean("clipped_low"),
+        clipped_high=mean("clipped_high"),
         ratio_max=float(ratios.max()),
-        correction=mean(importance),
-        capped=mean(capped),
-        gap_mean=gap / on_policy if on_policy else 0.0,
-        gap=Gap(float(gaps[worst]), int(rollouts[worst]), int(positions[worst])) if found else Gap(0.0, -1, -1),
-        row_losses=[[loss] for loss in torch.stack([part.sums[0] for part in seen]).tolist()],
+        correction=mean("correction"),
+        capped=mean("capped"),
+        gap_mean=float(sums["gap"]) / on_policy if on_policy else 0.0,
+        gap=Gap(float(gaps[worst]), int(rollouts[worst]), int(positions[worst])) if gaps[worst] >= 0 else NO_GAP,
+        losses=losses,
     )

@@ -35,6 +35,10 @@ class GuardedStats(Protocol):
     def grad_norm(self) -> float: ...
 
     @property
+    def tokens(self) -> int:
+        """Labels that counted."""
+
+    @property
     def row_losses(self) -> list[list[float]] | None:
         """Of this rank's rows, by micro-batch; None where no loss is computed."""
 
@@ -72,7 +76,6 @@ class Guard:
 
     def __init__(self, settings: GuardSettings, run_dir: Path, groups: Groups, suspects: Suspects = worst_sequences):
         self.settings, self.run_dir, self.groups, self.suspects = settings, run_dir, groups, suspects
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._skipped = 0
         self._good_losses: deque[float] = deque(maxlen=settings.spike_window)
 
@@ -86,12 +89,17 @@ class Guard:
         self._good_losses.extend(state["good_losses"])
 
     def admits(self, step: int, stats: GuardedStats, batches: Sequence[PackedBatch]) -> bool:
-        """May this step's gradients be applied? Every rank calls it; one small reduction when all is well.
+        """May this step's gradients be applied? Every rank calls it with the same stats, so that all decide alike.
 
-        A bad step is dumped, named in the log and answered with False, or GuardStop beyond the budget.
+        A bad step is dumped, named in the log and answered with False, or GuardStop beyond the budget. One without a
+        label that counts is not bad: there is nothing to apply.
         """
+        if not stats.tokens:
+            if self.groups.rank == 0:
+                log.warning("step %d: no label counts, all are masked; the weights stay as they are", step)
+            return False
         complaint = self._complaint(stats)
-        if not self._any_rank(bool(complaint)):
+        if not complaint:
             self._good_losses.append(stats.loss)
             return True
         folder = self.run_dir / "bad_steps" / f"step_{step:08d}"
@@ -100,7 +108,7 @@ class Guard:
         everyone: list[list[str]] = [[]] * self.groups.world_size
         dist.all_gather_object(everyone, [f"rank {self.groups.rank}: {suspect}" for suspect in suspects])
         self._skipped += 1
-        message = f"step {step}: {complaint or 'bad on another rank'}. {_listed(everyone)}. Batches are in {folder}."
+        message = f"step {step}: {complaint}. {_listed(everyone)}. Batches are in {folder}."
         if self._skipped > self.settings.skip_budget:
             raise GuardStop(
                 f"{message} Bad steps so far: {self._skipped}, guards.skip_budget={self.settings.skip_budget}"
@@ -122,11 +130,6 @@ class Guard:
     def _usual_loss(self) -> float:
         full = len(self._good_losses) == self.settings.spike_window
         return median(self._good_losses) if full else math.inf
-
-    def _any_rank(self, bad: bool) -> bool:
-        flag = torch.tensor(int(bad), device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
 
     def _dump(
         self, folder: Path, complaint: str, stats: GuardedStats, batches: Sequence[PackedBatch], suspects: list[str]

@@ -56,7 +56,7 @@ def train(run: MidtrainRun) -> int:
             metrics.start_step()
             batch = next(batches)
             metrics.mark("data")
-            stats = backward(run.chunks, run.optimizer, batch, run.groups, len(run.loader.sources))
+            stats = backward(run.chunks, run.optimizer, batch, run.groups, len(run.loader.sources), signals.received)
             metrics.mark("forward_backward")
             lr = learning_rate(step, settings.optimizer, steps)
             if run.guard.admits(step, stats, batch):
@@ -66,11 +66,10 @@ def train(run: MidtrainRun) -> int:
 
             if due(step, settings.train.validate_every, steps):
                 metrics.log_validation(step, held_out_losses(run))
-            stop = signals.received()
-            if stop or due(step, settings.checkpoint.every, steps):
+            if stats.stop or due(step, settings.checkpoint.every, steps):
                 save(run, step)
             run.checkpoints.poll()
-            if stop and step < steps:
+            if stats.stop and step < steps:
                 log.info("stopped by a signal after step %d; the same command resumes from here", step)
                 break
     run.checkpoints.wait()

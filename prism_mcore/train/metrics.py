@@ -166,17 +166,19 @@ class Metrics:
             return
         record = {"step": step, **{f"validation/loss/{domain}": loss for domain, loss in losses.items()}}
         self.records.write(VALIDATION_FILE, record)
-        listed = " ".join(f"{domain} {loss:.4f}" for domain, loss in losses.items())
+        listed = " ".join(
+            f"{domain} {loss:.4f}" if math.isfinite(loss) else f"{domain} no label" for domain, loss in losses.items()
+        )
         say(f"step {step:>{len(str(self.steps))}}/{self.steps} | validation {listed}", stderr=True)
 
     def _line(self, record: dict[str, Any], domains: dict[str, float]) -> str:
         step = record["step"]
         parts = [
             f"step {step:>{len(str(self.steps))}}/{self.steps}",
-            f"loss {record['loss']:.4f}",
+            f"loss {record['loss']:.4f}" if domains else "no label counts",
             " ".join(f"{domain} {loss:.3f}" for domain, loss in domains.items()) if len(domains) > 1 else "",
             f"lr {record['lr']:.2e}",
-            f"grad {record['grad_norm']:.3f}",
+            f"grad {record['grad_norm']:.3f}" if domains else "",
             f"{short(record['throughput/tokens_per_s'])} tok/s",
             f"{record['throughput/tflops']:.3g} TFLOP/s",
             f"MFU {100 * record['throughput/mfu']:.1f}%" if self.peak else "",

@@ -15,6 +15,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from torch import Tensor
 
 from prism_mcore.config import SettingsError
 from prism_mcore.model.hybrid import HybridModel
@@ -125,14 +126,26 @@ def _groups(settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
     }
 
 
-def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """The L2 norm over all parameters of the whole model, of gradients averaged over the global batch's tokens."""
+def squared_gradient_norm(optimizer: MegatronOptimizer, groups: Groups, device: torch.device) -> Tensor:
+    """What this rank adds to the squared L2 norm of the whole gradient, averaged over the global batch's tokens.
+
+    fp32 [], on the device: megatron-core's own norm waits for it, without Transformer Engine once for each parameter.
+    """
     optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
+    grads = [grad for part in optimizer.chained_optimizers for grad in part.get_main_grads_for_grad_norm()]
+    # Replicas of the distributed optimizer have the same gradients: the first ones speak.
+    if not grads or groups.dp_cp.rank() >= groups.collection.intra_dp_cp.size():
+        return torch.zeros((), device=device)
+    return torch.nn.utils.get_total_norm(grads).square()
+
+
+def norm_of(squared: Tensor) -> float:
+    """The norm, from the sum over ranks of what `squared_gradient_norm` gave; in fp32, as megatron-core adds them."""
+    return float(squared.float()) ** 0.5
 
 
 def update(optimizer: MegatronOptimizer, grad_norm: float, lr: float) -> None:
-    """Clip by the global norm and take one step at this learning rate, with the gradients `gradient_norm` prepared."""
+    """Clip by the global norm and take one step at this learning rate; `squared_gradient_norm` prepared gradients."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
@@ -167,6 +180,15 @@ def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
         chunk.start_param_sync(force_sync=True)
 
 
+def _divide_by_tokens(chunks: list[DistributedDataParallel], num_tokens: Tensor) -> None:
+    """As megatron-core does it, but for its question to the device whether there are any."""
+    pp, dp_cp = chunks[0].pp_group, chunks[0].dp_cp_group
+    dist.broadcast(num_tokens, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)  # the last stage counts them
+    dist.all_reduce(num_tokens, group=dp_cp)
+    for chunk in chunks:
+        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))
+
+
 def finalize_gradients(chunks, num_tokens=None, **kwargs) -> None:
     """megatron-core's finalize_model_grads, after summing what it forgets: replicated weights of tensor-parallel heads.
 
@@ -174,7 +196,9 @@ def finalize_gradients(chunks, num_tokens=None, **kwargs) -> None:
     sums the gradients of parameters marked `sequence_parallel` only when sequence parallelism is on (0.16.1,
     distributed/finalize_model_grads.py); these need it always. Goes when upstream has a mark for this case.
     """
-    finalize_model_grads(chunks, num_tokens, **kwargs)
+    finalize_model_grads(chunks, None, **kwargs)
+    if num_tokens is not None:
+        _divide_by_tokens(chunks, num_tokens)
     partial_grads = [p.main_grad for chunk in chunks for p in chunk.parameters() if getattr(p, "sum_over_tp", False)]
     tp = chunks[0].tp_group
     if partial_grads and tp.size() > 1:

@@ -2,37 +2,63 @@
 
 # t packed tokens of a micro-batch: its b sequences of s tokens, one after another
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from prism_mcore.agree import summed
 from prism_mcore.batch import PackedBatch
 from prism_mcore.parallel import Groups
-from prism_mcore.train.optimizer import gradient_norm
+from prism_mcore.train.optimizer import norm_of, squared_gradient_norm
 
 Batch = TypeVar("Batch", bound=PackedBatch)
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What a step saw, the same on every rank.
+    """What a step saw, the same on every rank but for `rows`.
 
     loss 2.31, grad_norm 0.8, source_loss (2.1, nan), source_tokens (4096, 0)   # the second source had no sample
     """
 
-    loss: float  # nats per token that counts
-    grad_norm: float  # nan where gradients were not computed
+    loss: float  # nats per token that counts; nan where none does
+    grad_norm: float  # nan where there are no gradients
     source_loss: tuple[float, ...]  # nats per token of each of data.sources
     source_tokens: tuple[int, ...]  # tokens that counted
-    row_losses: list[list[float]] | None  # of this rank's rows, by micro-batch; None before the last stage
+    rows: list[
+        Tensor
+    ]  # (nats, tokens) [b, 2] of this rank's rows, by micro-batch, on the device; no rows before the last stage
+    stop: bool = False  # has a rank been asked to end the run?
+
+    @property
+    def tokens(self) -> int:
+        """Labels that counted."""
+        return sum(self.source_tokens)
+
+    @property
+    def row_losses(self) -> list[list[float]] | None:
+        """Of this rank's rows, by micro-batch; None before the last stage. Waits for the device."""
+        return [(r[:, 0] / r[:, 1]).tolist() for r in torch.stack(self.rows).cpu()] if self.rows else None
+
+    @staticmethod
+    def of(sums: Mapping[str, Tensor], rows: list[Tensor]) -> "StepStats":
+        """From what `agree.summed` made of nats and tokens [sources] and, in training, of squared_norm and stop."""
+        nats, tokens = sums["nats"], sums["tokens"]
+        return StepStats(
+            loss=float(nats.sum() / tokens.sum()),
+            grad_norm=norm_of(sums["squared_norm"]) if "squared_norm" in sums and tokens.any() else float("nan"),
+            source_loss=tuple((nats / tokens).tolist()),
+            source_tokens=tuple(int(n) for n in tokens),
+            rows=rows,
+            stop="stop" in sums and bool(sums["stop"]),
+        )
 
 
 def backward(
@@ -41,13 +67,19 @@ def backward(
     batches: list[PackedBatch],
     groups: Groups,
     num_sources: int,
+    stop: bool = False,
 ) -> StepStats:
-    """Gradients of the mean loss over the global batch, ready in `optimizer` for `update`; no weight changes yet."""
+    """Gradients of the mean loss over the global batch, ready in `optimizer` for `update`; no weight changes yet.
+
+    stop: has this rank been asked to end the run? All ranks hear of it by the same reduction.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    loss = forward_backward(chunks, batches, groups, num_sources)
-    return replace(loss, grad_norm=gradient_norm(optimizer))
+    sums, rows = forward_backward(chunks, batches, groups, num_sources)
+    sums["squared_norm"] = squared_gradient_norm(optimizer, groups, sums["nats"].device)
+    sums["stop"] = torch.full_like(sums["squared_norm"], stop)
+    return StepStats.of(summed(sums), rows)
 
 
 def forward_backward(
@@ -56,8 +88,12 @@ def forward_backward(
     groups: Groups,
     num_sources: int,
     forward_only: bool = False,
-) -> StepStats:
-    """Run this rank's micro-batches through the pipeline; the loss of the global batch on every rank."""
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Run this rank's micro-batches through the pipeline.
+
+    Returns what this rank adds to the sums over all ranks, nats and tokens [num_sources] fp64 on the device, and
+    (nats, tokens) [b, 2] of each micro-batch's rows.
+    """
     seq_tokens = batches[0].position_ids.numel()
     rows = get_forward_backward_func()(
         forward_step_func=_forward_step,
@@ -68,20 +104,13 @@ def forward_backward(
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    # By source (nats, tokens); float64 holds any token count exactly.
+    # By source (nats, tokens); float64 holds any token count exactly. Tensor-parallel ranks all have the same.
     total = torch.zeros(num_sources, 2, dtype=torch.float64, device=next(chunks[0].parameters()).device)
-    for batch, row_sums in zip(batches, rows, strict=False):  # no rows before the last stage
-        total.index_add_(0, batch.source_ids.to(total.device, torch.int64), row_sums)
-    dist.all_reduce(total, group=groups.dp_cp)
-    dist.all_reduce(total, group=groups.pp)  # the other stages add zeros
-    nats, tokens = total.cpu().unbind(-1)
-    return StepStats(
-        loss=float(nats.sum() / tokens.sum()),
-        grad_norm=float("nan"),
-        source_loss=tuple((nats / tokens).tolist()),
-        source_tokens=tuple(int(n) for n in tokens),
-        row_losses=[(r[:, 0] / r[:, 1]).tolist() for r in torch.stack(rows).cpu()] if rows else None,
-    )
+    if groups.tp_rank == 0:
+        for batch, row_sums in zip(batches, rows, strict=False):  # no rows before the last stage
+            sources = batch.source_ids.to(total.device, torch.int64, non_blocking=True)
+            total.index_add_(0, sources, row_sums)
+    return {"nats": total[:, 0], "tokens": total[:, 1]}, rows
 
 
 def _forward_step(batches: Iterator[PackedBatch], chunk: DistributedDataParallel):

@@ -7,12 +7,13 @@ from ranks import run_ranks
 from tiny.gradients import close, whole_gradients
 from tiny.models import SPECS, packed_batches
 
+from prism_mcore.agree import summed
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.parameters import parameters
 from prism_mcore.model.split import split_layers
 from prism_mcore.train.optimizer import wrap
-from prism_mcore.train.step import forward_backward
+from prism_mcore.train.step import StepStats, forward_backward
 
 SEED = 7
 LAYOUTS = {
@@ -49,7 +50,7 @@ def losses_and_gradients(groups, spec_name, sequence_parallel=False, recompute="
     batches = packed_batches(spec, micro_batches)[groups.dp_rank :: groups.dp_size]
     for ddp in wrapped:
         ddp.zero_grad_buffer()
-    stats = forward_backward(wrapped, batches, groups, num_sources=2)
+    stats = StepStats.of(summed(forward_backward(wrapped, batches, groups, num_sources=2)[0]), [])
     return stats, whole_gradients(chunks, wrapped, groups)
 
 

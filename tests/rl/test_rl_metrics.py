@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny.rollouts import group_of, rollout
 
 from prism_mcore.rl.metrics import RLMetrics, rollout_metrics, update_metrics
@@ -38,7 +39,7 @@ STATS = PolicyStats(
     capped=0.0,
     gap_mean=0.02,
     gap=Gap(0.1, 3, 1),
-    row_losses=[],
+    losses=torch.zeros(0),
 )
 
 
@@ -56,3 +57,10 @@ def test_the_console_says_how_many_responses_could_not_be_verified():
         record |= rollout_metrics([group]) | update_metrics([STATS])
         line = RLMetrics._line(SimpleNamespace(steps=2, _step_times=[1.0]), record)
         assert ("| not verified 1 of 2 |" in line) == shown
+
+
+def test_the_console_says_that_nothing_was_learnt_or_verified_where_there_is_no_number():
+    lost = group_of(replace(rollout([9], valid=False), verifier="crash"))
+    record = {"step": 1, "lr": 0.1, "generation/tokens_per_s": 10.0} | rollout_metrics([lost]) | update_metrics([])
+    line = RLMetrics._line(SimpleNamespace(steps=2, _step_times=[1.0]), record, learnt=False)
+    assert "nan" not in line and "| nothing to learn |" in line and "not verified 1 of 1" in line

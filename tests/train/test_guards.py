@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,8 +33,8 @@ def batch_of(rank, micro_batch):
 def stats(loss, grad_norm=1.0, rows=((2.0,), (3.0,))):
     from prism_mcore.train.step import StepStats
 
-    row_losses = [[*row, math.nan] for row in rows]  # nan: the sequence without labels
-    return StepStats(loss, grad_norm, (loss, loss), (3, 3), row_losses)
+    sums = [torch.tensor([[3 * row[0], 3.0], [0.0, 0.0]]) for row in rows]  # the second sequence has no label
+    return StepStats(loss, grad_norm, (loss, loss), (3, 3), sums)
 
 
 def decisions(groups, folder, settings, steps):
@@ -89,16 +90,18 @@ def test_a_spike_is_measured_by_the_median_of_good_steps(tmp_path):
     assert decided == [True, True, True, False, True, False, True]
 
 
-def test_one_rank_that_complains_decides_for_all(tmp_path):
-    assert run_ranks(2, one_rank_sees_nan, tmp_path) == [False, False]
-
-
-def one_rank_sees_nan(groups, folder):
+def nothing_counts(groups, folder):
     from prism_mcore.train.guards import Guard
 
-    guard = Guard(GuardSettings(skip_budget=1), folder, groups)
-    loss = math.nan if groups.rank == 1 else 2.0
-    return guard.admits(1, stats(loss), [batch_of(groups.rank, 0), batch_of(groups.rank, 1)])
+    guard = Guard(GuardSettings(skip_budget=0), folder, groups)
+    masked = replace(stats(math.nan, math.nan), source_tokens=(0, 0))
+    admitted = guard.admits(1, masked, [batch_of(groups.rank, 0), batch_of(groups.rank, 1)])
+    return admitted, guard.state()
+
+
+def test_a_step_without_a_label_that_counts_is_neither_applied_nor_charged(tmp_path):
+    assert run_ranks(2, nothing_counts, tmp_path) == [(False, {"skipped": 0, "good_losses": []})] * 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def skips_after_resume(groups, folder):

@@ -50,7 +50,7 @@ def settings(corpus, runs, spec="hybrid", **sections):
         "run": {"name": "run", "dir": str(runs), "seed": 3},
         "model": {"spec": str(spec_file)},
         "data": {
-            "sources": [{"path": str(corpus / n), "weight": w, "domain": n} for n, w in SOURCES],
+            "sources": [{"path": f"{corpus}/{n}", "weight": w, "domain": n} for n, w in SOURCES],
             "seq_len": 16,
             "document_mask": True,
             "validation_fraction": 0.1,
@@ -77,15 +77,16 @@ def train(groups, settings, until=None):
 
 
 def stop_after(run, steps):
-    """A real SIGTERM to this rank while it takes that step."""
-    admits = run.guard.admits
+    """A real SIGTERM to rank 0 while it fetches that step."""
+    fetch = run.loader.steps
 
-    def signalled(step, *rest):
-        if step == steps and run.groups.rank == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return admits(step, *rest)
+    def signalled(start):
+        for step, batch in enumerate(fetch(start), start + 1):
+            if step == steps and run.groups.rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
 
-    run.guard.admits = signalled
+    run.loader.steps = signalled
 
 
 def metrics(runs):
@@ -428,3 +429,31 @@ def test_a_folder_that_cannot_be_made_is_a_mistake_in_the_settings(corpus, tmp_p
     ) as error:
         run_ranks(2, train, wanted)
     assert set(error.value.reports) == {0, 1}
+
+
+@pytest.fixture(scope="module")
+def half_masked(tmp_path_factory):
+    """Sixteen-token documents; the first half of the corpus and its end, which validation reads, have no label."""
+    folder = tmp_path_factory.mktemp("half_masked")
+    counts = np.repeat((np.arange(100) >= 50) & (np.arange(100) < 90), 16).astype(np.uint8)
+    with TokenFileWriter(folder / "prompts", np.uint16, with_mask=True) as writer:
+        writer.add(np.arange(1600) % 61, np.full(100, 16), counts)
+    return {"sources": [{"path": str(folder / "prompts"), "domain": "text"}]}
+
+
+@pytest.mark.parametrize("degrees", [{}, {"pp": 2}], ids=["dp2", "pp2"])
+def test_a_step_without_a_label_that_counts_changes_nothing_and_is_not_charged(half_masked, tmp_path, degrees):
+    sections = {"parallel": degrees, "train": {"steps": 12, "global_batch": 2 // degrees.get("pp", 1)}}
+    wanted = settings(None, tmp_path, data=half_masked, **sections)
+    assert {code for code, *_ in run_ranks(2, train, wanted, **degrees)} == {DONE}
+    records = metrics(tmp_path)
+    empty = [m["loss"] is None for m in records]
+    assert any(empty) and not all(empty)
+    assert all(
+        (m["grad_norm"] is None) == nothing == ("loss/text" not in m) for m, nothing in zip(records, empty, strict=True)
+    )
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000012" / "state.json").read_text())
+    assert state["state"]["guard"]["skipped"] == 0 and len(state["state"]["guard"]["good_losses"]) == empty.count(False)
+    assert not (tmp_path / "run" / "bad_steps").exists()
+    (validation,) = [json.loads(v) for v in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()][-1:]
+    assert validation["validation/loss/text"] is None

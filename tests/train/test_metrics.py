@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from ranks import run_ranks
 
 from prism_mcore.model.flops import head_flops, sublayer_flops
@@ -41,7 +42,7 @@ def write_steps(run, start, stop, loss=2.0):
         for step in range(start + 1, stop + 1):
             metrics.start_step()
             metrics.mark("data")
-            stats = StepStats(loss, 0.5, (1.0, math.nan, 4.0), (20, 0, 10), None)
+            stats = StepStats(loss, 0.5, (1.0, math.nan, 4.0), (20, 0, 10), [])
             metrics.log(step, BATCHES, stats, 1e-3)
             if step % 4 == 0:
                 metrics.log_validation(step, {"code": 2.5, "math": 3.5})
@@ -125,15 +126,19 @@ def ask_for_the_end(groups):
     import os
     import signal
 
+    from prism_mcore.agree import summed
     from prism_mcore.train.signals import Signals
+
+    def agreed(here):
+        return bool(summed({"stop": torch.tensor(float(here))})["stop"])
 
     before = signal.getsignal(signal.SIGTERM)
     with Signals() as signals:
-        quiet = signals.received()
+        quiet = agreed(signals.received)
         if groups.rank == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGTERM)
-        return quiet, signals.received(), signal.getsignal(signal.SIGTERM) != before
+        return quiet, agreed(signals.received), signal.getsignal(signal.SIGTERM) != before
 
 
 def test_a_signal_to_one_rank_is_seen_by_all_at_the_same_step():
