@@ -11,6 +11,7 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
+import yaml
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -19,6 +20,7 @@ from prism_mcore import platform
 from prism_mcore.agree import gather_failures
 from prism_mcore.checkpoint.folder import CheckpointError, latest, newest_undamaged, read_state
 from prism_mcore.checkpoint.load import Loaded, load, load_weights
+from prism_mcore.checkpoint.lock import InUse, exclusive
 from prism_mcore.checkpoint.save import Checkpoints
 from prism_mcore.config import SettingsError, dump
 from prism_mcore.convert.offline import SOURCE, remember_source
@@ -30,7 +32,10 @@ from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups, init_groups
 from prism_mcore.train.guards import Guard, GuardStop, Suspects, worst_sequences
 from prism_mcore.train.optimizer import build_optimizer, finish_parameter_gather, wrap
-from prism_mcore.train.settings import LoopSettings
+from prism_mcore.train.schedule import learning_rate
+from prism_mcore.train.settings import LoopSettings, OptimizerSettings
+
+LOCK = "run.lock"
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +78,7 @@ def carry_out(
     logging.basicConfig(level=logging.INFO if groups.rank == 0 else logging.ERROR, format="%(message)s")
     logging.getLogger("megatron").setLevel(logging.WARNING)
     with ExitStack() as opened:
+        hold_folder(settings, groups, opened)
         run = build(groups, device, opened)
         try:
             code = train(run)
@@ -95,6 +101,24 @@ def longest_save(settings: LoopSettings) -> timedelta:
 def due(step: int, every: int, steps: int) -> bool:
     """Is it time for something done every so many steps, and at the end in any case?"""
     return step == steps or (every > 0 and step % every == 0)
+
+
+def hold_folder(settings: LoopSettings, groups: Groups, opened: ExitStack) -> None:
+    """Take the run's folder for this process group alone, until `opened` closes: rank 0 holds the lock for all.
+
+    A SettingsError on every rank where another run is in it, naming its host, process and start.
+    """
+    failure = ""
+    if groups.rank == 0:
+        try:
+            settings.run_dir.mkdir(parents=True, exist_ok=True)
+            opened.enter_context(exclusive(settings.run_dir / LOCK))
+        except InUse as error:
+            failure = f"{error}; wait until it has ended, or give run.name another value"
+        except OSError as error:
+            failure = f"run.dir: {unusable(settings.run_dir, error)}"
+    if failures := gather_failures(failure):
+        raise SettingsError(failures[0])
 
 
 # --- build ------------------------------------------------------------------------------------------------------------
@@ -245,6 +269,8 @@ def resume_run(run: Run, cursor: str, fixed: dict[str, Any], more: ShardedStateD
             )
     loaded = load(newest, run.models, run.optimizer, run.groups, more)
     run.guard.restore(loaded.state["guard"])
+    if note := lr_change(loaded.step, state.get("settings", ""), run.settings):
+        log.info("%s", note)
     log.info("resuming from %s", loaded.path)
     return loaded
 
@@ -252,6 +278,29 @@ def resume_run(run: Run, cursor: str, fixed: dict[str, Any], more: ShardedStateD
 def _as_now(record: dict) -> dict:
     """A spec's record with the fields that it lacks because an earlier version wrote it: no model of that had any."""
     return {f.name: repr(f.default) for f in fields(ModelSpec) if f.default is not MISSING} | record
+
+
+def lr_change(step: int, before: str, now: LoopSettings) -> str:
+    """What changed settings of the schedule do to the learning rate after `step` steps; empty where nothing.
+
+    before: the settings that the checkpoint was saved with, as YAML.
+    """
+    try:
+        old = yaml.safe_load(before)
+        optimizer, steps = OptimizerSettings.model_validate(old["optimizer"]), int(old["train"]["steps"])
+    except (KeyError, TypeError, ValueError, yaml.YAMLError):  # of another version
+        return ""
+    unchanged = learning_rate(step + 1, optimizer, steps)
+    lr = learning_rate(step + 1, now.optimizer, now.train.steps)
+    if lr == unchanged or step >= now.train.steps:
+        return ""
+    here, there = now.optimizer.model_dump(), optimizer.model_dump()
+    names = [f"optimizer.{name}={value} ({there[name]} before)" for name, value in here.items() if value != there[name]]
+    names += [f"train.steps={now.train.steps} ({steps} before)"] * (steps != now.train.steps)
+    return (
+        f"note: lr was {learning_rate(step, optimizer, steps):.4g} at step {step} and is {lr:.4g} at step {step + 1},"
+        f" where it would have been {unchanged:.4g}: {', '.join(names)}"
+    )
 
 
 def spec_record(spec: ModelSpec) -> dict:
