@@ -4,7 +4,7 @@ One engine per model replica; under tensor parallelism every rank of it makes th
 gets the same answers. Nothing is copied from the model: a pass after an optimizer step uses the new weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,17 +78,29 @@ class Engine:
         return None if self.tokenizer is None else response_text(self.tokenizer, completion.tokens, sampling.stop)
 
     @torch.inference_mode()
-    def stream(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+    def stream(
+        self, requests: Sequence[Request], sampling: Sampling, before_pass: Callable[[], None] = lambda: None
+    ) -> Iterator[Completion]:
         """Completions as they finish, in the same order on all tensor-parallel ranks.
 
-        The weights must not change before the last one. Raises ValueError, before anything runs, for an empty prompt,
-        one that leaves no position for a response, a token outside the vocabulary, and caches that are too small.
+        before_pass: called before every pass through the model, the same ones on all tensor-parallel ranks; may raise
+        what is to end the stream. The weights must not change before the last completion. Raises ValueError, before
+        anything runs, for an empty prompt, one that leaves no position for a response, a token outside the vocabulary,
+        and caches that are too small.
         """
         self._check(requests, sampling)
         if requests:
             stop_texts = StopTexts(self.tokenizer, sampling.stop) if sampling.stop else None
             ends = stop_tokens(sampling, self.tokenizer, self.eos)
-            stream = Stream(self.replica, requests, sampling, ends=ends, stop_texts=stop_texts, context=self.context)
+            stream = Stream(
+                self.replica,
+                requests,
+                sampling,
+                ends=ends,
+                stop_texts=stop_texts,
+                context=self.context,
+                before_pass=before_pass,
+            )
             yield from stream.completions()
 
     def reset(self) -> None:

@@ -2,7 +2,7 @@
 
 # b running samples, t tokens of a pass, n rows of logits, v vocabulary (local), d hidden
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -37,7 +37,9 @@ class Stream:
         ends: Collection[int],
         stop_texts: StopTexts | None,
         context: int,
+        before_pass: Callable[[], None] = lambda: None,
     ):
+        self.before_pass = before_pass
         self.replica, self.model, self.requests, self.sampling = replica, replica.model, requests, sampling
         self.temperature = sampling.temperature or 1.0
         self.sampler = replica.sampler(sampling)
@@ -73,7 +75,9 @@ class Stream:
     def completions(self) -> Iterator[Completion]:
         """Finished slots are filled again before the next decoding pass."""
         while self.schedule.unfinished:
+            self.before_pass()
             while (admission := self.schedule.admit()) is not None:
+                self.before_pass()
                 yield from self._start(admission)
             if self.schedule.unfinished:
                 assert self.schedule.active.any(), "the caches have room for any sample that runs alone"

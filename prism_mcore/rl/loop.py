@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from prism_mcore import platform
-from prism_mcore.agree import all_ranks
 from prism_mcore.batch import PackedBatch, PolicyBatch, RolloutGroup
 from prism_mcore.checkpoint.optimizer_state import initialise_state
 from prism_mcore.config import SettingsError
@@ -25,14 +24,14 @@ from prism_mcore.rl.metrics import RLMetrics
 from prism_mcore.rl.packing import micro_batches, pack, samples_of
 from prism_mcore.rl.prompts import Prompts
 from prism_mcore.rl.reference import Reference
-from prism_mcore.rl.rollout import RolloutWorker
+from prism_mcore.rl.rollout import Interrupted, RolloutWorker
 from prism_mcore.rl.settings import RLSettings
 from prism_mcore.rl.step import PolicyStats, policy_backward, score
 from prism_mcore.train.guards import GuardedStats
 from prism_mcore.train.optimizer import gathered_parameters, update
 from prism_mcore.train.run import Run, build_run, carry_out, due, resume_run, save_run
 from prism_mcore.train.schedule import learning_rate
-from prism_mcore.train.signals import Signals
+from prism_mcore.train.signals import SharedSignals
 
 log = logging.getLogger(__name__)
 
@@ -63,31 +62,37 @@ class PolicyRun(Run):
 
 
 def train(run: PolicyRun) -> int:
-    """The loop."""
+    """The loop. A signal ends it in the middle of a generation: a step is a pure function of the weights before it."""
     settings, steps = run.settings, run.settings.train.steps
-    start = resume(run)
-    with RLMetrics(run, start, run.rollouts.clock) as metrics, Signals() as signals:
-        if start == 0:
-            metrics.log_validation(0, held_out_rollouts(run, 0))
-        for step in range(start + 1, steps + 1):
-            metrics.clock.start()
-            groups = training_rollouts(run, step)
-            metrics.write_rollouts(step, groups)  # before anything can stop the step
-            lr = learning_rate(step, settings.optimizer, steps)
-            updates = update_policy(run, step, groups, lr)
-            metrics.log(step, groups, updates, lr, run.tokens)
+    start = done = saved = resume(run)
+    code = DONE
+    with RLMetrics(run, start, run.rollouts.clock) as metrics, SharedSignals() as signals:
+        run.rollouts.stopping = lambda: signals.anywhere
+        try:
+            if due(start, settings.train.validate_every, steps) and metrics.lacks_validation(start):
+                metrics.log_validation(start, held_out_rollouts(run, start))
+            for step in range(start + 1, steps + 1):
+                metrics.clock.start()
+                groups = training_rollouts(run, step)
+                metrics.write_rollouts(step, groups)  # before anything can stop the step
+                lr = learning_rate(step, settings.optimizer, steps)
+                updates = update_policy(run, step, groups, lr)
+                metrics.log(step, groups, updates, lr, run.tokens)
+                done = step
 
-            if due(step, settings.train.validate_every, steps):
-                metrics.log_validation(step, held_out_rollouts(run, step))
-            stop = not all_ranks(not signals.received)
-            if stop or due(step, settings.checkpoint.every, steps):
-                save(run, step)
-            run.checkpoints.poll()
-            if stop and step < steps:
-                log.info("stopped by a signal after step %d; the same command resumes from here", step)
-                break
+                if due(step, settings.train.validate_every, steps):
+                    metrics.log_validation(step, held_out_rollouts(run, step))
+                if due(step, settings.checkpoint.every, steps):
+                    save(run, step)
+                    saved = step
+                run.checkpoints.poll()
+        except Interrupted:
+            code = STOPPED_BY_SIGNAL
+            if done > saved:
+                save(run, done)
+            log.info("stopped by a signal after step %d; the same command resumes from here", done)
     run.checkpoints.wait()
-    return STOPPED_BY_SIGNAL if start < steps and step < steps else DONE
+    return code
 
 
 def training_rollouts(run: PolicyRun, step: int) -> list[RolloutGroup]:

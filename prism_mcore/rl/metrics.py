@@ -91,6 +91,10 @@ class RLMetrics:
             if self.show:
                 show(rollout_table(groups, self.decode, self.show), stderr=True)
 
+    def lacks_validation(self, start: int) -> bool:
+        """Is there no validation of what the run starts from yet? Every rank asks."""
+        return self.records.lacks(VALIDATION_FILE, start)
+
     def log_validation(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """Write down the held-out answers after a step: validation/<what `rollout_metrics` says>."""
         if not self.records or not groups:

@@ -1,11 +1,13 @@
 """Prompts to verified rollouts: generated on this replica's weights, verified as each finishes, known to every rank."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from prism_mcore.batch import Prompt, Rollout, RolloutGroup
@@ -18,6 +20,12 @@ from prism_mcore.rewards.verifier import Verdict, Verifier, reward_parts
 from prism_mcore.text import Tokenizer, before_stop
 from prism_mcore.train.guards import GuardStop
 from prism_mcore.train.metrics import StepClock
+
+STOP_EVERY = 8  # passes between two questions whether the run is to end
+
+
+class Interrupted(Exception):
+    """A rank was asked to end the run while rollouts were generated; raised on every rank."""
 
 
 @dataclass
@@ -36,6 +44,8 @@ class RolloutWorker:
     seed: int
     groups: Groups
     clock: StepClock = field(default_factory=StepClock)
+    stopping: Callable[[], bool] = lambda: False  # is the run to end?
+    passes: int = 0  # through the model in this call
     tickets: int = 0  # given out so far
     idle_share: float = 0.0  # of the engine's slots in the last call
     generation_s: float = 0.0  # of the slowest replica since the clock was started
@@ -43,12 +53,13 @@ class RolloutWorker:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int, version: int) -> list[RolloutGroup]:
         """A group of sampling.samples rollouts for each prompt, in their order, the same on every rank.
 
-        version: optimizer updates that the weights have seen. Marks the clock: generation, rewards, gather.
+        version: optimizer updates that the weights have seen. Marks the clock: generation, rewards, gather. Raises
+        Interrupted within a few passes once `stopping`, and GuardStop where a replica's numbers are not finite.
         """
         keys = self._keys(prompts, sampling.samples, step)
         mine = list(enumerate(prompts))[self.groups.dp_rank :: self.groups.dp_size]
         rollouts: list[Rollout] = []
-        failure = ""
+        failure, interrupted = "", False
         try:
             finished = self._sampled(mine, keys, sampling)
             self.clock.mark("generation")
@@ -56,7 +67,9 @@ class RolloutWorker:
             self.clock.mark("rewards")
         except FloatingPointError as error:  # perhaps of this replica alone: the others hear of it where they meet
             failure = f"rank {self.groups.rank}: {error}"
-        ordered = sorted(self._gathered(rollouts, failure, step), key=lambda r: (r.group, r.sample))
+        except Interrupted:
+            interrupted = True
+        ordered = sorted(self._gathered(rollouts, failure, interrupted, step), key=lambda r: (r.group, r.sample))
         by_group = {group: tuple(members) for group, members in groupby(ordered, key=lambda r: r.group)}
         return [RolloutGroup(prompt, by_group[place]) for place, prompt in enumerate(prompts)]
 
@@ -67,7 +80,8 @@ class RolloutWorker:
         before = self.engine.statistics
         requests = [Request(prompt.tokens, keys[place]) for place, prompt in mine]
         finished: list[tuple[int, str, Completion]] = []
-        for completion in self.engine.stream(requests, sampling):
+        self.passes = 0
+        for completion in self.engine.stream(requests, sampling, self._check_stopping):
             if self.verifier is not None:
                 text = self.text(completion.tokens, completion.stop_token)
                 finished.append((self.tickets, text, completion))
@@ -92,14 +106,28 @@ class RolloutWorker:
             for ticket, text, completion in finished
         ]
 
-    def _gathered(self, rollouts: list[Rollout], failure: str, step: int) -> list[Rollout]:
-        """Every replica's rollouts; GuardStop on every rank where one could not generate. Marks the clock: gather."""
-        everyone: list[tuple[list[Rollout], float, str]] = [([], 0.0, "")] * self.groups.tp_dp_cp.size()
-        here = rollouts, self.clock.parts.get("time/generation_s", 0.0), failure
+    def _check_stopping(self) -> None:
+        """Before every pass: the ranks of a replica leave it together, the replicas each for itself."""
+        self.passes += 1
+        if self.passes % STOP_EVERY == 1:
+            stopping = self.stopping()
+            if self.groups.tp_size > 1:
+                flag = torch.tensor(int(stopping), device=self.engine.replica.device)
+                dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.groups.tp)
+                stopping = bool(flag)
+            if stopping:
+                raise Interrupted
+
+    def _gathered(self, rollouts: list[Rollout], failure: str, interrupted: bool, step: int) -> list[Rollout]:
+        """Every replica's rollouts, where all have made them. Marks the clock: gather."""
+        everyone: list[Any] = [None] * self.groups.tp_dp_cp.size()
+        here = rollouts, self.clock.parts.get("time/generation_s", 0.0), failure, interrupted
         dist.all_gather_object(everyone, here, group=self.groups.tp_dp_cp)
-        if failures := [failure for *_, failure in everyone if failure]:
+        if failures := [failure for _, _, failure, _ in everyone if failure]:
             raise GuardStop(f"step {step}: {'; '.join(failures)}")
-        self.generation_s = max(seconds for _, seconds, _ in everyone)
+        if any(interrupted for *_, interrupted in everyone):
+            raise Interrupted
+        self.generation_s = max(seconds for _, seconds, *_ in everyone)
         self.clock.mark("gather")
         return [rollout for of_rank, *_ in everyone for rollout in of_rank]
 

@@ -50,8 +50,8 @@ def train(run: MidtrainRun) -> int:
     start = resume(run)
     batches = run.loader.steps(start)
     with Metrics(run, start) as metrics, Signals() as signals, contextlib.closing(batches):
-        if start == 0:
-            metrics.log_validation(0, held_out_losses(run))
+        if due(start, settings.train.validate_every, steps) and metrics.lacks_validation(start):
+            metrics.log_validation(start, held_out_losses(run))
         for step in range(start + 1, steps + 1):
             metrics.start_step()
             batch = next(batches)

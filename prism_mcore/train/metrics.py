@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 import numpy as np
 import torch
 
+from prism_mcore.agree import all_ranks
 from prism_mcore.console import say
 from prism_mcore.model.flops import flops_of_documents
 from prism_mcore.plan.throughput import peak_flops
@@ -35,6 +36,7 @@ class Records:
 
     def __init__(self, folder: Path, files: Sequence[str], start: int, *, tensorboard: bool, rank: int):
         self._files: dict[str, TextIO] = {}
+        self._last: dict[str, int] = {}  # the step of each file's last record when it was opened
         self._tensorboard: Any = None
         if rank == 0:
             self._open(folder, files, start, tensorboard)
@@ -42,12 +44,16 @@ class Records:
     def _open(self, folder: Path, files: Sequence[str], start: int, tensorboard: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in files:
-            truncate_after(folder / name, start)
+            self._last[name] = truncate_after(folder / name, start)
             self._files[name] = open(folder / name, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def lacks(self, file: str, step: int) -> bool:
+        """Is there no record of this step yet? Every rank asks, and gets rank 0's answer."""
+        return not all_ranks(not self._files or self._last[file] == step)
 
     def __bool__(self) -> bool:
         """Is anything written here?"""
@@ -160,6 +166,10 @@ class Metrics:
         if step % self.every == 0 or step == self.steps:
             say(self._line(record, domains), stderr=True)
 
+    def lacks_validation(self, start: int) -> bool:
+        """Is there no validation of what the run starts from yet? Every rank asks."""
+        return self.records.lacks(VALIDATION_FILE, start)
+
     def log_validation(self, step: int, losses: dict[str, float]) -> None:
         """Write down the validation after a step: nats per token by domain; nothing where nothing is held out."""
         if not (self.records and losses):
@@ -198,10 +208,14 @@ def domain_losses(domains: list[str], stats: StepStats) -> dict[str, float]:
     return {domain: nats[domain] / tokens[domain] for domain in nats}
 
 
-def truncate_after(path: Path, step: int) -> None:
-    """Drop the records of a .jsonl file that are beyond `step`, and a last line that a crash cut short."""
+def truncate_after(path: Path, step: int) -> int:
+    """Drop the records of a .jsonl file that are beyond `step`, and a last line that a crash cut short.
+
+    Returns the step of the last record that stays, -1 without any.
+    """
+    last = -1
     if not path.exists():
-        return
+        return last
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -210,9 +224,11 @@ def truncate_after(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line + "\n")
+            last = record["step"]
     temporary = path.with_name(f".tmp_{path.name}")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
+    return last
 
 
 def peak_memory_gb() -> float:

@@ -99,8 +99,8 @@ def longest_save(settings: LoopSettings) -> timedelta:
 
 
 def due(step: int, every: int, steps: int) -> bool:
-    """Is it time for something done every so many steps, and at the end in any case?"""
-    return step == steps or (every > 0 and step % every == 0)
+    """Is it time for something done every so many steps, at the start and the end in any case?"""
+    return step in (0, steps) or (every > 0 and step % every == 0)
 
 
 def hold_folder(settings: LoopSettings, groups: Groups, opened: ExitStack) -> None:

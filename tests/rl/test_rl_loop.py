@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -471,3 +472,82 @@ def test_settings_that_cannot_work_are_refused_before_anything_starts(files, tmp
     with pytest.raises(SettingsError) as error:
         check(wanted, resolve_spec(wanted.model), 2)
     assert message in str(error.value)
+
+
+def signalled_while_generating(groups, settings, step, rank):
+    """The signal comes to one rank in the middle of its replica's step; what was generated of it, and the exit code."""
+    from prism_mcore.rl import loop
+
+    with ExitStack() as opened:
+        run = loop.build(
+            settings, open_prompts(settings, resolve_spec(settings.model)), groups, torch.device("cpu"), opened
+        )
+        generate, check, passes = run.rollouts.generate, run.rollouts._check_stopping, []
+
+        def counted(prompts, sampling, **of_step):
+            passes.clear()
+            return generate(prompts, sampling, **of_step)
+
+        def checked():
+            passes.append(run.rollouts.passes)
+            if len(passes) == 20 and len(run_steps) == step and groups.rank == rank:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            check()
+
+        run_steps, rolled = [], loop.training_rollouts
+
+        def training_rollouts(run, number):
+            run_steps.append(number)
+            return rolled(run, number)
+
+        run.rollouts.generate, run.rollouts._check_stopping, loop.training_rollouts = (
+            counted,
+            checked,
+            training_rollouts,
+        )
+        try:
+            return loop.train(run), len(passes)
+        finally:
+            loop.training_rollouts = rolled
+
+
+LONG = {
+    "rl": {"context": 420, "prompts_per_step": 2, "kl_coefficient": 0.0},
+    "sampling": {"samples": 2, "max_tokens": 400, "ignore_eos": True},
+    "train": {"steps": 3},
+}
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}], ids=["dp2", "tp2"])
+def test_a_signal_in_a_long_generation_drops_the_step_and_saves_what_was_before(files, tmp_path, layout):
+    sections = LONG | {"parallel": layout, "run": {"name": "run", "dir": str(tmp_path), "seed": 3}}
+    wanted = settings(files, tmp_path, **sections)
+    results = run_ranks(2, signalled_while_generating, wanted, 3, 1, **layout)
+    assert {code for code, _ in results} == {STOPPED_BY_SIGNAL}
+    assert results[1][1] <= 30 and all(passes < 200 for _, passes in results)  # of 400: both replicas left early
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000002"
+    assert [r["step"] for r in records(tmp_path)] == [1, 2]
+    assert not (tmp_path / "run" / "rollouts" / "step_00000003.jsonl").exists()
+
+
+def blocked(groups):
+    """Rank 0 is signalled while it waits in a collective for rank 1, which asks whether anybody was."""
+    import torch.distributed as dist
+
+    from prism_mcore.train.signals import SharedSignals
+
+    with SharedSignals() as signals:
+        seen = []
+        if groups.rank == 1:
+            while not signals.anywhere:
+                time.sleep(0.01)
+            seen.append(True)
+        else:
+            killer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+            killer.start()
+        dist.barrier()  # rank 0 is here all the time
+        return seen
+
+
+def test_a_rank_that_waits_in_a_collective_tells_the_others_of_its_signal():
+    assert run_ranks(2, blocked, timeout_s=30) == [[], [True]]
