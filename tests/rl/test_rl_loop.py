@@ -315,7 +315,7 @@ def test_hanging_and_crashing_verifiers_cost_their_samples(files, tmp_path):
         "        return good(record, response)\n"
         "    registry.REWARDS['choice'] = registry.Reward(choice, ('answer',))\n"
     )
-    sections = {"rewards": {"require_think": False, "workers": 2, "timeout_s": 0.2}, "train": {"steps": 1}}
+    sections = {"rewards": {"require_think": False, "workers": 2, "timeout_s": 0.5}, "train": {"steps": 1}}
     run_ranks(2, faulty_reward, settings(files, tmp_path, **sections), tmp_path)
     (record,) = records(tmp_path)
     lost = record["verifier/timeout"] + record["verifier/crash"]
