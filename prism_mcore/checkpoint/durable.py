@@ -58,23 +58,45 @@ def write_manifest(folder: Path, known: dict[str, FileRecord]) -> None:
     write_atomically(folder / MANIFEST, json.dumps({"version": MANIFEST_VERSION, "files": records}, indent=1))
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a small file holds. Raises ValueError, naming the file, where it holds none."""
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:  # not text, and not JSON, are ValueErrors
+        raise ValueError(f"{path} cannot be read: {error!r}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} cannot be read: it holds {type(value).__name__}, not an object")
+    return value
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The folder's manifest: "files" maps names to records. Raises ValueError, naming the file."""
+    path = folder / MANIFEST
+    manifest = read_object(path)
+    if (version := manifest.get("version")) != MANIFEST_VERSION:
+        raise ValueError(f"{path} has version {version}; this program reads version {MANIFEST_VERSION}")
+    files = manifest.get("files")
+    records = files.values() if isinstance(files, dict) else [None]
+    if not all(isinstance(record, dict) and {"size", "sha256"} <= record.keys() for record in records):
+        raise ValueError(f"{path} cannot be read: it does not give the size and SHA-256 of each file")
+    return manifest
+
+
 def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with the files that the folder's manifest lists, one line per file; empty when all is well.
 
     part, parts: check only every parts-th file, so that ranks share the hashing of a large checkpoint.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        records: dict[str, FileRecord] = manifest["files"]
-        version = manifest["version"]
-    except FileNotFoundError:
-        return [f"{folder / MANIFEST} is missing"]
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"{folder / MANIFEST} cannot be read: {error!r}"]
-    if version != MANIFEST_VERSION:
-        return [f"{folder / MANIFEST} has version {version}; this program reads version {MANIFEST_VERSION}"]
-    problems = [_damage_of(folder, name, record) for name, record in sorted(records.items())[part::parts]]
-    unlisted = _unlisted(folder, records) if part == 0 else []
+        records: dict[str, FileRecord] = read_manifest(folder)["files"]
+        problems = [_damage_of(folder, name, record) for name, record in sorted(records.items())[part::parts]]
+        unlisted = _unlisted(folder, records) if part == 0 else []
+    except ValueError as error:
+        return [str(error)]
+    except OSError as error:
+        return [f"{folder} cannot be read: {error}"]
     return unlisted + [problem for problem in problems if problem]
 
 

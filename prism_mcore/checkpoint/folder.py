@@ -11,7 +11,6 @@
     latest                   the name of the newest complete one
 """
 
-import contextlib
 import json
 import logging
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
 from prism_mcore.agree import gather_failures
-from prism_mcore.checkpoint.durable import FileRecord, damage, write_manifest
+from prism_mcore.checkpoint.durable import FileRecord, damage, read_object, write_manifest
 
 FORMAT_VERSION = 1
 STATE = "state.json"
@@ -46,14 +45,31 @@ def complete_steps(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint that `latest` names, else the newest complete one; None where there is none."""
-    steps = complete_steps(folder)
-    with contextlib.suppress(FileNotFoundError):
-        named = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
-        if named in steps:
-            return named
-        log.warning("%s names %s, which is not there", folder / LATEST, named.name)
+    """The checkpoint that `latest` names, else the newest complete one; None where there is none.
+
+    A file that names none is warned of: it is one of many ways to be damaged, and the checkpoints are checked anyway.
+    """
+    steps, path = complete_steps(folder), folder / LATEST
+    try:
+        text = path.read_bytes().decode("utf-8").strip()
+    except FileNotFoundError:
+        return steps[-1] if steps else None
+    except (OSError, UnicodeDecodeError) as error:
+        log.warning("%s cannot be read (%s); taking the newest checkpoint", path, error)
+        return steps[-1] if steps else None
+    for step in steps:
+        if step.name == text:
+            return step
+    log.warning("%s names %s, which is not there; taking the newest checkpoint", path, repr(text[:80]))
     return steps[-1] if steps else None
+
+
+def checkpoint_in(path: Path) -> Path:
+    """A checkpoint's folder, given that, a run's, or an import's: then the newest. Raises CheckpointError."""
+    for folder in (path, path / "checkpoints"):
+        if (found := folder if (folder / STATE).is_file() else latest(folder)) is not None:
+            return found
+    raise CheckpointError(f"{path} holds no checkpoint; give a checkpoint's folder, a run's, or what from-hf wrote")
 
 
 def newest_undamaged(folder: Path) -> Path | None:
@@ -80,14 +96,25 @@ def newest_undamaged(folder: Path) -> Path | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint: format_version, step, layout, optimizer_step, state; unknown versions are refused."""
-    record = json.loads((path / STATE).read_text(encoding="utf-8"))
+    """state.json of a checkpoint: format_version, step, layout, optimizer_step, state.
+
+    Raises CheckpointError, naming the file, for unknown versions and for what is no such record.
+    """
+    try:
+        record = read_object(path / STATE)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     version = record.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version}; this program reads version {FORMAT_VERSION}."
             " Load it with the version of prism_mcore that wrote it"
         )
+    for key, kind in {"step": int, "layout": dict, "optimizer_step": int, "state": dict}.items():
+        if type(record.get(key)) is not kind:
+            raise CheckpointError(
+                f"{path / STATE} is damaged: its {key} is {record.get(key)!r:.80}, not {kind.__name__}"
+            )
     return record
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory, StateDict
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from prism_mcore.agree import gather_failures
-from prism_mcore.checkpoint.durable import damage
+from prism_mcore.checkpoint.durable import damage, read_object
 from prism_mcore.checkpoint.folder import CheckpointError, read_state
 from prism_mcore.checkpoint.index import read_index
 from prism_mcore.checkpoint.optimizer_state import load_optimizer
@@ -118,10 +118,22 @@ def load_tensors(wanted: ShardedStateDict, path: Path, index: Metadata) -> State
 
     Raises CheckpointError, naming the file where it is one, for tensors that cannot be read.
     """
+    _check_format(path)
     try:
         return dist_checkpointing.load(wanted, str(path), _ByIndex(index), _NothingInCommon())
     except (CheckpointException, CheckpointingException) as error:
         raise CheckpointError(f"cannot load {path}: {_reasons(error)}") from error
+
+
+def _check_format(path: Path) -> None:
+    """megatron-core reads its own small file as it comes."""
+    file = path / "metadata.json"
+    try:
+        config = CheckpointingConfig(**read_object(file))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if config.sharded_backend != "torch_dist":
+        raise CheckpointError(f"{file} says the format {config.sharded_backend!r:.80}; needed: 'torch_dist'")
 
 
 def _reasons(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from prism_mcore.checkpoint.durable import (
     FileRecord,
     damage,
     describe,
+    read_manifest,
     sync_file,
     write_atomically,
 )
@@ -44,13 +45,24 @@ def tensor_record(entry: Entry, digest: Any) -> TensorRecord:
     return {"dtype": entry.dtype, "shape": list(entry.shape), "sha256": digest.hexdigest()}
 
 
+def tensor_records(folder: Path) -> dict[str, dict[str, TensorRecord]]:
+    """What the manifest says of the tensors of each file. Raises ValueError, naming it, where it says nothing."""
+    recorded = read_manifest(folder).get("tensors")
+    of_files = recorded.values() if isinstance(recorded, dict) else [None]
+    of_tensors = [record for records in of_files for record in (records.values() if isinstance(records, dict) else [0])]
+    if not all(isinstance(record, dict) and {"dtype", "shape", "sha256"} <= record.keys() for record in of_tensors):
+        raise ValueError(f"{folder / MANIFEST} does not give dtype, shape and SHA-256 of each tensor")
+    assert isinstance(recorded, dict)
+    return recorded
+
+
 def verify(folder: Path) -> list[str]:
     """What is wrong with an export, one line per file or tensor; empty when all is as its manifest says."""
     problems = damage(folder)
     try:
-        recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["tensors"]
+        recorded = tensor_records(folder)
         shards = read_directory(folder).shards
-    except (OSError, ValueError, KeyError) as error:  # ExchangeError is a ValueError
+    except (OSError, ValueError) as error:  # ExchangeError is a ValueError
         return problems or [str(error)]
     if recorded.keys() != shards.keys():
         problems.append(f"{folder / MANIFEST} lists tensors of {sorted(recorded)}; there are {sorted(shards)}")
