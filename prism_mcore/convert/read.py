@@ -6,17 +6,20 @@ same files again when the directory itself is gone.
 
 import contextlib
 import json
+import logging
 import math
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prism_mcore.checkpoint.durable import MANIFEST, sync_file, sync_folder
+from prism_mcore.checkpoint.durable import MANIFEST, read_object, sync_file, sync_folder
 from prism_mcore.checkpoint.files import read_exactly
 from prism_mcore.convert.names import ExchangeError, HFTensor, Shape, hf_tensors
 from prism_mcore.model.spec import ModelSpec, UnsupportedModel, read_spec
@@ -27,8 +30,14 @@ LAYOUT_VERSION = 1
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")  # what an index names
+ADAPTER = "adapter_config.json"
+# Tensors that follow from config.json, which earlier versions of transformers saved and later ones read past.
+BUFFER = re.compile(r"(.+\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 TIED_ROWS = 4096  # compared at once
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,13 +82,19 @@ class HFDirectory:
 
     @property
     def names(self) -> set[str]:
-        return {name for shard in self.shards.values() for name in shard.entries}
+        return {name for _, name, _ in self.entries()}
+
+    @property
+    def buffers(self) -> list[str]:
+        """Tensors that are no parameters: what they hold follows from config.json."""
+        return [name for shard in self.shards.values() for name in shard.entries if BUFFER.fullmatch(name)]
 
     def entries(self) -> Iterator[tuple[str, str, Entry]]:
-        """(file, tensor, entry) in the order of files and bytes."""
+        """(file, tensor, entry) in the order of files and bytes, without buffers."""
         for file, shard in self.shards.items():
             for name, entry in shard.entries.items():
-                yield file, name, entry
+                if not BUFFER.fullmatch(name):
+                    yield file, name, entry
 
     def spec(self) -> ModelSpec:
         """The model's shape; an ExchangeError for what the engine cannot run."""
@@ -98,7 +113,9 @@ class HFDirectory:
         for file, name, entry in self.entries():
             if name not in tensors:
                 raise ExchangeError(
-                    f"{self.folder / file} has {name}, which nothing would read: the model has no such tensor"
+                    f"{self.folder / file} has {name}, which nothing would read: the model that config.json describes"
+                    " has no such tensor. Take the directory with the config.json that belongs to it, or, where the"
+                    " model is whole without the tensor, a copy of the files without it"
                 )
             if entry.shape != tensors[name].shape:
                 raise ExchangeError(
@@ -121,6 +138,7 @@ def read_directory(folder: Path) -> HFDirectory:
     if not index.is_file() and not (folder / SINGLE).is_file():
         raise ExchangeError(_no_safetensors(folder))
     files = _read_index(index) if index.is_file() else {SINGLE: None}
+    _refuse_ambiguity(folder, files.keys())
     for file, listed in files.items():
         if not (folder / file).is_file():
             raise ExchangeError(f"{index} names {file}, with {_some(listed or [])}; it is missing from {folder}")
@@ -128,7 +146,33 @@ def read_directory(folder: Path) -> HFDirectory:
     for file, listed in files.items():
         if listed is not None:
             _check_listed(index, folder / file, set(listed), set(shards[file].entries))
-    return HFDirectory(folder, shards, tuple(side_files(folder)))
+    directory = HFDirectory(folder, shards, tuple(side_files(folder)))
+    if directory.buffers:
+        log.warning("note: %s of %s is read past: it follows from config.json", _some(directory.buffers), folder)
+    return directory
+
+
+def _refuse_ambiguity(folder: Path, files: Collection[str]) -> None:
+    """An ExchangeError where transformers and this program, or two readers of the files, could take other weights.
+
+    files: those that the index names or, without one, the single file.
+    """
+    index, single = folder / INDEX, folder / SINGLE
+    if single.is_file() and set(files) != {SINGLE}:
+        raise ExchangeError(
+            f"{folder} holds two sets of weights: {single}, which transformers takes, and {index}, which names"
+            f" {_some(sorted(set(files) - {SINGLE}))}; remove the one that is not meant"
+        )
+    unnamed = sorted(path.name for path in folder.iterdir() if SHARD.fullmatch(path.name) and path.name not in files)
+    if unnamed:
+        named = f"{index} does not name" if index.is_file() else f"lies beside {single} without an index"
+        what = f"{named} {_some(unnamed)}" if index.is_file() else f"{folder / unnamed[0]} {named}"
+        raise ExchangeError(f"{what}; remove what is left of other weights, or take the whole directory again")
+    if (folder / ADAPTER).is_file():
+        raise ExchangeError(
+            f"{folder / ADAPTER} is of an adapter, which transformers adds to the weights beside it; merge it into them"
+            " first, or remove its files to take the weights without it"
+        )
 
 
 def keep_directory(source: HFDirectory, folder: Path) -> None:
@@ -151,12 +195,16 @@ def keep_directory(source: HFDirectory, folder: Path) -> None:
 def kept_directory(folder: Path) -> HFDirectory:
     """The source whose layout `keep_directory` wrote."""
     try:
-        layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
-        version, headers = layout["version"], layout["headers"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExchangeError(f"{folder / LAYOUT} cannot be read: {error!r}") from error
+        layout = read_object(folder / LAYOUT)
+    except ValueError as error:
+        raise ExchangeError(str(error)) from error
+    version, headers = layout.get("version"), layout.get("headers")
     if version != LAYOUT_VERSION:
         raise ExchangeError(f"{folder / LAYOUT} has version {version}; this program reads version {LAYOUT_VERSION}")
+    if not isinstance(headers, dict) or not all(isinstance(header, str) for header in headers.values()):
+        raise ExchangeError(f"{folder / LAYOUT} is damaged: it does not give the header of each file")
+    if foreign := [file for file in headers if Path(file).name != file]:
+        raise ExchangeError(f"{folder / LAYOUT} is damaged: it names {foreign[0]!r}, which is not a file's name")
     shards = {file: Shard(header, parse_header(header, folder / file)) for file, header in headers.items()}
     return HFDirectory(folder, shards, tuple(path for path in side_files(folder) if path.name != LAYOUT))
 
@@ -199,16 +247,24 @@ class HFTensors(contextlib.ExitStack):
         return rows
 
 
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object that says nothing twice: readers differ in which they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return found
+
+
 def parse_header(header: str, file: Path) -> dict[str, Entry]:
     """The tensors of a safetensors header in the order of their bytes; `file` is what messages call it."""
     try:
-        raw = json.loads(header)
+        raw = json.loads(header, object_pairs_hook=_unambiguous)
         described = {name: value for name, value in raw.items() if name != "__metadata__"}
         entries = {
-            name: Entry(value["dtype"], tuple(value["shape"]), *value["data_offsets"])
-            for name, value in sorted(described.items(), key=lambda item: item[1]["data_offsets"])
+            name: _entry(value) for name, value in sorted(described.items(), key=lambda item: item[1]["data_offsets"])
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ExchangeError(f"{file} is not a safetensors file: its header cannot be read ({error!r})") from error
     end = 0
     for name, entry in entries.items():
@@ -220,18 +276,26 @@ def parse_header(header: str, file: Path) -> dict[str, Entry]:
     return entries
 
 
+def _entry(described: dict[str, Any]) -> Entry:
+    shape, (start, end) = described["shape"], described["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+        raise ValueError(f"the shape {shape} and the place {[start, end]} are not whole numbers")
+    return Entry(described["dtype"], tuple(shape), start, end)
+
+
 def _read_index(index: Path) -> dict[str, list[str] | None]:
     """The files that the index names, sorted, and the tensors it puts in each."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        text = index.read_bytes().decode("utf-8")
+        weight_map = json.loads(text, object_pairs_hook=_unambiguous)["weight_map"]
         files: dict[str, list[str]] = {}
         for name, file in weight_map.items():
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise ExchangeError(f"{index} names {file!r} for {name}; needed: a safetensors file beside it")
             files.setdefault(file, []).append(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ExchangeError):
-            raise
+    except ExchangeError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ExchangeError(f"{index} is not an index of safetensors files: {error!r}") from error
     return dict(sorted(files.items()))
 
@@ -258,7 +322,7 @@ def _read_shard(path: Path) -> Shard:
 def _check_listed(index: Path, path: Path, listed: set[str], found: set[str]) -> None:
     if lacking := sorted(listed - found):
         raise ExchangeError(f"{index} says that {path.name} has {_some(lacking)}; it has not")
-    if extra := sorted(found - listed):
+    if extra := sorted(name for name in found - listed if not BUFFER.fullmatch(name)):
         raise ExchangeError(f"{path} has {_some(extra)}, of which {index.name} says nothing")
 
 

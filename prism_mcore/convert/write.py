@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from prism_mcore.checkpoint.durable import FileRecord, sync_folder
 from prism_mcore.checkpoint.files import BLOCK_BYTES, BLOCKS_WAITING, Buffers, HashedFile, Workers, as_bytes
 from prism_mcore.convert.manifest import TensorRecord, tensor_record, write_export_manifest
 from prism_mcore.convert.names import ExchangeError, hf_tensors
-from prism_mcore.convert.read import DTYPE_NAMES, INDEX, SINGLE, Entry, HFDirectory, Shard, parse_header
+from prism_mcore.convert.read import BUFFER, DTYPE_NAMES, INDEX, SINGLE, Entry, HFDirectory, Shard, parse_header
 from prism_mcore.model.spec import ModelSpec
 
 SHARD_BYTES = 5 * 10**9  # of a model that did not come from Hugging Face
@@ -34,6 +34,7 @@ def write_directory(
     on_bytes: told of the size of every block written. Raises ExchangeError
     where the disk is full or cannot be written; then nothing is left behind.
     """
+    source = without_buffers(source)
     with new_directory(out) as folder:
         for path in source.side_files:
             shutil.copyfile(path, folder / path.name)
@@ -103,6 +104,17 @@ def _write_shard(
     return file.record, {name: tensor_record(entry, digests[name]) for name, entry in shard.entries.items()}
 
 
+def is_wider(dtype: torch.dtype, target: torch.dtype) -> bool:
+    """Whether numbers of `dtype` are rounded when they are written as `target`."""
+    return torch.promote_types(dtype, target) != target
+
+
+def rounding(names: Sequence[str], out: str | Path) -> str:
+    """What is said where tensors are written in a narrower dtype than the model has."""
+    rest = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+    return f"{names[0]}{rest} are rounded to the dtype that the model's directory had when it is written to {out}"
+
+
 def blocks(entry: Entry) -> Iterator[tuple[int, int]]:
     """Rows [start, stop) of a tensor, about BLOCK_BYTES at a time."""
     rows = entry.shape[0]
@@ -149,6 +161,19 @@ def in_fp32(source: HFDirectory) -> HFDirectory:
     for file, shard in source.shards.items():
         tensors = {name: (torch.float32, entry.shape) for name, entry in shard.entries.items()}
         shards[file] = make_shard(tensors, file, json.loads(shard.header).get("__metadata__"))
+    return replace(source, shards=shards, side_files=tuple(path for path in source.side_files if path.name != INDEX))
+
+
+def without_buffers(source: HFDirectory) -> HFDirectory:
+    """The same layout without the tensors that nothing reads, and thus nobody can write."""
+    if not source.buffers:
+        return source
+    shards = {}
+    for file, shard in source.shards.items():
+        entries = {name: entry for name, entry in shard.entries.items() if not BUFFER.fullmatch(name)}
+        tensors = {name: (entry.torch_dtype, entry.shape) for name, entry in entries.items()}
+        shards[file] = make_shard(tensors, file, json.loads(shard.header).get("__metadata__"))
+    shards = {file: shard for file, shard in shards.items() if shard.entries}
     return replace(source, shards=shards, side_files=tuple(path for path in source.side_files if path.name != INDEX))
 
 

@@ -210,8 +210,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     file = find_config(path)
     try:
-        raw = json.loads(file.read_text(), object_hook=_decode_float)
-    except json.JSONDecodeError as error:
+        raw = json.loads(file.read_text(encoding="utf-8"), object_hook=_decode_float)
+    except (ValueError, RecursionError) as error:  # bytes that are no text, too
         raise UnsupportedModel(f"{file} is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise UnsupportedModel(f"{file} holds a {type(raw).__name__}; needed: an object, as in a config.json")
