@@ -74,7 +74,8 @@ def _read(arguments: argparse.Namespace) -> tuple[GenerateSettings, ModelSpec, A
     lines, blank = read_prompts(arguments.prompts, tokenizer, spec)
     if blank and rank() == 0:
         say(f"note: {blank:,} blank lines of {arguments.prompts} were skipped", stderr=True)
-    unfinished.check(arguments.out, unfinished.case_of(arguments.hf, arguments.prompts, settings))
+    if rank() == 0 and unfinished.files(arguments.out):  # the weights may all have to be read for it
+        unfinished.check(arguments.out, unfinished.case_of(arguments.hf, arguments.prompts, settings))
     return settings, spec, tokenizer, lines
 
 
@@ -84,7 +85,7 @@ def _generate(
     import torch.distributed as dist
 
     from prism_mcore import platform
-    from prism_mcore.convert.online import model_from_hf
+    from prism_mcore.convert.online import agreed, model_from_hf
     from prism_mcore.generate import unfinished
     from prism_mcore.generate.engine import Engine
     from prism_mcore.generate.prompts import requests_of, response_lines
@@ -93,11 +94,13 @@ def _generate(
 
     device = platform.start(timeout=LONGEST_WAIT)
     groups = init_groups(settings.parallel)
-    case = unfinished.case_of(arguments.hf, arguments.prompts, settings)
+    with agreed():
+        case = unfinished.case_of(arguments.hf, arguments.prompts, settings) if groups.rank == 0 else {}
     completions = unfinished.take_over(arguments.out, case) if groups.rank == 0 else {}
-    earlier = [set(completions)]
-    dist.broadcast_object_list(earlier)  # before any rank writes
-    requests = requests_of(lines, settings.sampling, earlier[0], groups.dp_rank, groups.dp_size)
+    shared = [case, set(completions)]
+    dist.broadcast_object_list(shared)  # before any rank writes
+    case, earlier = shared
+    requests = requests_of(lines, settings.sampling, earlier, groups.dp_rank, groups.dp_size)
     (model,) = model_from_hf(arguments.hf, settings, groups, device)
     engine = Engine(model, tokenizer, settings=settings.generate, eos=read_eos(arguments.hf))
 
@@ -110,7 +113,7 @@ def _generate(
             with part.open("w", encoding="utf-8") as file:
                 file.writelines(response_lines(lines, everyone, tokenizer, settings.sampling))
             part.replace(arguments.out)
-            _report(arguments.out, everyone, earlier[0], time.monotonic() - started)
+            _report(arguments.out, everyone, earlier, time.monotonic() - started)
         dist.barrier()  # the file is there: what it was made from can go
         if writer is not None:
             writer.remove()
@@ -185,7 +188,9 @@ def _print_plan(
     from prism_mcore.generate import unfinished
     from prism_mcore.plan.memory import num_parameters
 
-    done = len(unfinished.read(arguments.out, unfinished.case_of(arguments.hf, arguments.prompts, settings)))
+    done = 0
+    if unfinished.files(arguments.out):
+        done = len(unfinished.read(arguments.out, unfinished.case_of(arguments.hf, arguments.prompts, settings)))
     lengths = [len(line.tokens) for line in lines]
     how = settings.sampling
     table = Table(show_header=False, title="Generation", title_justify="left")

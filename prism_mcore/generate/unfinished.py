@@ -14,56 +14,45 @@ from typing import Any
 
 import numpy as np
 
+from prism_mcore.convert.identity import identity
 from prism_mcore.generate.requests import Completion
 from prism_mcore.generate.settings import GenerateSettings
 from prism_mcore.json_lines import parse_object
 
-PIECE = 1 << 20  # bytes
 Place = tuple[int, int]  # (line of the prompt file, sample)
 Case = dict[str, Any]  # everything that samples depend on
 
 
 def case_of(hf: Path, prompts: Path, settings: GenerateSettings) -> Case:
     """What the samples of one generation have in common: model, prompts, sampling, numerics; not layout or slots."""
-    weights = {file.name: _fingerprint(file) for file in sorted(hf.glob("*.safetensors"))}
     used = settings.model_dump(mode="json", include={"sampling", "precision", "kernels"})
     return {
         "prompts": hashlib.sha256(prompts.read_bytes()).hexdigest(),
-        "weights": weights,
+        "model": identity(hf),
         **{f"{section}.{name}": value for section, values in used.items() for name, value in values.items()},
     }
 
 
-def _fingerprint(file: Path) -> str:
-    """Of its size and three pieces: a copy on another node's disk has the same, training on changes it."""
-    size, digest = file.stat().st_size, hashlib.sha256()
-    with file.open("rb") as opened:
-        for start in (0, size // 2, max(0, size - PIECE)):
-            opened.seek(start)
-            digest.update(opened.read(PIECE))
-    return f"{size} bytes, {digest.hexdigest()}"
-
-
 def check(out: Path, case: Case) -> None:
     """A ValueError where samples of another case lie beside `out`."""
-    for file in _files(out):
+    for file in files(out):
         with file.open(encoding="utf-8", errors="replace") as lines:
             _check_case(file, lines.readline(), out, case)
 
 
 def read(out: Path, case: Case) -> dict[Place, Completion]:
     """All samples that earlier tries finished. Raises ValueError as `check`, and for a broken line."""
-    return {place: sample for file in _files(out) for place, sample in _samples(file, out, case)}
+    return {place: sample for file in files(out) for place, sample in _samples(file, out, case)}
 
 
 def take_over(out: Path, case: Case) -> dict[Place, Completion]:
     """`read`, then all of them in one file: for one process, while no other writes."""
-    files, samples = _files(out), read(out, case)
+    earlier, samples = files(out), read(out, case)
     with Writer(out, 0, case, Path(f"{out}.samples.new")) as writer:
         for (line, sample), completion in samples.items():
             writer.add(line, sample, completion)
     os.replace(f"{out}.samples.new", f"{out}.samples")
-    for file in files:
+    for file in earlier:
         if file != Path(f"{out}.samples"):
             file.unlink()
     return samples
@@ -108,7 +97,8 @@ class Writer:
         self.file.close()
 
 
-def _files(out: Path) -> list[Path]:
+def files(out: Path) -> list[Path]:
+    """Those in which earlier tries left samples for `out`."""
     name = glob.escape(f"{out}.samples")
     return [Path(found) for pattern in (name, f"{name}.[0-9]*") for found in sorted(glob.glob(pattern))]
 
@@ -124,7 +114,7 @@ def _check_case(file: Path, line: str, out: Path, case: Case) -> None:
     if changed:
         name = changed[0]
         what = f"{name}={json.dumps(then.get(name))}, not {json.dumps(case[name])}"
-        if name in ("prompts", "weights"):
+        if name in ("prompts", "model"):
             what = f"another {'prompt file' if name == 'prompts' else 'model'}"
         raise ValueError(
             f"{file} holds samples of an unfinished generation with {what}; go on with that, choose another --out, or"
