@@ -64,6 +64,7 @@ def from_hf(options: argparse.Namespace) -> None:
 def to_hf(options: argparse.Namespace) -> None:
     from prism_mcore.convert.manifest import verify
     from prism_mcore.convert.offline import export_checkpoint, plan_export
+    from prism_mcore.convert.write import rounding
 
     plan = plan_export(options.ckpt_dir, master=options.master, config=options.config, tokenizer=options.tokenizer)
     weights = "fp32 masters" if plan.master else "weights"
@@ -71,6 +72,8 @@ def to_hf(options: argparse.Namespace) -> None:
         f"{weights} of {plan.checkpoint.name}, {plan.spec.family}: {len(plan.source.names)} tensors in"
         f" {len(plan.source.shards)} files, {_gb(plan.size)}; {len(plan.source.side_files)} side files"
     )
+    if plan.rounded:
+        say(f"note: {rounding(plan.rounded, options.hf_dir)}; --master writes every tensor in fp32", stderr=True)
     if options.dry_run:
         say(f"would write {options.hf_dir}: {summary}", stderr=True)
         for file, shard in plan.source.shards.items():

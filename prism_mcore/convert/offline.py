@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prism_mcore.checkpoint.durable import damage, write_atomically
 from prism_mcore.checkpoint.files import Buffers, read_ahead
-from prism_mcore.checkpoint.folder import LATEST, STATE, CheckpointError, latest, read_state, step_name
+from prism_mcore.checkpoint.folder import LATEST, CheckpointError, checkpoint_in, read_state, step_name
 from prism_mcore.checkpoint.stored import MASTER, Piece, StoredTensors, write_weights
 from prism_mcore.convert.names import ExchangeError, HFTensor, RowRange, hf_tensors, keys, parts
 from prism_mcore.convert.read import (
@@ -29,12 +29,12 @@ from prism_mcore.convert.read import (
     side_files,
 )
 from prism_mcore.convert.rows import Places, runs_within
-from prism_mcore.convert.write import conventional_directory, in_fp32, new_directory, write_directory
+from prism_mcore.convert.write import conventional_directory, in_fp32, is_wider, new_directory, write_directory
 from prism_mcore.model.parameters import parameters
+from prism_mcore.model.settings import SOURCE, config_beside
 from prism_mcore.model.spec import ModelSpec, find_config, read_spec
 from prism_mcore.model.split import split_layers
 
-SOURCE = "source"  # beside the checkpoints of a run or an import: where its weights came from
 PIECE_BYTES = 64 * 2**20  # of fp32: tensors are stored in pieces of about so many
 FILE_BYTES = 2 * 10**9  # of fp32: ranks and threads share the verifying file by file
 
@@ -52,6 +52,7 @@ class Export:
     spec: ModelSpec
     source: HFDirectory  # the layout to write
     master: bool
+    rounded: tuple[str, ...] = ()  # tensors that the checkpoint has in a wider dtype than the layout
 
     @property
     def size(self) -> int:
@@ -67,9 +68,9 @@ def plan_export(
     master: the optimizer's fp32 weights, every tensor in fp32. config: the config.json of a model whose run has kept
     none. tokenizer: a folder whose files are copied, too. Raises ExchangeError.
     """
-    checkpoint = checkpoint_in(path)
     with _as_exchange_error():
-        read_state(checkpoint)
+        checkpoint = checkpoint_in(path)
+        step = read_state(checkpoint)["step"]
     if problems := _damage(checkpoint):
         raise ExchangeError(f"cannot export {checkpoint}: {'; '.join(problems)}")
     folder = config or source_of(checkpoint)
@@ -83,9 +84,21 @@ def plan_export(
             dtypes = {name: stored.dtype(tensor.runs[0].key) for name, tensor in hf_tensors(spec).items()}
             source = conventional_directory(spec, folder, (file,), dtypes)
         _check_shapes(stored, spec)
+        source = in_fp32(source) if master else source
+        # An import holds what the directory held; where it mixed dtypes within a key, in the widest of them.
+        rounded = _rounded(stored, source, spec) if step else ()
     extra = tuple(path for path in side_files(tokenizer) if path.name != "config.json") if tokenizer else ()
     source = replace(source, side_files=tuple({p.name: p for p in (*source.side_files, *extra)}.values()))
-    return Export(checkpoint, spec, in_fp32(source) if master else source, master)
+    return Export(checkpoint, spec, source, master, rounded)
+
+
+def _rounded(stored: StoredTensors, source: HFDirectory, spec: ModelSpec) -> tuple[str, ...]:
+    keys_of = {name: {run.key for run in tensor.runs} for name, tensor in source.tensors(spec).items()}
+    return tuple(
+        name
+        for _, name, entry in source.entries()
+        if any(is_wider(stored.dtype(key), entry.torch_dtype) for key in keys_of[name])
+    )
 
 
 def export_checkpoint(export: Export, out: Path, on_bytes: OnBytes = lambda size: None) -> None:
@@ -105,20 +118,10 @@ def _as_exchange_error() -> Iterator[None]:
         raise ExchangeError(str(error)) from error
 
 
-def checkpoint_in(path: Path) -> Path:
-    """A checkpoint's folder, given that, a run's, or an import's: then the newest."""
-    for folder in (path, path / "checkpoints"):
-        if (found := folder if (folder / STATE).is_file() else latest(folder)) is not None:
-            return found
-    raise ExchangeError(f"{path} holds no checkpoint; give a checkpoint's folder, a run's, or what from-hf wrote")
-
-
 def source_of(checkpoint: Path) -> Path:
     """The folder that says where a checkpoint's model came from: that of its run or of its import."""
-    checkpoint = checkpoint.absolute()
-    for folder in (checkpoint.parent / SOURCE, checkpoint.parent.parent / SOURCE):
-        if (folder / "config.json").is_file():
-            return folder
+    if (folder := config_beside(checkpoint)) is not None:
+        return folder
     raise ExchangeError(f"there is no {SOURCE}/config.json beside {checkpoint} or its run; give --config config.json")
 
 
@@ -132,7 +135,7 @@ def remember_source(init: str, spec: str | None, folder: Path) -> None:
         keep_directory(read_directory(Path(init)), folder)
         return
     if init != "random":
-        with contextlib.suppress(ExchangeError):  # a run from before sources were kept
+        with contextlib.suppress(ExchangeError, CheckpointError):  # a run from before sources were kept
             shutil.copytree(source_of(checkpoint_in(Path(init))), folder, dirs_exist_ok=True)
             return
     if spec is not None:

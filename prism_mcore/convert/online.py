@@ -1,6 +1,7 @@
 """Hugging Face directories in and out of a running model: every rank reads its own slices, one rank writes."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 from prism_mcore.convert.names import ExchangeError, HFTensor, parts
 from prism_mcore.convert.read import Entry, HFDirectory, HFTensors, read_directory
 from prism_mcore.convert.rows import Places, held_columns, held_rows, overlap, runs_within
-from prism_mcore.convert.write import blocks, write_directory
+from prism_mcore.convert.write import blocks, is_wider, rounding, write_directory
 from prism_mcore.model.build import chunks_of
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.model.parameters import Parameter, parameters
 from prism_mcore.model.settings import BuildSettings
 from prism_mcore.model.spec import read_spec
 from prism_mcore.parallel import Groups
+
+log = logging.getLogger(__name__)
 
 
 def model_from_hf(
@@ -134,6 +137,8 @@ def save_hf(chunks: list[HybridModel], groups: Groups, out: str | Path, source: 
     with agreed():
         tensors = source.tensors(chunks[0].spec)
     gatherer = _Gatherer(chunks, groups, source, tensors)
+    if groups.rank == 0 and (rounded := gatherer.rounded(source)):
+        log.warning("note: %s", rounding(rounded, out))
     with agreed():
         if groups.rank == 0:
             try:
@@ -168,6 +173,14 @@ class _Gatherer:
         # Of a tied embedding, which the last stage has, too, the first stage's: it has the lower rank.
         self.holder = {(name, h.tp_rank): h.rank for h in reversed(holders) if h.first for name in h.names}
         self.blocks = ((name, entry, *rows) for _, name, entry in source.entries() for rows in blocks(entry))
+
+    def rounded(self, source: HFDirectory) -> list[str]:
+        """Tensors that the model has in a wider dtype than the layout."""
+        own = {name: self.owner[self.tensors[name].runs[0].key] for _, name, _ in source.entries()}
+        return [name for _, name, entry in source.entries() if is_wider(self._dtype(own[name]), entry.torch_dtype)]
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if self.table[name].fp32 else self.dtype
 
     def next_block(self, out: Tensor) -> None:
         """Fill `out` on rank 0 with the next rows of the order."""
@@ -206,7 +219,6 @@ class _Gatherer:
             else:
                 dist.send(rows.contiguous().flatten().view(torch.uint8), 0)
         elif me == 0:
-            dtype = torch.float32 if self.table[name].fp32 else self.dtype
-            rows = torch.empty(target.shape, dtype=dtype, device=next(iter(self.local.values())).device)
+            rows = torch.empty(target.shape, dtype=self._dtype(name), device=next(iter(self.local.values())).device)
             dist.recv(rows.flatten().view(torch.uint8), rank)
             target.copy_(rows)

@@ -1,5 +1,6 @@
 """Which model, from what weights, and what building it reads."""
 
+from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
@@ -7,6 +8,8 @@ from pydantic import Field
 from prism_mcore.config import Section, SettingsError
 from prism_mcore.model.spec import ModelSpec, read_spec
 from prism_mcore.parallel import ParallelSettings
+
+SOURCE = "source"  # in a run's folder, or an import's: where its weights came from, and how exports of it look
 
 RecomputeType = Literal["mamba", "attention", "mlp"]
 
@@ -26,7 +29,7 @@ class ModelSettings(Section):
     spec: str | None = Field(
         default=None,
         description="The model's shape: a config.json, a directory with one, or the name of a shipped shape such as"
-        " llama-3.1-8b; not needed where init is a Hugging Face directory",
+        " llama-3.1-8b; not needed where init is a Hugging Face directory, or a checkpoint that came from one",
     )
 
 
@@ -50,16 +53,31 @@ class BuildSettings(Protocol):
     def kernels(self) -> KernelSettings: ...
 
 
+def config_beside(weights: str | Path) -> Path | None:
+    """The folder with the config.json of weights; None where there is none.
+
+    weights: a Hugging Face directory, or a checkpoint, a run or an import, which have kept one in SOURCE.
+    """
+    folder = Path(weights).absolute()
+    candidates = [folder, folder / SOURCE]
+    if (folder / "state.json").is_file() or (folder / "latest").is_file():  # a checkpoint, or the folder of several
+        candidates += [folder.parent / SOURCE, folder.parent.parent / SOURCE]
+    return next((candidate for candidate in candidates if (candidate / "config.json").is_file()), None)
+
+
 def resolve_spec(model: ModelSettings) -> ModelSpec:
-    """The shape that `model.spec` names or, without it, that of the Hugging Face directory in `model.init`."""
-    source = model.spec or model.init
-    if source == "random":
+    """The shape that `model.spec` names or, without it, that of the weights in `model.init`."""
+    if model.spec is None and model.init == "random":
         raise SettingsError(
             "model.init=random needs a shape: set model.spec to a config.json or a shipped shape's name"
         )
     try:
-        return read_spec(source)
+        return read_spec(model.spec or config_beside(model.init) or model.init)
     except FileNotFoundError as error:
+        if model.spec is None and Path(model.init).is_dir():
+            raise SettingsError(
+                f"model.init={model.init} has no config.json, and none is kept in a {SOURCE}/ beside it; set model.spec"
+            ) from error
         raise SettingsError(f"{'model.spec' if model.spec else 'model.init'}: {error}") from error
     except ValueError as error:
         raise SettingsError(str(error)) from error

@@ -18,16 +18,17 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from prism_mcore import platform
 from prism_mcore.agree import gather_failures
-from prism_mcore.checkpoint.folder import CheckpointError, latest, newest_undamaged, read_state
+from prism_mcore.checkpoint.folder import CheckpointError, checkpoint_in, newest_undamaged, read_state
 from prism_mcore.checkpoint.load import Loaded, load, load_weights
 from prism_mcore.checkpoint.lock import InUse, exclusive
 from prism_mcore.checkpoint.save import Checkpoints
 from prism_mcore.config import SettingsError, dump
-from prism_mcore.convert.offline import SOURCE, remember_source
+from prism_mcore.convert.offline import remember_source
 from prism_mcore.convert.online import load_hf
 from prism_mcore.exit_codes import STOPPED_BY_GUARD
 from prism_mcore.model.build import chunks_of
 from prism_mcore.model.hybrid import HybridModel
+from prism_mcore.model.settings import SOURCE
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups, init_groups
 from prism_mcore.train.guards import Guard, GuardStop, Suspects, worst_sequences
@@ -206,21 +207,11 @@ def set_initial_weights(settings: LoopSettings, chunks: list[HybridModel], group
         load_hf(init, chunks, groups)
     else:
         try:
-            load_weights(checkpoint_of(init), chunks, groups)
+            load_weights(checkpoint_in(Path(init)), chunks, groups)
         except CheckpointError as error:
             raise SettingsError(f"model.init={init}: {error}") from error
     if groups.rank == 0:  # what an export needs to know
         remember_source(init, settings.model.spec, settings.run_dir / SOURCE)
-
-
-def checkpoint_of(path: str) -> Path:
-    """A checkpoint's folder, given that or a run's: then its newest."""
-    for folder in (Path(path), Path(path) / "checkpoints"):
-        if (found := folder if (folder / "state.json").is_file() else latest(folder)) is not None:
-            return found
-    raise SettingsError(
-        f"model.init={path} holds neither a Hugging Face model nor a checkpoint; give a directory that does, or random"
-    )
 
 
 # --- save and resume --------------------------------------------------------------------------------------------------

@@ -200,6 +200,38 @@ def remember(init, spec, run):
     remember_source(init, spec, run / "source")
 
 
+def test_what_is_rounded_is_said(convert, capsys, tmp_path):
+    """A run in fp32 of a bf16 directory: what it learned below bf16 is lost, unless fp32 is asked for."""
+    save_hf("llama-3.1", tmp_path / "in", dtype=torch.bfloat16)
+    run = tmp_path / "run"
+    remember(str(tmp_path / "in"), None, run)
+    for dtype, step in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        run_ranks(1, train_and_save, tmp_path / "in", run / "checkpoints", dtype, True)
+        assert convert("to-hf", run, tmp_path / step) == 0
+        said = capsys.readouterr().err
+        assert ("more tensors are rounded" in said and "--master" in said) == (step == "fp32")
+        assert convert("to-hf", run, tmp_path / f"{step} masters", "--master") == 0
+        assert "are rounded" not in capsys.readouterr().err
+
+
+def test_a_shape_is_known_from_what_was_kept(tmp_path, imported):
+    """model.init without model.spec: an import, its step, a run that started from it, and that run's checkpoint."""
+    from prism_mcore.config import SettingsError
+    from prism_mcore.model.settings import ModelSettings, resolve_spec
+
+    run = tmp_path / "run"
+    remember(str(imported / "ckpt"), None, run)
+    shutil.copytree(imported / "ckpt" / "step_00000000", run / "checkpoints" / "step_00000000")
+    (run / "checkpoints" / "latest").write_text("step_00000000")
+    spec = read_spec(imported / "in")
+    for kept in (imported / "ckpt", imported / "ckpt" / "step_00000000", run, run / "checkpoints"):
+        assert resolve_spec(ModelSettings(init=str(kept))) == spec
+    assert resolve_spec(ModelSettings(init=str(run / "checkpoints" / "step_00000000"))) == spec
+    shutil.rmtree(run / "source")
+    with pytest.raises(SettingsError, match=r"model.init=.*run has no config.json.*set model.spec"):
+        resolve_spec(ModelSettings(init=str(run)))
+
+
 def test_masters_are_exported_in_fp32(convert, tmp_path):
     save_hf("granite-4.0-h-micro", tmp_path / "in", dtype=torch.bfloat16, max_shard_size="60KB")
     run = tmp_path / "run"
