@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 from prism_mcore import platform
+from prism_mcore.checkpoint.folder import checkpoint_in
 from prism_mcore.checkpoint.load import load_weights
-from prism_mcore.convert.checkpoint import checkpoint_in, source_of
-from prism_mcore.convert.hf import load_hf
+from prism_mcore.convert.offline import source_of
+from prism_mcore.convert.online import load_hf
 from prism_mcore.generate.prompts import tokenizer_of
 from prism_mcore.model.build import DTYPES, build_chunks
 from prism_mcore.model.hybrid import HybridModel
