@@ -75,8 +75,8 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """Tokens that are no text: those that tokenizer.json marks, and those that the files beside it name."""
         marked = {number for number, token in self.backend.get_added_tokens_decoder().items() if token.special}
-        named = {self.backend.token_to_id(token) for token in self.named.values()}
-        return frozenset((marked | named) - {None})
+        named = map(self.id_of, self.named.values())
+        return frozenset(marked.union(number for number in named if number is not None))
 
     def id_of(self, token: str) -> int | None:
         return self.backend.token_to_id(token)

@@ -27,6 +27,7 @@ from prism_mcore.text import Tokenizer
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
+_CACHED_WORDS = 1 << 17  # of each process: some 15 MB
 _COPY_DOCUMENTS = 1 << 14  # documents gathered at once while the shuffled file is written
 
 
@@ -177,6 +178,8 @@ class _Worker:
     def backend(self) -> tokenizers.Tokenizer:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallelism is ours
         backend = tokenizers.Tokenizer.from_str(self.tokenizer_json)
+        if hasattr(backend.model, "_resize_cache"):  # its default of 10,000 words is soon full: 10% of the time
+            backend.model._resize_cache(_CACHED_WORDS)
         backend.encode_special_tokens = True  # words like "<|eos|>" inside a text are text, not the end of a document
         return backend
 
