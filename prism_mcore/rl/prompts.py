@@ -12,6 +12,7 @@ from prism_mcore.batch import Prompt
 from prism_mcore.data.mixture import Mixture
 from prism_mcore.data.order import key_of, permute
 from prism_mcore.json_lines import JsonLines, Line, shown
+from prism_mcore.model.settings import config_beside
 from prism_mcore.rewards import check_record
 from prism_mcore.text import Tokenizer, end_tokens, load_tokenizer, render_chat
 
@@ -125,7 +126,9 @@ def open_prompts(settings: "RLSettings", spec: "ModelSpec") -> Prompts:
         )
     try:
         tokenizer = load_tokenizer(folder)
-        eos = end_tokens([folder, settings.model.init], tokenizer)
+        # A run or a checkpoint keeps the files of the model it started from.
+        kept = config_beside(settings.model.init)
+        eos = end_tokens([folder, settings.model.init, *([kept] if kept else [])], tokenizer)
     except ValueError as error:
         raise PromptError(str(error)) from error
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,21 @@ def test_prompts_and_tokenizer_are_checked_against_the_settings(recipe, change, 
     settings = RLSettings.model_validate({**settings, **{k: {**settings[k], **v} for k, v in change.items()}})
     with pytest.raises(PromptError, match=message):
         open_prompts(settings, spec_from_config(HYBRID))
+
+
+def test_every_end_token_that_the_model_names_ends_a_response(recipe, tmp_path):
+    """rl.tokenizer's folder knows its own; the model's names two more, and a run that started from it has kept them."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(HYBRID | {"eos_token_id": [7, 8]}))
+    shutil.copytree(tmp_path / "hf", tmp_path / "run" / "source")
+    written = yaml.safe_load(recipe.read_text())
+    for init, config in (("hf", "hf"), ("run", "run/source")):
+        model = written["model"] | {"init": str(tmp_path / init)}
+        settings = RLSettings.model_validate(written | {"model": model})
+        assert open_prompts(settings, spec_from_config(HYBRID)).eos == (0, 7, 8)
+        (tmp_path / config / "generation_config.json").write_text('{"eos_token_id": "1"}')
+        with pytest.raises(PromptError, match=r"generation_config.json: eos_token_id is '1'; needed: a token id"):
+            open_prompts(settings, spec_from_config(HYBRID))
 
 
 def test_a_run_shows_its_rollouts_and_its_curves(recipe):
