@@ -1,7 +1,7 @@
 """Documents as they arrive: JSONL (plain, .gz, .zst) and parquet files of texts or chats.
 
-A file is read to its end or refused: one that is cut or damaged, or a record that is no document, is an error with the
-file and the line. Blank lines, a byte order mark and CRLF are read past, as by every reader.
+A file is read to its end or refused: one that is truncated or damaged, or a record that is no document, is an error
+with the file and the line. Blank lines, a byte order mark and CRLF are read past, as by every reader.
 """
 
 import codecs
@@ -65,7 +65,7 @@ def expand(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
 def read_chunks(path: str, text_key: str, on_bytes: Callable[[int], None] = lambda _: None) -> Iterator[Chunk]:
     """A file in chunks of about 1 MiB; `on_bytes` hears the position reached in the file as it lies on disk.
 
-    Raises CorpusError, naming the file and how far it was read, where it is cut or damaged.
+    Raises CorpusError, naming the file and how far it was read, where it is truncated or damaged.
     """
     reader = _read_parquet if path.endswith(".parquet") else _read_lines
     yield from reader(path, text_key, on_bytes)

@@ -269,9 +269,9 @@ def _open_source(source: SourceSettings, share: float, settings: DataSettings, v
             f"{file.prefix}.bin: token id {largest} in document {manifest.get('max_token_document', '?')} is outside"
             f" the vocabulary of {vocab_size}; tokenize with the model's own tokenizer"
         )
-    cut = split_documents(file, settings.validation_fraction)
+    border = split_documents(file, settings.validation_fraction)
     make = PACKINGS[settings.packing]
-    train = make(file, 0, cut, settings.seq_len)
+    train = make(file, 0, border, settings.seq_len)
     if train.num_rows == 0 and share > 0:
         raise TokenFileError(
             f"{file.prefix}.bin: {train.num_tokens} training tokens, fewer than one sequence of "
@@ -280,7 +280,7 @@ def _open_source(source: SourceSettings, share: float, settings: DataSettings, v
         )
     validation = None
     if settings.validation_fraction:
-        validation = make(file, cut, file.num_documents, settings.seq_len)
+        validation = make(file, border, file.num_documents, settings.seq_len)
         if validation.num_rows == 0:
             raise TokenFileError(
                 f"{file.prefix}.bin: {validation.num_tokens} validation tokens, fewer than one "

@@ -40,7 +40,7 @@ class Spans:
 def split_documents(file: TokenFile, validation_fraction: float) -> int:
     """The first validation document: documents from it on hold the last `validation_fraction` of the file's tokens.
 
-    The cut falls on the document border nearest to the exact token, with at least one document on each side, so that
+    The split falls on the document border nearest to the exact token, with at least one document on each side, so that
     training and validation share no document. Raises TokenFileError where the file is empty or has one document.
     """
     if file.num_tokens == 0:
@@ -62,7 +62,7 @@ def split_documents(file: TokenFile, validation_fraction: float) -> int:
 
 
 class Concat:
-    """Concatenate-and-cut, as the paper: row k is tokens [k s, k s + s) of documents [first, stop).
+    """Concatenate and split, as the paper: row k is tokens [k s, k s + s) of documents [first, stop).
 
     Its last label is token k s + s. Each epoch visits the rows in another order. The tail shorter than s + 1 tokens is
     left out of every epoch.
@@ -108,9 +108,9 @@ class BestFit:
     A window of t tokens gives exactly ceil(t / s) rows, so the number of rows of an epoch and the window of a row are
     known from a few entries of the .idx, before anything is packed. Documents longer than s give full rows and a rest;
     whole documents and rests then go, longest first, to the fullest row that still holds them. What fits nowhere whole,
-    once all rows are open, is cut to fill the holes. Each token appears exactly once per epoch; padding is less than
-    one row per window. The price, against packing that opens rows without limit, is the few documents cut at the end of
-    a window (a percent of them, typically).
+    once all rows are open, is split to fill the holes. Each token appears exactly once per epoch; padding is less than
+    one row per window. The price, against packing that opens rows without limit, is the few documents split at the end
+    of a window (a percent of them, typically).
 
     The contents of a row do not change; each epoch visits the windows, and the rows of a window, in another order. A
     row costs the packing of its window (~5 ms), shared by the rows read after it.

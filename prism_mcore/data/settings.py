@@ -30,7 +30,7 @@ class DataSettings(Section):
     seq_len: int = Field(default=8192, ge=1, description="Tokens in a sequence")
     packing: Literal["concat", "best_fit"] = Field(
         default="concat",
-        description="concat: documents in file order, cut every seq_len tokens; "
+        description="concat: documents in file order, split every seq_len tokens; "
         "best_fit: documents packed whole where they fit, the rest of a sequence padded",
     )
     document_mask: bool = Field(

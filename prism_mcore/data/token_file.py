@@ -53,7 +53,7 @@ class TokenFile:
     """A token file opened for reading, in memory that does not grow with the corpus (see TokenIndex).
 
     Both files are read by position, not mapped: pages of a corpus never count as this process's memory, and a file that
-    is cut while we read gives an error instead of SIGBUS. Positions count the tokens that the .idx lists.
+    is truncated while we read gives an error instead of SIGBUS. Positions count the tokens that the .idx lists.
     """
 
     def __init__(self, path: str | os.PathLike[str]):

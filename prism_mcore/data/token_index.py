@@ -57,7 +57,7 @@ class TokenIndex:
             wanted = self.num_tokens * self.dtype.itemsize
             if size != wanted:
                 raise TokenFileError(
-                    f"{path}: {size} bytes, needs {wanted} by its .idx; the file is cut short or belongs to another"
+                    f"{path}: {size} bytes, needs {wanted} by its .idx; the file is truncated or belongs to another"
                     " .idx: copy or tokenize it again"
                 )
         elif size % self.dtype.itemsize or size < self._reach:
@@ -223,7 +223,7 @@ def read_exactly(stream: BinaryIO, offset: int, out: np.ndarray, path: str) -> N
         got += more
     if got != len(view):
         raise TokenFileError(
-            f"{path}: got {got} of {len(view)} bytes at {offset}; the file was cut while it was being read"
+            f"{path}: got {got} of {len(view)} bytes at {offset}; the file was truncated while it was being read"
         )
 
 
