@@ -18,17 +18,15 @@ if TYPE_CHECKING:  # reading settings must not cost the seconds that importing t
 class ParallelSettings(Section):
     """The degrees of each kind of parallelism; data parallelism takes the ranks that are left."""
 
-    tp: int = Field(
-        default=1, ge=1, description="Tensor parallel ranks: every weight matrix is cut into this many parts"
-    )
+    tp: int = Field(default=1, ge=1, description="Tensor parallel ranks: every weight matrix is sharded over this many")
     pp: int = Field(default=1, ge=1, description="Pipeline stages: the sub-layers are dealt out over this many ranks")
     vpp: int = Field(
         default=1, ge=1, description="Virtual stages (model chunks) per pipeline rank; above 1 is interleaved 1F1B"
     )
-    cp: int = Field(default=1, ge=1, description="Context parallel ranks: every sequence is cut into this many parts")
+    cp: int = Field(default=1, ge=1, description="Context parallel ranks: every sequence is sharded over this many")
     sequence_parallel: bool = Field(
         default=False,
-        description="Cut the activations between tensor-parallel regions along the sequence (needs tp > 1)",
+        description="Shard the activations between tensor-parallel regions along the sequence (needs tp > 1)",
     )
     split: Literal["auto"] | list[int] = Field(
         default="auto",
@@ -38,7 +36,7 @@ class ParallelSettings(Section):
     optimizer_instances: int = Field(
         default=1,
         ge=1,
-        description="Replicas of the distributed optimizer: its state is cut over data-parallel ranks / this many"
+        description="Replicas of the distributed optimizer: its state is sharded over data-parallel ranks / this many"
         " (the paper's shard 8 x replicate 16 on 128 GPUs is 16)",
     )
 

@@ -25,7 +25,7 @@ def chunks_of(
     seq_len: int,
     recompute: Collection[str] = (),
 ) -> list[HybridModel]:
-    """This rank's pipeline chunks as the settings cut the model, weights not yet set.
+    """This rank's pipeline chunks as the settings split the model, weights not yet set.
 
     seq_len: tokens of a sequence, for which `parallel.split=auto` evens the stages. recompute: as train.recompute.
     Raises SettingsError for a choice of `kernels` that cannot be had here.

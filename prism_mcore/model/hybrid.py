@@ -67,7 +67,7 @@ class Block(nn.Module):
 
 
 class Embedding(VocabParallelEmbedding):
-    """Token ids -> hidden states, scaled; cut over the vocabulary."""
+    """Token ids -> hidden states, scaled; sharded over the vocabulary."""
 
     def __init__(self, context: ModelContext):
         spec, groups = context.spec, context.groups
@@ -257,18 +257,18 @@ class HybridModel(MegatronModule):
 
     @contextmanager
     def whole_sequences(self) -> Iterator[None]:
-        """Inside, activations are not cut over tensor-parallel ranks: a decoding step has too few tokens to cut."""
+        """Inside, activations are not sharded over tensor-parallel ranks: a decoding step has too few tokens."""
         if not self.config.sequence_parallel:
             yield
             return
-        cut = [m for m in self.modules() if getattr(m, "sequence_parallel", False)] + [self.config]
+        places = [m for m in self.modules() if getattr(m, "sequence_parallel", False)] + [self.config]
         try:
-            for place in cut:
+            for place in places:
                 place.sequence_parallel = False
             self.embedding.reduce_scatter_embeddings = False
             yield
         finally:
-            for place in cut:
+            for place in places:
                 place.sequence_parallel = True
             self.embedding.reduce_scatter_embeddings = True
 
@@ -313,7 +313,7 @@ class HybridModel(MegatronModule):
             )  # megatron-core sums only under sequence parallelism
             # The copy of a tied embedding on the last stage counts once in the gradient norm.
             tensor.shared = name == "embedding.weight" and not self.pre_process
-            # A bucket of its own on both stages: cut alike over data-parallel ranks, whose shards are then summed.
+            # A bucket of its own on both stages: sharded alike over data-parallel ranks, whose shards are then summed.
             tied = name == "embedding.weight" and self.spec.tied_embeddings
             tensor.shared_embedding = tied and not (self.pre_process and self.post_process)
 

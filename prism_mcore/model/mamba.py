@@ -24,7 +24,7 @@ class Mamba(nn.Module):
     """The Mamba-2 mixer (arXiv 2405.21060).
 
     megatron-core's own mixer refuses one SSM group under tensor parallelism, cannot be built without CUDA, and has no
-    seam for a scan of ours. Here B and C have parameters of their own: cut over ranks where groups divide, else held by
+    seam for a scan of ours. Here B and C have parameters of their own: sharded where groups divide, else held by
     every rank, their gradients then summed over ranks (`train/step.py`).
     """
 

@@ -1,4 +1,4 @@
-"""Every parameter of a HybridModel: its name, shape, how tensor parallelism cuts it and how it is initialised.
+"""Every parameter of a HybridModel: its name, shape, how tensor parallelism shards it and how it is initialised.
 
 The one table that initialisation, checkpoints, planning and the exchange with Hugging Face read; no torch in here.
 Names are global: they carry the sub-layer's index in the whole model and know nothing of the parallel layout.
@@ -24,7 +24,7 @@ ONES, ZEROS = Initial("ones"), Initial("zeros")
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of the whole model, before any parallel cut.
+    """One tensor of the whole model, before any sharding.
 
     `layers.0.mixer.gate_up.weight` of a 4-wide model with an 8-wide MLP:
         Parameter(shape=(16, 4), tp_axis=0, parts=(8, 8))    # rank r of 2 holds gate[4r:4r+4] then up[4r:4r+4]
@@ -33,7 +33,7 @@ class Parameter:
     shape: tuple[int, ...]  # of the whole model, vocabulary unpadded
     initial: Initial  # of the whole tensor, fp32
     tp_axis: int | None = None  # None: every tensor-parallel rank holds all of it
-    parts: tuple[int, ...] = ()  # sizes along tp_axis of the parts that are cut each on its own; () is one part
+    parts: tuple[int, ...] = ()  # sizes along tp_axis of the parts that are sharded each on its own; () is one part
     names: tuple[str, ...] = ()  # of the parts, for checkpoints: a part is stored as a tensor of its own
     fp32: bool = False  # kept in fp32 whatever the precision of the run
     vocabulary: bool = False  # axis 0 is padded to a multiple of the tensor-parallel size
@@ -93,7 +93,7 @@ def _mamba(spec: ModelSpec, tp: int) -> dict[str, Parameter]:
     inner = heads * spec.mamba_head_dim
     normal = _normal(spec.initializer_range)
     conv = Initial("uniform", (1 / math.sqrt(spec.conv_kernel),))
-    # One SSM group cannot be cut over ranks: every rank holds its B and C, and their gradients are summed over ranks.
+    # One SSM group cannot be sharded: every rank holds its B and C, and their gradients are summed over ranks.
     bc = None if spec.ssm_groups == 1 else 0
     zdtx = Parameter((2 * inner + heads, spec.hidden_size), normal, 0, (inner, heads, inner), ("z", "dt", "x"))
     table = {

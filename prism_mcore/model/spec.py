@@ -120,10 +120,11 @@ IGNORED = frozenset(
     """.split()  # noqa: SIM905
 )
 _REQUIRED = object()
+LARGEST = 10**8  # of any size in a config.json: a hundred times what a model of today has
 
 
 class UnsupportedModel(ValueError):
-    """A config.json says something this engine does not compute."""
+    """A config.json cannot be read, or says something this engine does not compute."""
 
 
 class Keys:
@@ -151,14 +152,16 @@ class Keys:
 
     def integer(self, *names: str, default: Any = _REQUIRED) -> int:
         value = self.value(*names, default=default)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            self.fail(next((n for n in names if n in self.raw), names[0]), "a positive integer")
+        if type(value) is not int or not 0 < value <= LARGEST:
+            self.fail(next((n for n in names if n in self.raw), names[0]), f"an integer from 1 to {LARGEST:,}")
         return value
 
-    def number(self, *names: str, default: Any = _REQUIRED) -> float:
+    def number(self, *names: str, default: Any = _REQUIRED, above: float = -math.inf) -> float:
+        """A finite number, larger than `above`."""
         value = self.value(*names, default=default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self.fail(next((n for n in names if n in self.raw), names[0]), "a number")
+        if type(value) not in (int, float) or not above < value < math.inf:  # NaN is in no order
+            what = "a number" if above == -math.inf else f"a number above {above:g}"
+            self.fail(next((n for n in names if n in self.raw), names[0]), what)
         return float(value)
 
     def flag(self, name: str, default: Any = _REQUIRED) -> bool:
@@ -228,7 +231,7 @@ def find_config(path: str | Path) -> Path:
 
 
 def _decode_float(value: dict[str, Any]) -> Any:
-    return float(value["__float__"]) if set(value) == {"__float__"} else value
+    return float(value["__float__"]) if set(value) == {"__float__"} else value  # a ValueError is "not JSON", too
 
 
 def read_spec(path: str | Path) -> ModelSpec:

@@ -9,9 +9,9 @@ from prism_mcore.model.spec import ModelSpec
 def split_layers(spec: ModelSpec, pp: int, vpp: int, seq_len: int, split: str | list[int] = "auto") -> list[list[int]]:
     """Indices of the sub-layers of each of the pp*vpp pipeline chunks, in model order; chunk k is on stage k % pp.
 
-    `auto` cuts so that the slowest chunk, the head included in the last, takes as few FLOPs as possible, and among such
-    cuts takes the most even one. Otherwise `split` gives the number of sub-layers per chunk. Raises ValueError where
-    the counts do not fit the model.
+    `auto` splits so that the slowest chunk, the head included in the last, takes as few FLOPs as possible, and among
+    such splits takes the most even one. Otherwise `split` gives the number of sub-layers per chunk. Raises ValueError
+    where the counts do not fit the model.
     """
     chunks, layers = pp * vpp, len(spec.pattern)
     if split == "auto":

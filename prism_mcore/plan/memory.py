@@ -23,7 +23,7 @@ from prism_mcore.parallel import data_parallel_size
 class StageMemory:
     """What one rank of a pipeline stage holds; sizes in bytes.
 
-    Llama-3.1-8B, TP 2 + SP, 128 GPUs, optimizer cut over 4: StageMemory(stage=0, layers=64, parameters=4015263744,
+    Llama-3.1-8B, TP 2 + SP, 128 GPUs, optimizer sharded over 4: StageMemory(stage=0, layers=64, parameters=4015263744,
     weights=8.0e9, gradients=16.1e9, optimizer=12.0e9, activations=20.0e9, loss=1.6e9)
     """
 

@@ -117,6 +117,30 @@ def test_what_is_not_computed_is_refused_by_name(case):
     assert message in str(error.value)
 
 
+NONSENSE = [True, 0, -1, 2.5, math.nan, math.inf, 10**30, "x", "", [], [1], [[1]], [{}], {}, {"rope_type": []}]
+
+
+@pytest.mark.parametrize("name", ["qwen3-8b", "granite-4.0-h-micro", "nemotron-h-8b"])
+def test_nonsense_is_refused_and_never_a_traceback(name):
+    """Whatever stands under a key, the reader takes it or names it."""
+    raw = read_config(name)
+    for key in [*raw, "layers_block_type", "layer_types", "rope_parameters", "time_step_limit", "sliding_window"]:
+        for value in NONSENSE:
+            try:
+                spec = spec_from_config(raw | {key: value})
+            except UnsupportedModel as error:
+                assert str(error)
+            else:
+                assert 0 < spec.norm_eps < math.inf and spec.hidden_size > 0
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"[1]", b"{", b'{"a": {"__float__": "x"}}', b"[" * 200_000])
+def test_a_file_that_is_no_config_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UnsupportedModel, match=str(tmp_path / "config.json")):
+        read_spec(tmp_path)
+
+
 def test_a_path_without_a_config_names_the_shipped_shapes(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"llama-3\.1-8b"):
         read_spec(tmp_path)

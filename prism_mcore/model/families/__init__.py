@@ -53,6 +53,7 @@ def mamba_tensors(module: str) -> Table:
 
 # --- how config.json is read ------------------------------------------------------------------------------------------
 
+MOST_LAYERS = 10_000  # a pattern has a letter for each
 LAYER_TYPES = {
     "mamba": MAMBA,
     "linear_attention": MAMBA,
@@ -91,7 +92,7 @@ def read_rope(keys: Keys) -> tuple[float, RopeScaling | None]:
     if not isinstance(parameters, dict):
         keys.fail(name, "an object with rope_type")
     nested = Keys(parameters, f"{keys.source}: {name}")
-    theta = nested.number("rope_theta", default=keys.value("rope_theta", default=None))
+    theta = nested.number("rope_theta", default=keys.value("rope_theta", default=None), above=0)
     nested.expect("partial_rotary_factor", 1, 1.0)
     kind = nested.value("rope_type", "type", default="default")
     scaling = None
@@ -115,8 +116,8 @@ def decoder(keys: Keys, family: str, **more: Any) -> ModelSpec:
     keys.expect("mlp_bias", False)
     theta, scaling = read_rope(keys)
     fields: dict[str, Any] = dict(
-        pattern=(ATTENTION + MLP) * keys.integer("num_hidden_layers"),
-        norm_eps=keys.number("rms_norm_eps"),
+        pattern=(ATTENTION + MLP) * num_layers(keys),
+        norm_eps=keys.number("rms_norm_eps", above=0),
         sliding_window=None,
         position="rope",
         rope_theta=theta,
@@ -129,7 +130,7 @@ def decoder(keys: Keys, family: str, **more: Any) -> ModelSpec:
 
 def qwen_window(keys: Keys) -> int | None:
     """Qwen's sliding window: that of all layers or of none, as `layer_types` or `max_window_layers` say."""
-    layers = keys.integer("num_hidden_layers")
+    layers = num_layers(keys)
     used = keys.flag("use_sliding_window", default=False)
     window, full = keys.value("sliding_window", default=None), keys.value("max_window_layers", default=layers)
     kinds = keys.value("layer_types", default=None)
@@ -153,15 +154,22 @@ def granite_multipliers(keys: Keys) -> dict[str, float]:
         embedding_multiplier=keys.number("embedding_multiplier"),
         attention_scale=keys.number("attention_multiplier"),  # in place of head_dim**-0.5
         residual_multiplier=keys.number("residual_multiplier"),
-        logits_divisor=keys.number("logits_scaling"),
+        logits_divisor=keys.number("logits_scaling", above=0),
     )
 
 
 def layer_pattern(keys: Keys, name: str, kinds: list[str]) -> str:
     """The pattern of a list of layer types, in either naming."""
-    if not isinstance(kinds, list) or not kinds or any(kind not in LAYER_TYPES for kind in kinds):
+    if not isinstance(kinds, list) or not kinds or any(str(kind) not in LAYER_TYPES for kind in kinds):
         keys.fail(name, "a list of " + ", ".join(LAYER_TYPES))
     return "".join(LAYER_TYPES[kind] for kind in kinds)
+
+
+def num_layers(keys: Keys) -> int:
+    count = keys.integer("num_hidden_layers")
+    if count > MOST_LAYERS:
+        keys.fail("num_hidden_layers", f"at most {MOST_LAYERS:,}")
+    return count
 
 
 def check_num_layers(keys: Keys, layers: int) -> None:
@@ -171,6 +179,10 @@ def check_num_layers(keys: Keys, layers: int) -> None:
 
 def dt_limit(keys: Keys) -> tuple[float, float]:
     limit = keys.value("time_step_limit", default=[0.0, math.inf])
-    if not isinstance(limit, list) or len(limit) != 2 or not all(isinstance(x, int | float) for x in limit):
+    if (
+        not isinstance(limit, list)
+        or [type(x) in (int, float) for x in limit] != [True] * 2
+        or not limit[0] <= limit[1]
+    ):
         keys.fail("time_step_limit", "two numbers, lowest and highest time step")
     return float(limit[0]), float(limit[1])

@@ -45,7 +45,7 @@ def read(keys: Keys) -> ModelSpec:
     return ModelSpec(
         family="granitemoehybrid",
         pattern="".join(mixer + MLP for mixer in mixers),
-        norm_eps=keys.number("rms_norm_eps"),
+        norm_eps=keys.number("rms_norm_eps", above=0),
         sliding_window=None,
         position="rope" if rope else "none",
         rope_theta=theta if rope else 0.0,

@@ -25,7 +25,7 @@ def read(keys: Keys) -> ModelSpec:
     return ModelSpec(
         family="nemotron_h",
         pattern=_pattern(keys),
-        norm_eps=keys.number("layer_norm_epsilon", "rms_norm_eps"),
+        norm_eps=keys.number("layer_norm_epsilon", "rms_norm_eps", above=0),
         sliding_window=None,
         position="none",
         rope_theta=0.0,
@@ -42,9 +42,9 @@ def read(keys: Keys) -> ModelSpec:
         chunk_len=keys.integer("chunk_size"),
         # transformers 5 ignores this key and clamps at time_step_min in prefill, at nothing in decode
         dt_limit=dt_limit(keys),
-        dt_min=keys.number("time_step_min", default=ModelSpec.dt_min),
-        dt_max=keys.number("time_step_max", default=ModelSpec.dt_max),
-        dt_floor=keys.number("time_step_floor", default=ModelSpec.dt_floor),
+        dt_min=keys.number("time_step_min", default=ModelSpec.dt_min, above=0),
+        dt_max=keys.number("time_step_max", default=ModelSpec.dt_max, above=0),
+        dt_floor=keys.number("time_step_floor", default=ModelSpec.dt_floor, above=0),
         **common_fields(keys),
     )
 
