@@ -8,6 +8,7 @@ OUT.samples as they finish: the same command, in any layout, goes on from there.
 """
 
 import argparse
+import math
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -21,6 +22,7 @@ from prism_mcore.generate.checks import check
 from prism_mcore.generate.settings import GenerateSettings
 from prism_mcore.launching import complain, hf_parser, leave, planned_ranks, rank, read_overrides
 from prism_mcore.model.spec import ModelSpec, read_spec
+from prism_mcore.plan.host import check_rank_fits
 
 if TYPE_CHECKING:
     from prism_mcore.generate.engine import Engine
@@ -66,7 +68,8 @@ def _read(arguments: argparse.Namespace) -> tuple[GenerateSettings, ModelSpec, A
     from prism_mcore.text import read_eos
 
     spec = read_spec(arguments.hf)
-    check(settings, spec, planned_ranks(settings.parallel, arguments.dry_run))
+    ranks = planned_ranks(settings.parallel, arguments.dry_run)
+    check(settings, spec, ranks)
     tokenizer = tokenizer_of(arguments.hf, spec)
     read_eos(arguments.hf)  # a broken file ends it here, not after the model is loaded
     if settings.sampling.stop and tokenizer is None:
@@ -76,7 +79,28 @@ def _read(arguments: argparse.Namespace) -> tuple[GenerateSettings, ModelSpec, A
         say(f"note: {blank:,} blank lines of {arguments.prompts} were skipped", stderr=True)
     if rank() == 0 and unfinished.files(arguments.out):  # the weights may all have to be read for it
         unfinished.check(arguments.out, unfinished.case_of(arguments.hf, arguments.prompts, settings))
+    if not arguments.dry_run:
+        check_rank_fits(
+            _memory(settings, spec, lines),
+            ranks,
+            f"generating with {arguments.hf}",
+            "free memory, set sampling.max_tokens lower, take precision.dtype=bf16, or more GPUs (parallel.tp)",
+        )
     return settings, spec, tokenizer, lines
+
+
+def _memory(settings: GenerateSettings, spec: ModelSpec, lines: list["PromptLine"]) -> int:
+    """Bytes that a rank needs at least: weights, a prefill, and the caches that were asked for, or of one sample."""
+    from prism_mcore.plan.memory import cache_bytes, inference_bytes
+
+    prompt, together = max(len(line.tokens) for line in lines), sum(len(line.tokens) for line in lines)
+    fixed, per_token = cache_bytes(spec, settings.parallel.tp, 2 if settings.precision.dtype == "bf16" else 4)
+    longest = min(prompt + settings.sampling.max_tokens, spec.max_positions)
+    asked = settings.generate.cache_gb
+    caches = fixed + longest * per_token if asked is None else asked * 1e9
+    return math.ceil(
+        inference_bytes(settings, spec, max(prompt, min(together, settings.generate.prefill_tokens))) + caches
+    )
 
 
 def _generate(
@@ -186,6 +210,7 @@ def _print_plan(
 
     from prism_mcore.console import plain, show
     from prism_mcore.generate import unfinished
+    from prism_mcore.plan.host import free_memory
     from prism_mcore.plan.memory import num_parameters
 
     done = 0
@@ -196,6 +221,8 @@ def _print_plan(
     table = Table(show_header=False, title="Generation", title_justify="left")
     table.add_row("model", f"{spec.family}, {num_parameters(spec):,} parameters in {settings.precision.dtype}")
     table.add_row("ranks of one replica", f"{settings.parallel.tp}")
+    needed = _memory(settings, spec, lines)
+    table.add_row("memory per rank", f"{needed / 1e9:.3g} GB; {free_memory() / 1e9:.3g} GB are free on this machine")
     table.add_row("prompts", f"{len(lines):,} of {min(lengths):,} to {max(lengths):,} tokens")
     table.add_row("samples", f"{len(lines) * how.samples:,} of at most {how.max_tokens:,} tokens")
     if done:

@@ -18,6 +18,7 @@ from prism_mcore.evaluate.settings import ScoreSettings
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
 from prism_mcore.launching import complain, hf_parser, leave, planned_ranks, positive, read_overrides
 from prism_mcore.model.spec import ModelSpec, read_spec
+from prism_mcore.plan.host import check_rank_fits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,8 +54,23 @@ def _read(arguments: argparse.Namespace) -> tuple[ScoreSettings, ModelSpec, "Ten
     from prism_mcore.evaluate.scoring import read_token_lists  # torch and megatron-core take seconds
 
     tokens = read_token_lists(arguments.tokens, spec.vocab_size)
-    check(settings, spec, planned_ranks(settings.parallel, arguments.dry_run), tokens.shape[1])
+    ranks = planned_ranks(settings.parallel, arguments.dry_run)
+    check(settings, spec, ranks, tokens.shape[1])
+    if not arguments.dry_run:
+        check_rank_fits(
+            _memory(arguments, settings, spec, tokens),
+            ranks,
+            f"scoring with {arguments.hf}",
+            "free memory, take a smaller --micro-batch, precision.dtype=bf16, or more GPUs (parallel.tp)",
+        )
     return settings, spec, tokens
+
+
+def _memory(arguments: argparse.Namespace, settings: ScoreSettings, spec: ModelSpec, tokens: "Tensor") -> int:
+    """Bytes that a rank needs at most."""
+    from prism_mcore.plan.memory import inference_bytes
+
+    return inference_bytes(settings, spec, arguments.micro_batch * tokens.shape[1], logits=arguments.logits)
 
 
 def _score(arguments: argparse.Namespace, settings: ScoreSettings, spec: ModelSpec, tokens: "Tensor") -> None:
@@ -129,6 +145,7 @@ def _print_plan(arguments: argparse.Namespace, settings: ScoreSettings, spec: Mo
     from rich.table import Table
 
     from prism_mcore.console import show
+    from prism_mcore.plan.host import free_memory
     from prism_mcore.plan.memory import num_parameters, plan_memory
 
     parallel = settings.parallel
@@ -139,6 +156,8 @@ def _print_plan(arguments: argparse.Namespace, settings: ScoreSettings, spec: Mo
     table.add_row("model", f"{spec.family}, {num_parameters(spec):,} parameters in {settings.precision.dtype}")
     table.add_row("ranks of one replica", f"{ranks} = tp {parallel.tp} x pp {parallel.pp}")
     table.add_row("weights per rank", f"{weights / 1e9:.3g} GB")
+    needed = _memory(arguments, settings, spec, tokens)
+    table.add_row("memory per rank", f"{needed / 1e9:.3g} GB; {free_memory() / 1e9:.3g} GB are free on this machine")
     table.add_row("sequences", f"{len(tokens):,} of {tokens.shape[1]:,} tokens, {arguments.micro_batch} at a time")
     table.add_row("output", f"{size / 1e9:.3g} GB")
     show(table)

@@ -23,9 +23,16 @@ def check_fits(needed: float, what: str, advice: str, *, free: int | None = None
         raise ValueError(f"{what} needs some {needed / 1e9:.3g} GB; {where} has {free / 1e9:.3g} GB free; {advice}")
 
 
-def local_ranks(ranks: int) -> int:
-    """How many of `ranks` share this machine's memory."""
-    return min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+def check_rank_fits(needed: float, world_size: int, what: str, advice: str) -> None:
+    """As check_fits, for what each of `world_size` ranks needs: on its GPU, or beside the others of this machine."""
+    import torch
+
+    if torch.cuda.is_available():
+        device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        check_fits(needed, what, advice, free=torch.cuda.mem_get_info(device)[0], where=f"GPU {device}")
+    else:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        check_fits(ranks * needed, what if ranks == 1 else f"{what} on {ranks} ranks", advice)
 
 
 def _left_by_groups(groups: str | None = None) -> list[int]:
@@ -49,7 +56,7 @@ def _left_by_groups(groups: str | None = None) -> list[int]:
         for folder in (root / part for part in (place, *place.parents)):
             try:
                 allowed = int((folder / limit).read_text())
-                statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+                statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines() if entry)
                 left.append(max(0, allowed - int((folder / used).read_text()) + int(statistics.get(cache, 0))))
             except (OSError, ValueError):  # no such file, or "max"
                 continue

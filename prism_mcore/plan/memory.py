@@ -87,6 +87,20 @@ def plan_memory(
     return stages
 
 
+def inference_bytes(settings: BuildSettings, spec: ModelSpec, tokens: int, *, logits: bool = False) -> int:
+    """The most that a rank takes for forward passes over `tokens` tokens each, without gradients.
+
+    Weights, the working set of one sub-layer, the hidden states, and a chunk of logits or, with `logits`, all of them.
+    """
+    parallel, element = settings.parallel, 2 if settings.precision.dtype == "bf16" else 4
+    stages = plan_memory(settings, spec, parallel.tp * parallel.pp, seq_len=tokens)
+    kinds = (kept_bytes_per_token(spec, k, parallel.tp, parallel.sequence_parallel, element) for k in set(spec.pattern))
+    working = tokens * max(everything for _, everything in kinds)
+    rows = padded_vocabulary(spec, parallel.tp)
+    head = tokens * rows * (element + 2 * 4) if logits else min(tokens * rows * element, CHUNK_BYTES)
+    return max(stage.weights for stage in stages) + 2 * working + head
+
+
 def cache_bytes(spec: ModelSpec, tp: int, element: int) -> tuple[int, int]:
     """(fixed, per token) bytes that generation keeps of one sequence on one rank of a whole model.
 

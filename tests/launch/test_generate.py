@@ -17,6 +17,7 @@ from tiny.hf_models import save_hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
+from prism_mcore.plan import host
 from prism_mcore.text import StopTexts, response_text
 from prism_mcore.text import Tokenizer as ModelTokenizer
 
@@ -232,6 +233,22 @@ def test_bad_input_gives_one_message_and_no_file(case, tmp_path, capsys, monkeyp
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(host, "free_memory", lambda: 10_000)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    assert run_here(monkeypatch, case[0] / "hf", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "needs some 0.0" in error and "this machine has 1e-05 GB free; free memory, set sampling.max_tokens" in error
+    assert run_here(monkeypatch, case[0] / "hf", tmp_path, "--dry-run") == 0
+    assert "1e-05 GB are free" in " ".join(capsys.readouterr().out.split())
+
+
+def test_blank_lines_are_skipped_and_counted(case, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prompts.jsonl").write_text('\n{"prompt": "a"}\n  \n')
+    assert run_here(monkeypatch, case[0] / "hf", tmp_path, "--dry-run") == 0
+    assert "note: 2 blank lines of" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_model_is_named(tmp_path, capsys, monkeypatch):

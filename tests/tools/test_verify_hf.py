@@ -10,6 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny.hf_models import SEQ_LEN, save_hf
 
+from prism_mcore.plan import host
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import verify_hf
@@ -63,6 +65,12 @@ def test_a_difference_is_found_where_it_begins(model, capsys, tmp_path, monkeypa
     assert code == 1
     assert "FAIL: 4 of 8 outputs differ, the first is sub-layer 3 attention" in text
     assert list(verdicts(text).values()) == ["ok"] * 4 + ["differs"] * 4
+
+
+def test_a_model_that_does_not_fit_is_refused_before_anything_starts(model, capsys, monkeypatch):
+    monkeypatch.setattr(host, "free_memory", lambda: 10**9)
+    code, text = run(capsys, model, "--tp", 2)
+    assert code == 2 and "on 2 processes needs some" in text and "this machine has 1 GB free; free memory, or" in text
 
 
 def test_bad_input_gives_one_message(model, capsys, tmp_path):
