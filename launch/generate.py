@@ -7,11 +7,14 @@ drawn depends on sampling.seed, the prompt's place in the file and the sample's 
 OUT.samples as they finish: the same command, in any layout, goes on from there.
 """
 
+from prism_mcore import program
+
+program.begin()  # before the seconds of imports, in which torchrun may be killed
+
 import argparse
 import math
 import time
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +33,7 @@ if TYPE_CHECKING:
     from prism_mcore.generate.requests import Completion, Request
     from prism_mcore.generate.settings import Sampling
     from prism_mcore.generate.unfinished import Writer
-
-# Replicas meet when all are done: the first waits for the one with the longest responses.
-LONGEST_WAIT = timedelta(days=7)
+    from prism_mcore.meeting import Meeting
 
 
 def main() -> int:
@@ -45,12 +46,13 @@ def main() -> int:
         _print_plan(settings, spec, lines, arguments)
         return DONE
     from prism_mcore.convert.names import ExchangeError
+    from prism_mcore.meeting import LostRank
 
     try:
         _generate(arguments, settings, tokenizer, lines)
     except (ExchangeError, ValueError, FloatingPointError) as error:
         return complain(error, BAD_SETTINGS)
-    except OSError as error:
+    except (OSError, LostRank) as error:
         say(f"error: {error}", stderr=True)
         return FAILED
     return DONE
@@ -113,11 +115,13 @@ def _generate(
     from prism_mcore.generate import unfinished
     from prism_mcore.generate.engine import Engine
     from prism_mcore.generate.prompts import requests_of, response_lines
+    from prism_mcore.meeting import Meeting
     from prism_mcore.parallel import init_groups
     from prism_mcore.text import read_eos
 
-    device = platform.start(timeout=LONGEST_WAIT)
+    device = platform.start(timeout=settings.parallel.timeout)
     groups = init_groups(settings.parallel)
+    meeting = Meeting.of_all_ranks(settings.parallel.timeout)
     with agreed():
         case = unfinished.case_of(arguments.hf, arguments.prompts, settings) if groups.rank == 0 else {}
     completions = unfinished.take_over(arguments.out, case) if groups.rank == 0 else {}
@@ -130,7 +134,8 @@ def _generate(
 
     started = time.monotonic()
     with unfinished.Writer(arguments.out, groups.rank, case) if groups.tp_rank == 0 else nullcontext() as writer:
-        completions |= _stream(engine, requests, settings.sampling, writer, groups)
+        completions |= _stream(engine, requests, settings.sampling, writer, groups, meeting)
+        meeting.join()  # replicas take unequally long
         everyone = _gathered(completions, groups)
         if groups.rank == 0:
             part = Path(f"{arguments.out}.part")
@@ -145,13 +150,18 @@ def _generate(
 
 
 def _stream(
-    engine: "Engine", requests: list["Request"], sampling: "Sampling", writer: "Writer | None", groups: Any
+    engine: "Engine",
+    requests: list["Request"],
+    sampling: "Sampling",
+    writer: "Writer | None",
+    groups: Any,
+    meeting: "Meeting",
 ) -> dict[tuple[int, int], "Completion"]:
     """This replica's samples by (line, sample), each written when it is done."""
     completions = {}
     with _progress(sum(len(request.keys) for request in requests), groups.rank == 0) as advance:
         try:
-            for completion in engine.stream(requests, sampling):
+            for completion in engine.stream(requests, sampling, meeting.working):
                 _, _, line, sample = requests[completion.request].keys[completion.sample]
                 completions[line, sample] = completion
                 if writer is not None:

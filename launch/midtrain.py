@@ -4,6 +4,10 @@ Exit codes are those of prism_mcore/exit_codes.py. torchrun hides its workers' c
 to the file that EXIT_CODE_FILE names, for the script that decides about starting again (launch/slurm/midtrain.sbatch).
 """
 
+from prism_mcore import program
+
+program.begin()  # before the seconds of imports, in which torchrun may be killed
+
 from prism_mcore.config import SettingsError
 from prism_mcore.console import say
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED

@@ -3,6 +3,10 @@
 Rollouts are generated in the same process, on the weights that are trained. Exit codes as in launch/midtrain.py.
 """
 
+from prism_mcore import program
+
+program.begin()  # before the seconds of imports, in which torchrun may be killed
+
 import os
 from pathlib import Path
 
@@ -60,6 +64,7 @@ def _prompt_notes(settings: RLSettings, spec: ModelSpec) -> list[str]:
 def _train(settings: RLSettings, spec: ModelSpec) -> int:
     from prism_mcore.checkpoint.folder import CheckpointError
     from prism_mcore.convert.names import ExchangeError
+    from prism_mcore.meeting import LostRank
     from prism_mcore.rl.loop import run
     from prism_mcore.rl.prompts import PromptError, open_prompts
 
@@ -73,6 +78,9 @@ def _train(settings: RLSettings, spec: ModelSpec) -> int:
         return complain(error, BAD_SETTINGS)
     except CheckpointError as error:
         return complain(error, FAILED)
+    except LostRank as error:  # rank 0, perhaps
+        say(f"error: {error}", stderr=True)
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@ The tokens are JSON, a list of equal-length lists of token ids. The output is a 
 parallel.tp=2 and the like, numbers by precision.dtype=fp32; ranks that are left over share out the sequences.
 """
 
+from prism_mcore import program
+
+program.begin()  # before the seconds of imports, in which torchrun may be killed
+
 import argparse
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -34,12 +38,13 @@ def main() -> int:
         _print_plan(arguments, settings, spec, tokens)
         return DONE
     from prism_mcore.convert.names import ExchangeError
+    from prism_mcore.meeting import LostRank
 
     try:
         _score(arguments, settings, spec, tokens)
     except ExchangeError as error:  # the same on every rank
         return complain(error, BAD_SETTINGS)
-    except OSError as error:
+    except (OSError, LostRank) as error:
         say(f"error: {error}", stderr=True)
         return FAILED
     return DONE
@@ -79,10 +84,12 @@ def _score(arguments: argparse.Namespace, settings: ScoreSettings, spec: ModelSp
     from prism_mcore import platform
     from prism_mcore.convert.online import model_from_hf
     from prism_mcore.evaluate.scoring import ScoreFile, score
+    from prism_mcore.meeting import Meeting
     from prism_mcore.parallel import init_groups
 
-    device = platform.start()
+    device = platform.start(timeout=settings.parallel.timeout)
     groups = init_groups(settings.parallel)
+    meeting = Meeting.of_all_ranks(settings.parallel.timeout)
     chunks = model_from_hf(arguments.hf, settings, groups, device, seq_len=tokens.shape[1])
     file = ScoreFile(arguments.out, _shapes(arguments, spec, tokens))
     if groups.rank == 0:
@@ -100,11 +107,14 @@ def _score(arguments: argparse.Namespace, settings: ScoreSettings, spec: ModelSp
         -(-len(tokens) // groups.dp_size) * settings.parallel.vpp
     )  # of this rank; every virtual stage sees each sequence
     with _progress(total) if groups.rank == 0 else nullcontext(lambda sequences: None) as advance:
-        score(
-            chunks, tokens, groups, write, micro_batch=arguments.micro_batch, logits=arguments.logits, on_batch=advance
-        )
+
+        def done(sequences: int) -> None:
+            meeting.working()
+            advance(sequences)
+
+        score(chunks, tokens, groups, write, micro_batch=arguments.micro_batch, logits=arguments.logits, on_batch=done)
     file.close()
-    dist.barrier()
+    meeting.join()  # nodes may be unequally fast
     if groups.rank == 0:
         file.publish()
         seconds = time.monotonic() - started

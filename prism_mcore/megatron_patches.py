@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
 from prism_kernels.matmul import mm
+from prism_mcore.program import expect_warnings
 
 CPU = torch.device("cpu")
 
@@ -46,10 +47,10 @@ def patch_megatron() -> None:
     _make_torch_cuda_inert()
     for package in ("transformer_engine", "apex"):  # megatron-core takes them where it finds them; they need a GPU
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # not importable
-    with warnings.catch_warnings():
-        # "Transformer Engine and Apex are not installed": true, expected, and printed a dozen times per rank.
-        warnings.simplefilter("ignore")
-        import megatron.core.optimizer  # noqa: F401
+    expect_warnings()
+    warnings.filterwarnings("ignore", "When using async grad allreduce", module=r"megatron\.core")  # of CUDA's queues
+    import megatron.core.optimizer  # noqa: F401
+
     _patch_rng()
     _patch_jit_fuser()
     _patch_tensor_types()

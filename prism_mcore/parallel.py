@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -10,8 +11,6 @@ from pydantic import Field
 from prism_mcore.config import Section
 
 if TYPE_CHECKING:  # reading settings must not cost the seconds that importing torch and megatron-core takes
-    from datetime import timedelta
-
     import torch.distributed as dist
 
 
@@ -39,6 +38,17 @@ class ParallelSettings(Section):
         description="Replicas of the distributed optimizer: its state is sharded over data-parallel ranks / this many"
         " (the paper's shard 8 x replicate 16 on 128 GPUs is 16)",
     )
+    timeout_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="A rank for which others wait so long ends the run: it hangs. Nothing between two exchanges may"
+        " take longer",
+    )
+
+    @property
+    def timeout(self) -> timedelta:
+        """The same, of one collective."""
+        return timedelta(seconds=self.timeout_s)
 
 
 @dataclass(frozen=True)
@@ -103,14 +113,12 @@ def init_groups(settings: ParallelSettings, seed: int = 0, timeout: timedelta | 
 
     Ranks are laid out tp fastest, then cp, dp, pp, so that tensor parallelism stays inside a node. `platform.start()`
     comes first. seed: the data-parallel generator gets `seed`, the tensor-parallel one a number of its own per tp rank.
-    timeout: of one collective; platform.COLLECTIVE_TIMEOUT by default.
+    timeout: of one collective; settings.timeout by default.
     """
     import torch.distributed as dist
     from megatron.core import parallel_state as mpu
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    from prism_mcore.platform import COLLECTIVE_TIMEOUT
 
     data_parallel_size(settings, dist.get_world_size())
     mpu.initialize_model_parallel(
@@ -121,7 +129,7 @@ def init_groups(settings: ParallelSettings, seed: int = 0, timeout: timedelta | 
         num_distributed_optimizer_instances=settings.optimizer_instances,
         # Our groups are passed on, which megatron-core's optimizer does not combine with a second, gloo set.
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=(timeout or COLLECTIVE_TIMEOUT).total_seconds() / 60,
+        distributed_timeout_minutes=(timeout or settings.timeout).total_seconds() / 60,
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     collection = ProcessGroupCollection.use_mpu_process_groups()

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,11 @@ import torch.distributed as dist
 from prism_mcore.megatron_patches import CPU, patch_megatron, patch_optimizer_checkpoint
 
 # A collective that waits longer than this ends the run. A killed peer is noticed at once (its sockets close); this
-# bound is for a peer that hangs. Nothing between two collectives of a run may take longer than this on any rank.
+# bound is for a peer that hangs. Who may work longer alone meets the others through `meeting.Meeting`.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+# Ranks of a job import at the same time, from one file system perhaps; one whose peers are not there by then ends.
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -64,24 +68,61 @@ def _cuda_device() -> torch.device:
 
 
 def _cpu_device(threads: int | None) -> torch.device:
-    # More threads than cores compete for them: two ranks with two threads each on two cores ran 4x slower.
-    cores = len(os.sched_getaffinity(0))
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    torch.set_num_threads(threads or max(1, cores // local_ranks))
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif not _threads_are_chosen():  # torch has read OMP_NUM_THREADS otherwise
+        # More threads than cores compete for them: two ranks with two threads each on two cores ran 4x slower.
+        cores = len(os.sched_getaffinity(0))
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+        torch.set_num_threads(max(1, cores // local_ranks))
     _keep_freed_memory()
     patch_megatron()
     return CPU
 
 
+def _threads_are_chosen() -> bool:
+    """Has a person set OMP_NUM_THREADS? torchrun sets 1 by itself, which its own environment, as it was started, lacks.
+
+    /proc shows that of torchrun, the parent; where it cannot be read, the variable is taken for the person's.
+    """
+    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return "OMP_NUM_THREADS" in os.environ
+    try:
+        given = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return True
+    return any(variable.startswith(b"OMP_NUM_THREADS=") for variable in given)
+
+
 def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
+    store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
-    else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
-        )
+        store, rank, size = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+        _meet(store, size)
+        store.set_timeout(timeout)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("default_pg", store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=device_id,
+    )
+
+
+def _meet(store: dist.Store, size: int) -> None:
+    """Wait until so many ranks have found the store: the backend's own start would wait as long as a collective."""
+    if store.add("started", 1) % size == 0:  # the last; tests start groups again from a store that is there
+        store.set("all started", "")
+    try:
+        store.wait(["all started"], RENDEZVOUS_TIMEOUT)
+    except dist.DistStoreError as error:
+        raise RuntimeError(
+            f"{store.add('started', 0)} of {size} ranks have started within {RENDEZVOUS_TIMEOUT}; the logs of the"
+            " others say why they have not"
+        ) from error
 
 
 def _keep_freed_memory() -> None:

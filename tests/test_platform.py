@@ -69,3 +69,31 @@ def test_a_hung_rank_is_an_error_that_names_it():
     with pytest.raises(RankError, match="did not answer within 1 s") as error:
         run_ranks(2, hang, timeout_s=1)
     assert set(error.value.reports) == {0}
+
+
+THREADS = """
+import torch
+from prism_mcore import platform
+chosen = platform._threads_are_chosen()
+platform._cpu_device(None)
+print(chosen, torch.get_num_threads())
+"""
+
+
+def threads(tmp_path, launcher=(), **environment):
+    """Were they chosen by a person, and how many are they? Without a launcher or under torchrun."""
+    (tmp_path / "threads.py").write_text(THREADS)
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | environment
+    command = [sys.executable, *launcher, str(tmp_path / "threads.py")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines())
+
+
+def test_the_number_of_threads_that_a_person_sets_wins(tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
+    cores = len(os.sched_getaffinity(0))
+    assert threads(tmp_path) == {f"False {cores}"}
+    assert threads(tmp_path, OMP_NUM_THREADS="1") == {"True 1"}
+    assert threads(tmp_path, torchrun) == {f"False {max(1, cores // 2)}"}  # torchrun sets 1 by itself
+    assert threads(tmp_path, torchrun, OMP_NUM_THREADS="2") == {f"True {min(2, cores)}"}  # MKL takes no more than cores

@@ -12,7 +12,6 @@ written.
 import argparse
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +19,12 @@ from pathlib import Path
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from prism_mcore.console import progress, say
+from prism_mcore.program import expect_warnings
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    with warnings.catch_warnings():
-        # "Transformer Engine and Apex are not installed": nothing here would use them.
-        warnings.simplefilter("ignore")
-        import prism_mcore.convert.offline  # noqa: F401
+    expect_warnings()
     try:
         options.run(options)
     except (ValueError, OSError) as error:

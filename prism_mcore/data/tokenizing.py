@@ -20,6 +20,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from prism_mcore import program
 from prism_mcore.data.corpus import Chunk, documents, expand, read_chunks
 from prism_mcore.data.order import key_of, shuffled_range
 from prism_mcore.data.token_file import TokenFile, TokenFileError, TokenFileWriter, narrowed, prefix_of, token_dtype
@@ -207,8 +208,9 @@ class _Worker:
 _worker: _Worker  # of this process
 
 
-def _start_process(worker: _Worker) -> None:
+def _start_process(parent: int, worker: _Worker) -> None:
     global _worker
+    program.end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to handle
     _worker = worker
 
@@ -242,7 +244,7 @@ def _in_processes(chunks: Iterable[Chunk], worker: _Worker, workers: int) -> Ite
     # spawn: a fork of a process with threads (torch's, tokenizers') may hang.
     context = multiprocessing.get_context("spawn")
     waiting: deque[Future[_Tokenized]] = deque()
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(worker,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_process, (os.getpid(), worker)) as pool:
         try:
             for chunk in chunks:
                 waiting.append(pool.submit(_tokenize, chunk))

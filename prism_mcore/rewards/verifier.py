@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from prism_mcore import program
 from prism_mcore.rewards.format import is_formatted, repeated_fraction
 from prism_mcore.rewards.registry import REWARDS
 from prism_mcore.rewards.settings import RewardSettings
@@ -83,14 +84,17 @@ class Verifier:
         self._submitted.put((ticket, json.dumps(task).encode() + b"\n"))
         self._wake()
 
-    def results(self, block: bool = False) -> list[Verdict]:
-        """Verdicts that are there; with `block`, all those still outstanding."""
+    def results(self, block: bool = False, on_wait: Callable[[], object] = lambda: None) -> list[Verdict]:
+        """Verdicts that are there; with `block`, all those still outstanding, `on_wait` called every second."""
         found = []
         while self.outstanding:
             try:
-                verdict = self._verdicts.get(block)
+                verdict = self._verdicts.get(block, timeout=1.0)
             except queue.Empty:
-                break
+                if not block:
+                    break
+                on_wait()
+                continue
             if verdict is None:
                 self._verdicts.put(None)  # for whoever asks again
                 raise RuntimeError("the verifier has stopped") from self._failure
@@ -201,6 +205,7 @@ class Verifier:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env=program.environment(),
             start_new_session=True,  # Ctrl-C is for the run, which then ends these
         )
         worker = _Worker(process, time.monotonic() + START_S)

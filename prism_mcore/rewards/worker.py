@@ -1,16 +1,14 @@
 """The process that verifies responses: one JSON object per line in, one out. Started and killed by verifier.py."""
 
-import contextlib
-import ctypes
 import importlib
 import json
 import os
 import resource
-import signal
 import sys
 
+from prism_mcore import program
+
 MEMORY_BYTES = 4 << 30  # an expression that explodes ends this process, not the machine
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
@@ -18,10 +16,9 @@ def main() -> None:
 
     Arguments: packages to import first. The first line out is empty: ready.
     """
+    program.end_with_parent()  # a response that hangs must not outlive a killed run
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not be taken for an answer
-    with contextlib.suppress(AttributeError):  # not Linux
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a response that hangs must not outlive a killed run
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     from prism_mcore.rewards import REWARDS
 

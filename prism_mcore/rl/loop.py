@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from prism_mcore.checkpoint.optimizer_state import initialise_state
 from prism_mcore.config import SettingsError
 from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
 from prism_mcore.generate.engine import Engine
+from prism_mcore.meeting import Meeting
 from prism_mcore.model.settings import resolve_spec
 from prism_mcore.parallel import Groups
 from prism_mcore.rewards.verifier import Verifier
@@ -35,9 +35,6 @@ from prism_mcore.train.signals import SharedSignals
 
 log = logging.getLogger(__name__)
 
-# Replicas meet when all rollouts are done: the fastest waits for the one with the longest responses.
-LONGEST_WAIT = timedelta(hours=1)
-
 
 def run(settings: RLSettings, prompts: Prompts) -> int:
     """Improve a policy for `train.steps`, resuming from the newest checkpoint; returns one of exit_codes.py."""
@@ -46,7 +43,6 @@ def run(settings: RLSettings, prompts: Prompts) -> int:
         settings,
         build=lambda groups, device, opened: build(settings, prompts, groups, device, opened),
         train=lambda started: train(started),
-        longest_wait=LONGEST_WAIT,
     )
 
 
@@ -224,7 +220,14 @@ def build(settings: RLSettings, prompts: Prompts, groups: Groups, device: torch.
         every.models[0], prompts.tokenizer, settings=settings.generate, eos=prompts.eos, context=settings.rl.context
     )
     rollouts = RolloutWorker(
-        engine, settings.sampling.stop, verifier, prompts.tokenizer, settings.rewards, settings.run.seed, groups
+        engine,
+        settings.sampling.stop,
+        verifier,
+        prompts.tokenizer,
+        settings.rewards,
+        settings.run.seed,
+        groups,
+        Meeting.of_all_ranks(settings.parallel.timeout),
     )
     return PolicyRun(**vars(every) | {"settings": settings}, prompts=prompts, rollouts=rollouts, reference=reference)
 

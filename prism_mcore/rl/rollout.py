@@ -14,6 +14,7 @@ from prism_mcore.batch import Prompt, Rollout, RolloutGroup
 from prism_mcore.generate.engine import Engine
 from prism_mcore.generate.requests import Completion, Key, Request
 from prism_mcore.generate.settings import Sampling
+from prism_mcore.meeting import Meeting
 from prism_mcore.parallel import Groups
 from prism_mcore.rewards.settings import RewardSettings
 from prism_mcore.rewards.verifier import Verdict, Verifier, reward_parts
@@ -43,6 +44,7 @@ class RolloutWorker:
     rewards: RewardSettings
     seed: int
     groups: Groups
+    meeting: Meeting  # of replicas after generation, which takes them unequally long
     clock: StepClock = field(default_factory=StepClock)
     stopping: Callable[[], bool] = lambda: False  # is the run to end?
     passes: int = 0  # through the model in this call
@@ -81,7 +83,7 @@ class RolloutWorker:
         requests = [Request(prompt.tokens, keys[place]) for place, prompt in mine]
         finished: list[tuple[int, str, Completion]] = []
         self.passes = 0
-        for completion in self.engine.stream(requests, sampling, self._check_stopping):
+        for completion in self.engine.stream(requests, sampling, self._before_pass):
             if self.verifier is not None:
                 text = self.text(completion.tokens, completion.stop_token)
                 finished.append((self.tickets, text, completion))
@@ -100,14 +102,16 @@ class RolloutWorker:
         sampling: Sampling,
         version: int,
     ) -> list[Rollout]:
-        verdicts = {verdict.ticket: verdict for verdict in self.verifier.results(block=True)} if self.verifier else {}
+        verified = self.verifier.results(block=True, on_wait=self.meeting.working) if self.verifier else []
+        verdicts = {verdict.ticket: verdict for verdict in verified}
         return [
             self._rollout(*mine[completion.request], keys, completion, verdicts[ticket], text, sampling, version)
             for ticket, text, completion in finished
         ]
 
-    def _check_stopping(self) -> None:
-        """Before every pass: the ranks of a replica leave it together, the replicas each for itself."""
+    def _before_pass(self) -> None:
+        """Is the run to end? The ranks of a replica leave it together, the replicas each for itself."""
+        self.meeting.working()
         self.passes += 1
         if self.passes % STOP_EVERY == 1:
             stopping = self.stopping()
@@ -120,6 +124,7 @@ class RolloutWorker:
 
     def _gathered(self, rollouts: list[Rollout], failure: str, interrupted: bool, step: int) -> list[Rollout]:
         """Every replica's rollouts, where all have made them. Marks the clock: gather."""
+        self.meeting.join()
         everyone: list[Any] = [None] * self.groups.tp_dp_cp.size()
         here = rollouts, self.clock.parts.get("time/generation_s", 0.0), failure, interrupted
         dist.all_gather_object(everyone, here, group=self.groups.tp_dp_cp)

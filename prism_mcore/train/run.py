@@ -67,13 +67,9 @@ def carry_out(
     settings: LoopSettings,
     build: Callable[[Groups, torch.device, ExitStack], AnyRun],
     train: Callable[[AnyRun], int],
-    longest_wait: timedelta = platform.COLLECTIVE_TIMEOUT,
 ) -> int:
-    """Start, build, train, finish; returns one of exit_codes.py. What `build` enters into the stack is closed.
-
-    longest_wait: between two collectives, beside what a save may take.
-    """
-    timeout = max(longest_wait, longest_save(settings))
+    """Start, build, train, finish; returns one of exit_codes.py. What `build` enters into the stack is closed."""
+    timeout = max(settings.parallel.timeout, longest_save(settings))
     device = platform.start(timeout=timeout, deterministic=settings.run.deterministic)
     groups = init_groups(settings.parallel, settings.run.seed, timeout)
     logging.basicConfig(level=logging.INFO if groups.rank == 0 else logging.ERROR, format="%(message)s")

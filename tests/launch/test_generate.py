@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -164,22 +163,6 @@ def test_what_one_replica_cannot_do_is_said(tmp_path):
     done = generate(2, *files, "precision.dtype=fp32", "sampling.max_tokens=9", f"generate.cache_gb={room}")
     assert done.returncode != 0 and not (tmp_path / "out.jsonl").exists()
     assert "error: rank 1: generate.cache_gb" in done.stderr
-
-
-def test_replicas_wait_for_the_slowest(case, tmp_path, monkeypatch):
-    """Hours may lie between the first that is done and the last; training's ranks give each other ten minutes."""
-    from prism_mcore import platform
-
-    waits = []
-
-    def start(timeout=platform.COLLECTIVE_TIMEOUT):
-        waits.append(timeout)
-        raise ValueError("far enough")
-
-    monkeypatch.setattr(platform, "start", start)
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
-    assert run_here(monkeypatch, case[0] / "hf", tmp_path) == 2
-    assert waits[0] >= timedelta(days=1)
 
 
 WRONG = {
