@@ -25,7 +25,7 @@ class Mamba(nn.Module):
 
     megatron-core's own mixer refuses one SSM group under tensor parallelism, cannot be built without CUDA, and has no
     seam for a scan of ours. Here B and C have parameters of their own: sharded where groups divide, else held by
-    every rank, their gradients then summed over ranks (`train/step.py`).
+    every rank, their gradients then summed over ranks (`train/optimizer.py`).
     """
 
     def __init__(self, context: ModelContext):

@@ -6,6 +6,7 @@ from collections import defaultdict
 import pytest
 import torch
 from tiny.hf_models import FAMILIES, save_hf
+from tiny.models import PUBLISHED
 
 from prism_mcore.convert.names import RowRange, hf_tensors, keys
 from prism_mcore.convert.read import read_directory
@@ -14,21 +15,8 @@ from prism_mcore.model.parameters import parameters
 from prism_mcore.model.spec import read_spec
 from prism_mcore.model.tensors import shard
 
-# Parameters of the published models.
-COUNTS = {
-    "granite-4.0-micro": 3_402_836_480,
-    "granite-4.0-h-micro": 3_191_396_096,
-    "llama-3.1-8b": 8_030_261_248,
-    "mistral-7b-v0.1": 7_241_732_096,
-    "mistral-small-24b-2501": 23_572_403_200,
-    "nemotron-h-8b": 8_100_852_736,
-    "qwen2.5-7b": 7_615_616_512,
-    "qwen3-8b": 8_190_735_360,
-}
-SHAPES = [*COUNTS, "granite-3.3-8b"]
 
-
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_every_row_of_ours_is_in_one_place_of_theirs(name):
     spec = read_spec(name)
     runs = defaultdict(list)
@@ -42,10 +30,10 @@ def test_every_row_of_ours_is_in_one_place_of_theirs(name):
         assert (*starts, shape[0]) == (0, *ends), key
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_parameter_counts(name):
     tensors = [tensor for tensor in hf_tensors(read_spec(name)).values() if not tensor.optional]
-    assert sum(math.prod(tensor.shape) for tensor in tensors) == COUNTS[name]
+    assert sum(math.prod(tensor.shape) for tensor in tensors) == PUBLISHED[name]
 
 
 def test_names_of_the_published_files():

@@ -4,21 +4,10 @@ import json
 import math
 
 import pytest
+from tiny.models import PUBLISHED
 
 from prism_mcore.model.spec import RopeScaling, UnsupportedModel, read_config, read_spec, spec_from_config
 from prism_mcore.plan.memory import num_parameters
-
-PUBLISHED = {
-    "granite-4.0-micro": 3_402_836_480,
-    "granite-4.0-h-micro": 3_191_396_096,
-    "granite-3.3-8b": 8_170_864_640,
-    "llama-3.1-8b": 8_030_261_248,
-    "mistral-7b-v0.1": 7_241_732_096,
-    "mistral-small-24b-2501": 23_572_403_200,
-    "nemotron-h-8b": 8_100_852_736,
-    "qwen2.5-7b": 7_615_616_512,
-    "qwen3-8b": 8_190_735_360,
-}
 
 
 @pytest.mark.parametrize(("name", "count"), PUBLISHED.items())

@@ -97,6 +97,19 @@ SPECS: dict[str, ModelSpec] = {name: spec_from_config(config, name) for name, co
 # What sets the two Qwens apart, at once.
 SPECS["qwen"] = replace(SPECS["dense"], qkv_bias=True, qk_norm=True)
 
+# Parameters of the published models.
+PUBLISHED = {
+    "granite-4.0-micro": 3_402_836_480,
+    "granite-4.0-h-micro": 3_191_396_096,
+    "granite-3.3-8b": 8_170_864_640,
+    "llama-3.1-8b": 8_030_261_248,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-small-24b-2501": 23_572_403_200,
+    "nemotron-h-8b": 8_100_852_736,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+}
+
 
 def packed_batches(spec: ModelSpec, count: int, *, b: int = 2, s: int = 16, seed: int = 0) -> list[PackedBatch]:
     """`count` micro-batches of random tokens, each row cut into two documents at a random place; sources alternate."""
