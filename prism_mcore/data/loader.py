@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prism_mcore.batch import PackedBatch
+from prism_mcore.data.history import History
 from prism_mcore.data.mixture import Mixture
 from prism_mcore.data.packing import BestFit, Concat, Spans, split_documents
 from prism_mcore.data.settings import DataSettings, SourceSettings, normalised_shares
@@ -71,8 +72,18 @@ class DataLoader:
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self._needs_tokens, self._needs_labels = needs_tokens, needs_labels
         self.sources = open_sources(settings, vocab_size)
+        self.keys = list(range(len(self.sources)))
         self.mixture = Mixture([source.weight for source in settings.sources])
         self._stage: dict[np.dtype, np.ndarray] = {}
+
+    def new_history(self) -> History:
+        """Of a run that starts; reads every .idx and pieces of every .bin."""
+        weights = [source.weight for source in self.settings.sources]
+        return History.new([s.name for s in self.sources], [s.file.identity for s in self.sources], weights)
+
+    def follow(self, history: History) -> None:
+        """Read on from where a history says that each source is."""
+        self.mixture, self.keys = history.mixture, [source.key for source in history.sources]
 
     @property
     def domains(self) -> list[str]:
@@ -142,7 +153,7 @@ class DataLoader:
         for source_id in np.unique(source_ids):
             mine = np.flatnonzero(source_ids == source_id)
             packing = self.sources[source_id].train
-            spans = packing.spans(packing.shuffle(ordinals[mine], self.seed, int(source_id)))
+            spans = packing.spans(packing.shuffle(ordinals[mine], self.seed, self.keys[source_id]))
             parts.append((mine[spans.row], spans.column, spans.start, spans.length, spans.closed))
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
         order = np.argsort(columns[0], kind="stable")

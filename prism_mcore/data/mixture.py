@@ -41,9 +41,13 @@ _MIN_SHARE = 1e-6  # a block has 1 / min share slots
 
 
 class Mixture:
-    """The source and the ordinal within that source of every sample, for the given weights (any positive scale)."""
+    """The source and the ordinal within that source of every sample, for the given weights (any positive scale).
 
-    def __init__(self, weights: Sequence[float]):
+    first, read: a mixture that follows another one begins at the run's sample `first`, with sources of which so many
+    samples were taken before.
+    """
+
+    def __init__(self, weights: Sequence[float], first: int = 0, read: Sequence[int] | None = None):
         # The decimal a person wrote (0.15 is 15/100, not its binary neighbour): exact, and a short period.
         exact = [Fraction(repr(float(weight))) for weight in weights]
         total = sum(exact, Fraction(0))
@@ -57,6 +61,8 @@ class Mixture:
                     f"supported {_MIN_SHARE:.0e}"
                     "; raise its weight, or set it to 0 to leave it out"
                 )
+        self.shares, self.first = shares, first
+        self.read = np.zeros(len(shares), np.int64) if read is None else np.array(read, np.int64)
         self.num_sources = len(shares)
         self._active = [number for number, share in enumerate(shares) if share > 0]
         self._period = math.lcm(*(share.denominator for share in shares))  # Q
@@ -72,7 +78,7 @@ class Mixture:
         """samples int64 [n], indices in the run's global order -> (source ids int32 [n], ordinals in source int64
         [n]).
         """
-        samples = np.asarray(samples, dtype=np.int64)
+        samples = np.asarray(samples, dtype=np.int64) - self.first
         sources = np.empty(len(samples), dtype=np.int32)
         ordinals = np.empty(len(samples), dtype=np.int64)
         blocks, slots = np.divmod(samples, self._block)
@@ -81,13 +87,13 @@ class Mixture:
             block_sources, block_ordinals, first = self._block_at(int(block))
             sources[chosen] = block_sources[slots[chosen]]
             ordinals[chosen] = block_ordinals[slots[chosen]] + first[sources[chosen]]
-        return sources, ordinals
+        return sources, ordinals + self.read[sources]
 
     def counts(self, num_samples: int) -> np.ndarray:
-        """Draws of each source among the first `num_samples` samples: int64 [sources]."""
-        block, slot = divmod(num_samples, self._block)
+        """Draws of each source among the first `num_samples` samples of the run: int64 [sources]."""
+        block, slot = divmod(num_samples - self.first, self._block)
         block_sources, _, first = self._block_at(block)
-        return first + np.bincount(block_sources[:slot], minlength=self.num_sources)
+        return self.read + first + np.bincount(block_sources[:slot], minlength=self.num_sources)
 
     def _block_at(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(source of each slot, its ordinal since the block's start, counts at the block's start)."""

@@ -40,6 +40,11 @@ class DataSettings(Section):
     validation_fraction: float = Field(
         default=0.0, ge=0.0, lt=1.0, description="Share of each source's tokens, at its end, kept for validation"
     )
+    on_change: Literal["refuse", "continue"] = Field(
+        default="refuse",
+        description="Where the data is not what the run was trained on so far: refuse to resume, or continue, each"
+        " source from its own number of samples",
+    )
     prefetch_steps: int = Field(
         default=2, ge=0, description="Steps read ahead by a background thread; 0 reads in the loop"
     )

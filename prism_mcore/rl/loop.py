@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from prism_mcore import platform
+from prism_mcore.agree import gather_failures
 from prism_mcore.batch import PackedBatch, PolicyBatch, RolloutGroup
 from prism_mcore.checkpoint.optimizer_state import initialise_state
 from prism_mcore.config import SettingsError
@@ -29,7 +31,7 @@ from prism_mcore.rl.settings import RLSettings
 from prism_mcore.rl.step import PolicyStats, policy_backward, score
 from prism_mcore.train.guards import GuardedStats
 from prism_mcore.train.optimizer import gathered_parameters, update
-from prism_mcore.train.run import Run, build_run, carry_out, due, resume_run, save_run
+from prism_mcore.train.run import Run, build_run, carry_out, due, load_run, resumed_history, save_run, state_to_resume
 from prism_mcore.train.schedule import learning_rate
 from prism_mcore.train.signals import SharedSignals
 
@@ -209,6 +211,7 @@ def suspects(stats: GuardedStats, batches: Sequence[PackedBatch]) -> list[str]:
 def build(settings: RLSettings, prompts: Prompts, groups: Groups, device: torch.device, opened: ExitStack) -> PolicyRun:
     """What every run has, with an engine, a verifier and a reference; `opened` closes what must be closed."""
     spec, longest = resolve_spec(settings.model), settings.rl.context
+    require_same(prompts, groups)
     every = build_run(with_parity(settings), spec, groups, device, seq_len=longest, suspects=suspects)
     initialise_state(every.optimizer)  # else the first update makes its moments, in memory that the caches leave free
     reference = Reference(every.chunks, every.optimizer, groups) if settings.rl.kl_coefficient else None
@@ -232,22 +235,37 @@ def build(settings: RLSettings, prompts: Prompts, groups: Groups, device: torch.
     return PolicyRun(**vars(every) | {"settings": settings}, prompts=prompts, rollouts=rollouts, reference=reference)
 
 
+def require_same(prompts: Prompts, groups: Groups) -> None:
+    """A SettingsError on every rank where one, perhaps on another node, has read other prompts than rank 0."""
+    mine = [source.identity for source in prompts.training.history.sources], prompts.beside
+    first = [mine]
+    dist.broadcast_object_list(first, src=0)
+    if failures := gather_failures(f"rank {groups.rank}" * (mine != first[0])):
+        raise SettingsError(f"rl.prompts, rl.held_out or rl.tokenizer hold something else for {', '.join(failures)}")
+
+
 def save(run: PolicyRun, step: int) -> None:
-    """A checkpoint after `step` steps, the reference policy included."""
-    state = {"prompts": step * run.settings.rl.prompts_per_step, "tokens": run.tokens}
+    """A checkpoint after `step` steps, with the reference policy and what was asked of each prompt file."""
+    prompts = step * run.settings.rl.prompts_per_step
+    asked = {"data": run.prompts.training.history.record(prompts), "beside": run.prompts.beside}
     reference = run.reference.sharded_state() if run.reference is not None else {}
+    state = {"prompts": prompts, "tokens": run.tokens, **asked}
     save_run(run, step, state, fixed_settings(run.settings), reference)
 
 
 def resume(run: PolicyRun) -> int:
     """Load the checkpoint to resume from, where there is one; returns the steps taken so far."""
-    reference = run.reference.sharded_state() if run.reference is not None else {}
-    loaded = resume_run(run, "prompts", fixed_settings(run.settings), reference)
-    if loaded is None:
+    state = state_to_resume(run, "prompts", fixed_settings(run.settings))
+    if state is None:
         return 0
+    training, before = run.prompts.training, state.get("beside", run.prompts.beside)
+    others = [f"{name} is another" for name, now in run.prompts.beside.items() if before.get(name) != now]
+    training.follow(resumed_history(run, state, training.history, state["prompts"], "rl.prompts", others))
+    reference = run.reference.sharded_state() if run.reference is not None else {}
+    loaded = load_run(run, state, reference)
     if run.reference is not None:
         run.reference.load(reference)
-    run.tokens = loaded.state["tokens"]
+    run.tokens = state["tokens"]
     return loaded.step
 
 

@@ -1,5 +1,6 @@
 """Prompts with verifiable answers: JSONL files, rendered to tokens, mixed by weight, the same order in every layout."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from prism_mcore.batch import Prompt
-from prism_mcore.data.mixture import Mixture
+from prism_mcore.data.history import History
 from prism_mcore.data.order import key_of, permute
 from prism_mcore.json_lines import JsonLines, Line, shown
 from prism_mcore.model.settings import config_beside
@@ -45,6 +46,7 @@ class PromptFile:
     tokens: np.ndarray  # int32, of all prompts in order
     ends: np.ndarray  # [n + 1] int64: prompt i is tokens[ends[i]:ends[i + 1]]
     rewards: frozenset[str]  # names that occur
+    identity: str  # SHA-256 of the file
     blank: int = 0  # lines without anything, which were skipped
 
     def __len__(self) -> int:
@@ -69,8 +71,13 @@ class PromptSet:
 
     def __init__(self, files: Sequence[PromptFile], weights: Sequence[float], seed: int):
         self.files, self.seed = list(files), seed
-        self.mixture = Mixture(weights)
+        self.history = History.new([str(file.path) for file in files], [file.identity for file in files], weights)
+        self.mixture = self.history.mixture
         self._starts = np.cumsum([0, *map(len, self.files)])
+
+    def follow(self, history: History) -> None:
+        """Ask on from where a history says that each file is."""
+        self.history, self.mixture = history, history.mixture
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -99,7 +106,11 @@ class PromptSet:
     def _shuffled(self, source: int, ordinal: int) -> Prompt:
         size = len(self.files[source])
         epoch, place = divmod(ordinal, size)
-        number = permute(np.array([place]), size, key_of(self.seed, source, epoch)) if size > 1 else [0]
+        number = (
+            permute(np.array([place]), size, key_of(self.seed, self.history.sources[source].key, epoch))
+            if size > 1
+            else [0]
+        )
         return self._prompt(source, int(number[0]))
 
     def _prompt(self, source: int, number: int) -> Prompt:
@@ -114,6 +125,12 @@ class Prompts:
     held_out: PromptSet | None
     tokenizer: Tokenizer
     eos: tuple[int, ...]  # tokens that end a response: those of the tokenizer's folder and of the model's
+
+    @property
+    def beside(self) -> dict[str, Any]:
+        """What a run should not change in the middle, beside the training prompts themselves: by the setting's name."""
+        held_out = [file.identity for file in self.held_out.files] if self.held_out else []
+        return {"rl.tokenizer": self.tokenizer.sha256, "rl.held_out": held_out}
 
 
 def open_prompts(settings: "RLSettings", spec: "ModelSpec") -> Prompts:
@@ -198,7 +215,14 @@ def _read(source: PromptSource, tokenizer: Tokenizer, longest: int) -> PromptFil
         raise PromptError(f"{path} has no prompts; needed: one JSON object per line")
     ends = np.cumsum([0, *map(len, tokens)])
     return PromptFile(
-        source.name or path.stem, path, np.array(lines), np.concatenate(tokens), ends, frozenset(rewards), file.blank
+        source.name or path.stem,
+        path,
+        np.array(lines),
+        np.concatenate(tokens),
+        ends,
+        frozenset(rewards),
+        hashlib.sha256(path.read_bytes()).hexdigest(),
+        file.blank,
     )
 
 

@@ -87,6 +87,11 @@ class PolicySettings(Section):
     reference_alpha: float = Field(
         default=0.6, ge=0, le=1, description="Soft update: reference = alpha * policy + (1 - alpha) * reference"
     )
+    on_change: Literal["refuse", "continue"] = Field(
+        default="refuse",
+        description="Where the prompts are not what the run was trained on so far: refuse to resume, or continue, each"
+        " file from its own number of prompts",
+    )
     held_out_prompts: int = Field(default=128, ge=1, description="The first so many of the held-out prompts are used")
     held_out_samples: int = Field(default=1, ge=1, description="Samples of each held-out prompt")
     show: int = Field(default=3, ge=0, description="Rollouts shown on the console every log.every steps")

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from prism_mcore.agree import gather_failures
 from prism_mcore.config import SettingsError
+from prism_mcore.data.history import History
 from prism_mcore.data.loader import DataLoader
 from prism_mcore.data.token_file import TokenFileError
 from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
@@ -17,7 +19,7 @@ from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups
 from prism_mcore.train.metrics import Metrics
 from prism_mcore.train.optimizer import update
-from prism_mcore.train.run import Run, build_run, carry_out, due, resume_run, save_run
+from prism_mcore.train.run import Run, build_run, carry_out, due, load_run, resumed_history, save_run, state_to_resume
 from prism_mcore.train.schedule import learning_rate
 from prism_mcore.train.settings import MidtrainSettings
 from prism_mcore.train.signals import Signals
@@ -42,6 +44,7 @@ class MidtrainRun(Run):
 
     settings: MidtrainSettings
     loader: DataLoader
+    history: History  # of its sources
 
 
 def train(run: MidtrainRun) -> int:
@@ -83,14 +86,21 @@ def held_out_losses(run: MidtrainRun) -> dict[str, float]:
 
 
 def save(run: MidtrainRun, step: int) -> None:
-    """A checkpoint after `step` steps."""
-    save_run(run, step, {"samples": step * run.settings.train.global_batch}, fixed_settings(run.settings))
+    """A checkpoint after `step` steps, with what was read of each source."""
+    samples = step * run.settings.train.global_batch
+    save_run(run, step, {"samples": samples, "data": run.history.record(samples)}, fixed_settings(run.settings))
 
 
 def resume(run: MidtrainRun) -> int:
     """Load the checkpoint to resume from, where there is one; returns the steps taken so far."""
-    loaded = resume_run(run, "samples", fixed_settings(run.settings))
-    return loaded.step if loaded else 0
+    step, state = 0, state_to_resume(run, "samples", fixed_settings(run.settings))
+    if state is not None:
+        run.history = resumed_history(run, state, run.history, state["samples"], "data.sources")
+        run.loader.follow(run.history)
+        step = load_run(run, state).step
+    for line in run.loader.report(run.settings.train.steps * run.settings.train.global_batch):
+        log.info("%s", line)
+    return step
 
 
 def fixed_settings(settings: MidtrainSettings) -> dict[str, Any]:
@@ -100,6 +110,7 @@ def fixed_settings(settings: MidtrainSettings) -> dict[str, Any]:
         "train.global_batch": settings.train.global_batch,
         "data.seq_len": settings.data.seq_len,
         "data.packing": settings.data.packing,
+        "data.document_mask": settings.data.document_mask,
         "data.validation_fraction": settings.data.validation_fraction,
     }
 
@@ -107,16 +118,18 @@ def fixed_settings(settings: MidtrainSettings) -> dict[str, Any]:
 def build(settings: MidtrainSettings, groups: Groups, device: torch.device) -> MidtrainRun:
     """Open the data, then build what every run has."""
     spec = resolve_spec(settings.model)
-    loader = open_data(settings, spec, groups)
-    for line in loader.report(settings.train.steps * settings.train.global_batch):
-        log.info("%s", line)
+    loader, history = open_data(settings, spec, groups)
     every = build_run(settings, spec, groups, device, seq_len=settings.data.seq_len)
-    return MidtrainRun(**vars(every), loader=loader)
+    return MidtrainRun(**vars(every), loader=loader, history=history)
 
 
-def open_data(settings: MidtrainSettings, spec: ModelSpec, groups: Groups) -> DataLoader:
-    """The loader; a SettingsError on every rank where one of them, perhaps on another node, cannot read a source."""
+def open_data(settings: MidtrainSettings, spec: ModelSpec, groups: Groups) -> tuple[DataLoader, History]:
+    """The loader, and what its sources are, as rank 0 sees them.
+
+    A SettingsError on every rank where one of them, perhaps on another node, cannot read a source.
+    """
     loader, failure = None, ""
+    histories: list[Any] = [None]
     try:
         loader = DataLoader(
             settings.data,
@@ -129,9 +142,11 @@ def open_data(settings: MidtrainSettings, spec: ModelSpec, groups: Groups) -> Da
             needs_tokens=groups.is_first_stage,
             needs_labels=groups.is_last_stage,
         )
+        histories = [loader.new_history() if groups.rank == 0 else None]
     except (TokenFileError, OSError) as error:
         failure = str(error)
     if failures := gather_failures(failure):
         raise SettingsError("; ".join(sorted(set(failures))))
     assert loader is not None
-    return loader
+    dist.broadcast_object_list(histories, src=0)
+    return loader, histories[0]

@@ -1,7 +1,7 @@
 """What every training run is made of: start and finish, its folder, model and optimizer, saving and resuming."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import timedelta
@@ -25,6 +25,7 @@ from prism_mcore.checkpoint.save import Checkpoints
 from prism_mcore.config import SettingsError, dump
 from prism_mcore.convert.offline import remember_source
 from prism_mcore.convert.online import load_hf
+from prism_mcore.data.history import History
 from prism_mcore.exit_codes import STOPPED_BY_GUARD
 from prism_mcore.model.build import chunks_of
 from prism_mcore.model.hybrid import HybridModel
@@ -216,7 +217,7 @@ def set_initial_weights(settings: LoopSettings, chunks: list[HybridModel], group
 def save_run(
     run: Run, step: int, state: dict[str, Any], fixed: dict[str, Any], more: ShardedStateDict | None = None
 ) -> None:
-    """A checkpoint after `step` steps: weights, optimizer, random numbers, and what `resume_run` needs beside them.
+    """A checkpoint after `step` steps: weights, optimizer, random numbers, and what `state_to_resume` reads.
 
     state: the loop's own, with its cursor. fixed: settings that must not change in the middle of a run.
     """
@@ -230,8 +231,8 @@ def save_run(
     run.checkpoints.save(step, run.models, run.optimizer, state | shared, more)
 
 
-def resume_run(run: Run, cursor: str, fixed: dict[str, Any], more: ShardedStateDict | None = None) -> Loaded | None:
-    """Load the checkpoint that the run resumes from, once it is known to be this run's; None at the beginning.
+def state_to_resume(run: Run, cursor: str, fixed: dict[str, Any]) -> dict[str, Any] | None:
+    """What was saved beside the tensors that `load_run` will load, once it is known to be this run's; None without any.
 
     cursor: the key of the loop's own state that no other kind of run has. Raises SettingsError where model, kind of run
     or fixed settings are others.
@@ -254,8 +255,40 @@ def resume_run(run: Run, cursor: str, fixed: dict[str, Any], more: ShardedStateD
                 f"{newest} was trained with {name}={then}, not {now}; resume with {then}, or give run.name another"
                 " value"
             )
-    loaded = load(newest, run.models, run.optimizer, run.groups, more)
-    run.guard.restore(loaded.state["guard"])
+    return state
+
+
+def resumed_history(
+    run: Run, state: dict[str, Any], now: History, num_samples: int, sources: str, more: Sequence[str] = ()
+) -> History:
+    """Where each source resumes after num_samples samples; a SettingsError where they changed and may not.
+
+    sources: the setting that lists them; `on_change` stands beside it. more: other differences in what is read.
+    """
+    section, on_change = sources.split(".")[0], f"{sources.split('.')[0]}.on_change"
+    record = state.get("data")
+    if record is None:
+        log.info("note: %s is of an earlier version, which kept no record of its %s", run.resume_from, sources)
+        return now
+    differences = [*now.differences(record, sources), *more]
+    if not differences:
+        return now.resumed(record)
+    found = f"{run.resume_from} was trained on other data: {'; '.join(differences)}"
+    if getattr(run.settings, section).on_change == "refuse":
+        raise SettingsError(
+            f"{found}. Give {sources} what it had, or run.name another value; {on_change}=continue goes on with what is"
+            " there now, each source from its own number of samples"
+        )
+    history = now.changed(record, num_samples)
+    log.info("%s. Continuing: %s", found, ", ".join(f"{s.name} from its sample {s.read:,}" for s in history.sources))
+    return history
+
+
+def load_run(run: Run, state: dict[str, Any], more: ShardedStateDict | None = None) -> Loaded:
+    """Load the checkpoint whose `state_to_resume` this is: weights, optimizer, random numbers, the guard's state."""
+    assert run.resume_from is not None
+    loaded = load(run.resume_from, run.models, run.optimizer, run.groups, more)
+    run.guard.restore(state["guard"])
     if note := lr_change(loaded.step, state.get("settings", ""), run.settings):
         log.info("%s", note)
     log.info("resuming from %s", loaded.path)

@@ -551,3 +551,20 @@ def blocked(groups):
 
 def test_a_rank_that_waits_in_a_collective_tells_the_others_of_its_signal():
     assert run_ranks(2, blocked, timeout_s=30) == [[], [True]]
+
+
+def test_other_prompts_are_not_asked_silently(files, tmp_path):
+    run_ranks(1, train, settings(files, tmp_path, train={"steps": 1}))
+    lines = (files / "prompts.jsonl").read_text().splitlines()
+    (other := tmp_path / "others.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    changed = {"rl": {"prompts": [{"path": str(other)}]}, "train": {"steps": 2}}
+    with pytest.raises(
+        RankError, match=r"rl.prompts\[0\] .*others.jsonl.*: .*prompts.jsonl held another.*rl.on_change=cont"
+    ):
+        run_ranks(2, train, settings(files, tmp_path, **changed))
+    held_out = {"rl": {"held_out": [{"path": str(other)}]}, "train": {"steps": 2}}
+    with pytest.raises(RankError, match=r"trained on other data: rl.held_out is another"):
+        run_ranks(2, train, settings(files, tmp_path, **held_out))
+    changed["rl"]["on_change"] = "continue"
+    run_ranks(2, train, settings(files, tmp_path, **changed))
+    assert [r["step"] for r in records(tmp_path)] == [1, 2]

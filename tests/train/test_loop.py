@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ranks import RankError, run_ranks
 from tiny.models import CONFIGS
 
 from prism_mcore import platform
+from prism_mcore.checkpoint.durable import write_manifest
 from prism_mcore.checkpoint.save import _Writer
 from prism_mcore.data.token_file import TokenFileWriter
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
@@ -457,3 +459,99 @@ def test_a_step_without_a_label_that_counts_changes_nothing_and_is_not_charged(h
     assert not (tmp_path / "run" / "bad_steps").exists()
     (validation,) = [json.loads(v) for v in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()][-1:]
     assert validation["validation/loss/text"] is None
+
+
+def rewritten(corpus, folder, name, seed):
+    """A source's documents in another order: as long as before, tokenized with another seed."""
+    from prism_mcore.data.token_file import TokenFile
+
+    file = TokenFile(corpus / name)
+    starts = file.document_starts(0, file.num_documents + 1)
+    tokens = np.empty(file.num_tokens, file.dtype)
+    file.read(0, tokens)
+    documents = np.split(tokens, starts[1:-1])
+    np.random.default_rng(seed).shuffle(documents)
+    with TokenFileWriter(folder / name, file.dtype) as writer:
+        writer.add(np.concatenate(documents), np.array([len(document) for document in documents]))
+    return str(folder / name)
+
+
+def sources(*listed):
+    return {"data": {"sources": [{"path": str(path), "weight": weight, "domain": "all"} for path, weight in listed]}}
+
+
+def test_other_data_is_not_read_silently(corpus, tmp_path):
+    text, code = corpus / "text", corpus / "code"
+    run_ranks(1, train, settings(corpus, tmp_path, **sources((text, 0.7), (code, 0.3))), 2)
+    changes = {
+        rf"data.sources\[0\] \({tmp_path}/text\): {text} held another": [
+            (rewritten(corpus, tmp_path, "text", 1), 0.7),
+            (code, 0.3),
+        ],
+        r"data.sources\[0\] .*: it was .*text, which is in another place now": [(code, 0.3), (text, 0.7)],
+        r"data.sources\[1\] \(.*code\): its share was 3/10, it is 1/2": [(text, 0.5), (code, 0.5)],
+    }
+    for message, changed in changes.items():
+        with pytest.raises(
+            RankError, match=rf"step_00000002 was trained on other data: .*{message}.*data.on_change=cont"
+        ):
+            run_ranks(2, train, settings(corpus, tmp_path, **sources(*changed)))
+    (moved := tmp_path / "moved").mkdir()
+    for file in corpus.iterdir():
+        shutil.copy(file, moved)
+    run_ranks(1, train, settings(corpus, tmp_path, **sources((moved / "text", 7), (moved / "code", 3))))
+    assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def rows_read(groups, settings, until=None):
+    """(source's path, first token's place) of every row that this rank reads, as the run goes."""
+    run, seen = loop.build(settings, groups, torch.device("cpu")), []
+    plan = run.loader._plan
+
+    def noted(samples):
+        source_ids, spans = plan(samples)
+        starts = spans.start[np.searchsorted(spans.row, np.arange(len(samples)))]
+        seen.extend(
+            (int(n), run.loader.sources[s].name, int(p)) for n, s, p in zip(samples, source_ids, starts, strict=True)
+        )
+        return source_ids, spans
+
+    run.loader._plan = noted
+    if until:
+        stop_after(run, until)
+    loop.train(run)
+    last = (until or settings.train.steps) * settings.train.global_batch
+    return [(name, place) for sample, name, place in seen if sample < last]
+
+
+def test_a_changed_mixture_reads_no_sample_twice(corpus, tmp_path):
+    text, code = corpus / "text", corpus / "code"
+    third = tmp_path / "third"
+    with TokenFileWriter(third, np.uint16) as writer:
+        writer.add(np.arange(3000) % 61, np.full(100, 30))
+    steps = {"train": {"steps": 24, "global_batch": 8, "validate_batches": 1}}
+    read = run_ranks(1, rows_read, settings(corpus, tmp_path, **steps, **sources((text, 0.7), (code, 0.3))), 8)[0]
+    changed = sources((third, 0.5), (code, 0.25), (text, 0.25))
+    changed["data"]["on_change"] = "continue"
+    for until in (16, None):  # the second time nothing has changed any more
+        read += run_ranks(1, rows_read, settings(corpus, tmp_path, **steps, **changed), until)[0]
+    assert len(read) == 24 * 8
+    assert len(set(read)) == len(read)
+    assert {name: sum(n == name for n, _ in read[64:]) for name, _ in read} == {
+        str(third): 64,
+        str(code): 32,
+        str(text): 32,
+    }
+
+
+def test_a_checkpoint_without_a_record_of_its_data_is_resumed(corpus, tmp_path):
+    run_ranks(1, train, settings(corpus, tmp_path), 2)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002"
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["state"]["data"]
+    state["state"]["kept"] = state["state"].pop("fixed")
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, {})
+    run_ranks(1, train, settings(corpus, tmp_path))
+    assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
