@@ -16,9 +16,15 @@ VALIDATION = "validation/loss/"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a line that is being written is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    """The objects of a .jsonl file; a line that is being written is left out. ValueError for another that is none."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line.decode("utf-8")))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+    return records
 
 
 def plot_run(run_dir: Path, marks: dict[str, int] | None = None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import resource
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from prism_mcore.train.step import StepStats
 
 STEPS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
+
+log = logging.getLogger(__name__)
 
 
 class Records:
@@ -209,24 +212,25 @@ def domain_losses(domains: list[str], stats: StepStats) -> dict[str, float]:
 
 
 def truncate_after(path: Path, step: int) -> int:
-    """Drop the records of a .jsonl file that are beyond `step`, and a last line that a crash cut short.
+    """Drop the records of a .jsonl file that are beyond `step`, and lines that are no records, as a crash leaves them.
 
     Returns the step of the last record that stays, -1 without any.
     """
-    last = -1
+    last, kept, damaged = -1, [], 0
     if not path.exists():
         return last
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
-            last = record["step"]
+            of_step = json.loads(line.decode("utf-8"))["step"]
+            if of_step <= step:
+                kept.append(line + b"\n")
+                last = of_step
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):  # not text, not JSON, not a record
+            damaged += 1
+    if damaged:
+        log.warning("%s: dropped %d lines that are no records of steps", path, damaged)
     temporary = path.with_name(f".tmp_{path.name}")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)
     return last
 

@@ -88,6 +88,19 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     ]
 
 
+def test_lines_that_are_no_records_are_dropped_when_a_run_resumes(tmp_path, caplog):
+    """What a crash or a disk leaves: bytes that are no text, half a line, other JSON."""
+    from prism_mcore.train.metrics import truncate_after
+
+    records = [json.dumps({"step": step, "text": "ä\u2028"}).encode() for step in (1, 2, 3)]
+    damage = [b"\xff\xfe\x00", b"[]", b"null", b'"step"', b'{"step": "2"}', b"{}", b"[" * 100_000]
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b"\n".join([records[0], *damage, *records[1:], records[0][:9]]))
+    assert truncate_after(file, 2) == 2
+    assert file.read_bytes().splitlines() == records[:2]
+    assert f"{file}: dropped 8 lines" in caplog.text
+
+
 def test_nan_becomes_null(tmp_path):
     write_steps(fake_run(tmp_path), 0, 1, loss=math.nan)
     assert records(tmp_path)[0]["loss"] is None
