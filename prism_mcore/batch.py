@@ -2,12 +2,16 @@
 
 # b sequences in a micro-batch, s tokens in a sequence, t = b * s tokens in all, row after row
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:  # reading prompts must not cost the seconds that importing torch takes
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

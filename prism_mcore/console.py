@@ -5,11 +5,12 @@ import contextlib
 import io
 import re
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.errors import ConsoleError
-from rich.progress import Progress, ProgressColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 # What a terminal would obey, what has no encoding, and what reorders the text around it.
@@ -58,3 +59,12 @@ def progress(*columns: ProgressColumn, shown: bool = True) -> Progress:
         if isinstance(column, TextColumn):
             column.markup = False  # its text is a file's name, perhaps
     return Progress(*columns, console=console(stderr=True), disable=not shown)
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar of one piece of work; gives the function that tells how much more is done."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with progress(*columns, shown=shown) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda more: bar.advance(task, more)

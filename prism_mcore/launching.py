@@ -15,13 +15,16 @@ from prism_mcore.evaluate.settings import ScoreSettings
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, STOPPED_BY_SIGNAL
 from prism_mcore.generate.settings import GenerateSettings
 from prism_mcore.model.settings import resolve_spec
-from prism_mcore.model.spec import ModelSpec
+from prism_mcore.model.spec import ModelSpec, read_spec
 from prism_mcore.parallel import ParallelSettings
 from prism_mcore.rl.settings import RLSettings
 from prism_mcore.train.settings import LoopSettings, MidtrainSettings
 
 # Each one's settings; a key of another than the one that runs is an error that says whose it is.
 PROGRAMS = (MidtrainSettings, RLSettings, GenerateSettings, ScoreSettings)
+
+
+Loop = TypeVar("Loop", bound=LoopSettings)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,8 +79,8 @@ def positive(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class Checked(Generic[Kind]):
-    """A program's settings, checked against its model and its ranks, before any process group."""
+class Launch(Generic[Kind]):
+    """What is to be started: a program's settings, its model, its ranks, and notes on what is worth knowing."""
 
     settings: Kind
     spec: ModelSpec
@@ -85,23 +88,29 @@ class Checked(Generic[Kind]):
     notes: list[str]
 
 
-Loop = TypeVar("Loop", bound=LoopSettings)
-
-
 def read_recipe(
     kind: type[Loop], arguments: argparse.Namespace, check: Callable[[Loop, ModelSpec, int], list[str]]
-) -> Checked[Loop]:
-    """The settings that `recipe_parser`'s arguments name. Raises SettingsError."""
+) -> Launch[Loop]:
+    """What `recipe_parser`'s arguments ask for, checked. Raises SettingsError."""
     notes: list[str] = []
     settings = load(kind, arguments.recipe, arguments.overrides, others=PROGRAMS, notes=notes)
     spec = resolve_spec(settings.model)
     world_size = planned_ranks(settings.parallel, arguments.dry_run, arguments.gpus)
-    return Checked(settings, spec, world_size, notes + check(settings, spec, world_size))
+    return Launch(settings, spec, world_size, notes + check(settings, spec, world_size))
 
 
-def read_overrides(kind: type[Kind], overrides: Sequence[str]) -> Kind:
-    """The settings of a program without recipes. Raises SettingsError."""
-    return load(kind, None, overrides, others=PROGRAMS)
+def read_hf(kind: type[Kind], arguments: argparse.Namespace) -> Launch[Kind]:
+    """What `hf_parser`'s arguments ask for; the program checks it when it has read its input.
+
+    Raises SettingsError, and ValueError for a model that is not there or cannot be run, and an output that cannot be.
+    """
+    notes: list[str] = []
+    settings = load(kind, None, arguments.overrides, others=PROGRAMS, notes=notes)
+    if not arguments.out.parent.is_dir():
+        raise ValueError(f"--out {arguments.out}: there is no folder {arguments.out.parent}; make it first")
+    if not (arguments.hf / "config.json").is_file():
+        raise ValueError(f"--hf {arguments.hf}: there is no config.json; give the model's Hugging Face directory")
+    return Launch(settings, read_spec(arguments.hf), planned_ranks(settings.parallel, arguments.dry_run), notes)
 
 
 def refuse(recipe: Path | None, error: SettingsError) -> int:

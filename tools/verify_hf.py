@@ -58,13 +58,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def verify(options: argparse.Namespace) -> list[Difference]:
     """The differences of every output, in the order of the forward pass."""
-    from prism_mcore.evaluate.scoring import read_token_lists
+    from prism_mcore.evaluate.files import read_token_lists
 
     source = read_directory(options.hf)
     spec = source.spec()
     source.tensors(spec)  # what is missing or too much is said here, once
     tokens = (
-        read_token_lists(options.tokens, spec.vocab_size) if options.tokens else random_tokens(spec, options.length)
+        torch.tensor(read_token_lists(options.tokens, spec.vocab_size))
+        if options.tokens
+        else random_tokens(spec, options.length)
     )
     settings = ScoreSettings.model_validate(
         {

@@ -2,25 +2,74 @@
 
 # b sequences in a micro-batch, s tokens in a sequence, t = b * s tokens and padding, v vocabulary
 
-import json
-import math
-import os
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from prism_mcore import platform
 from prism_mcore.batch import PackedBatch
+from prism_mcore.console import progress_bar, say
+from prism_mcore.convert.online import model_from_hf
+from prism_mcore.evaluate.files import ScoreFile, shapes_of
+from prism_mcore.evaluate.settings import ScoreSettings
+from prism_mcore.meeting import Meeting
 from prism_mcore.model.hybrid import HybridModel
-from prism_mcore.parallel import Groups
+from prism_mcore.parallel import Groups, init_groups
 from prism_mcore.train.step import to_device
 
 # (indices of b sequences, their log-probs [b, s - 1] fp32, their logits [b, s, v] fp32 if asked for), on the CPU
 OnScores = Callable[[list[int], Tensor, Tensor | None], None]
+
+
+def score_file(
+    hf: Path, out: Path, settings: ScoreSettings, sequences: list[list[int]], *, micro_batch: int, logits: bool
+) -> None:
+    """Score sequences of one length with the model in `hf` and write `out`; every rank calls it.
+
+    Raises ExchangeError for a model that cannot be read, OSError for a file that cannot be written, LostRank where
+    another rank is gone.
+    """
+    tokens = torch.tensor(sequences)
+    device = platform.start(timeout=settings.parallel.timeout)
+    groups = init_groups(settings.parallel)
+    meeting = Meeting.of_all_ranks(settings.parallel.timeout)
+    chunks = model_from_hf(hf, settings, groups, device, seq_len=tokens.shape[1])
+    file = ScoreFile(out, shapes_of(*tokens.shape, chunks[0].spec.vocab_size, logits))
+    if groups.rank == 0:
+        file.create()
+    dist.barrier()
+
+    def write(sequences: list[int], logprobs: Tensor, scores: Tensor | None) -> None:
+        for place, sequence in enumerate(sequences):
+            file.write("logprobs", sequence, logprobs[place])
+            if scores is not None:
+                file.write("logits", sequence, scores[place])
+
+    started = time.monotonic()
+    total = -(-len(tokens) // groups.dp_size) * settings.parallel.vpp  # every virtual stage sees each sequence
+    with progress_bar("scoring", total, shown=groups.rank == 0) as advance:
+
+        def done(sequences: int) -> None:
+            meeting.working()
+            advance(sequences)
+
+        score(chunks, tokens, groups, write, micro_batch=micro_batch, logits=logits, on_batch=done)
+    file.close()
+    meeting.join()  # nodes may be unequally fast
+    if groups.rank == 0:
+        file.publish()
+        seconds = time.monotonic() - started
+        say(
+            f"{out}: {len(tokens):,} sequences of {tokens.shape[1]:,} tokens"
+            f" in {seconds:.1f} s ({tokens.numel() / seconds:,.0f} tokens/s)"
+        )
+    platform.shutdown()
 
 
 @torch.no_grad()
@@ -104,88 +153,3 @@ def one_document_each(tokens: Tensor, padding: int = 0) -> PackedBatch:
         source_ids=torch.zeros(1, dtype=torch.int32),
         sample_ids=torch.zeros(1, dtype=torch.int64),
     )
-
-
-def read_token_lists(path: str | os.PathLike[str], vocab_size: int) -> Tensor:
-    """[n, s] int64 from a JSON list of equal-length lists of token ids; a ValueError says which sequence is wrong."""
-    try:
-        rows = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
-        raise ValueError(f"{path}: needed: a JSON list of lists of token ids, such as [[5, 6, 7], [9, 3, 4]]")
-    if not rows or len(rows[0]) < 2:
-        found = f"sequence 0 has {len(rows[0])} tokens" if rows else "there is no sequence"
-        raise ValueError(f"{path}: {found}; needed: sequences of at least 2 tokens, to score one after another")
-    for index, row in enumerate(rows):
-        if len(row) != len(rows[0]):
-            raise ValueError(
-                f"{path}: sequence {index} has {len(row)} tokens, sequence 0 has {len(rows[0])}; make all one length,"
-                " or score each length from a file of its own"
-            )
-        for position, token in enumerate(row):
-            if type(token) is not int or not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"{path}: token {position} of sequence {index} is {json.dumps(token)};"
-                    f" needed: an id from 0 to {vocab_size - 1}, the model's vocabulary"
-                )
-    return torch.tensor(rows)
-
-
-class ScoreFile:
-    """A safetensors file of fp32 tensors that ranks fill at the same time, row by row, under a temporary name.
-
-    Every rank opens it with the same shapes; one calls `create` before any rank writes and, when all have closed it,
-    `publish`. Nothing is held in memory, and a full disk is noticed before the first row.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], shapes: dict[str, tuple[int, ...]]):
-        self.path, self.part = Path(path), Path(f"{path}.part")
-        self.row_bytes = {name: 4 * math.prod(shape[1:]) for name, shape in shapes.items()}
-        ends = list(accumulate((4 * math.prod(shape) for shape in shapes.values()), initial=0))
-        table = {
-            name: {"dtype": "F32", "shape": shape, "data_offsets": offsets}
-            for (name, shape), offsets in zip(shapes.items(), pairwise(ends), strict=True)
-        }
-        text = json.dumps(table).encode()
-        text += b" " * (-len(text) % 8)
-        self.header = len(text).to_bytes(8, "little") + text
-        self.starts = {name: len(self.header) + start for name, start in zip(shapes, ends, strict=False)}
-        self.size = len(self.header) + ends[-1]
-        self.file: int | None = None
-
-    def create(self) -> None:
-        """Reserve the space and write the header; an OSError where the space is not there."""
-        file = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            os.posix_fallocate(file, 0, self.size)
-            os.pwrite(file, self.header, 0)
-        except OSError as error:
-            self.part.unlink()
-            raise OSError(
-                error.errno, f"{os.strerror(error.errno or 0)} ({self.size:,} bytes)", str(self.path)
-            ) from error
-        finally:
-            os.close(file)
-
-    def write(self, name: str, row: int, values: Tensor) -> None:
-        """Put `values` [...] into row `row` of a tensor."""
-        if self.file is None:
-            self.file = os.open(self.part, os.O_RDWR)
-        data = memoryview(values.contiguous().numpy()).cast("B")
-        assert len(data) == self.row_bytes[name], "a row is what the shape says"
-        offset = self.starts[name] + row * len(data)
-        while data:
-            done = os.pwrite(self.file, data, offset)  # at most 2 GiB at a time
-            data, offset = data[done:], offset + done
-
-    def close(self) -> None:
-        """Flush what this rank wrote."""
-        if self.file is not None:
-            os.fsync(self.file)
-            os.close(self.file)
-            self.file = None
-
-    def publish(self) -> None:
-        """Give the complete file its name."""
-        os.replace(self.part, self.path)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny.gradients import close
 from tiny.hf_models import save_hf
 
-from prism_mcore.evaluate.scoring import ScoreFile, read_token_lists
+from prism_mcore.evaluate.files import ScoreFile, read_token_lists
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 61
