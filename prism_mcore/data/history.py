@@ -73,7 +73,7 @@ class History:
         return found
 
     def resumed(self, record: dict[str, Any]) -> "History":
-        """This history where nothing has changed: the mixture goes on where the record left it."""
+        """This history where nothing has changed: the mixture continues where the record left it."""
         sources = [
             replace(now, key=was["key"], read=before)
             for now, was, before in zip(self.sources, record["sources"], record["before"], strict=True)

@@ -1,4 +1,4 @@
-"""AdamW through megatron-core's distributed optimizer: state cut over data-parallel ranks, fp32 masters and moments."""
+"""AdamW through megatron-core's distributed optimizer: fp32 masters and moments, sharded over data-parallel ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -276,7 +276,7 @@ def resumed_history(
     found = f"{run.resume_from} was trained on other data: {'; '.join(differences)}"
     if getattr(run.settings, section).on_change == "refuse":
         raise SettingsError(
-            f"{found}. Give {sources} what it had, or run.name another value; {on_change}=continue goes on with what is"
+            f"{found}. Give {sources} what it had, or run.name another value; {on_change}=continue resumes with what is"
             " there now, each source from its own number of samples"
         )
     history = now.changed(record, num_samples)

@@ -1,4 +1,4 @@
-"""The RL loop on real ranks: it learns, it goes on to the bit, in any layout; what cannot work is refused."""
+"""The RL loop on real ranks: it learns, it resumes to the bit, in any layout; what cannot work is refused."""
 
 import itertools
 import json
@@ -161,7 +161,7 @@ def test_layouts_take_the_same_steps(files, tmp_path):
                 assert got[key] == pytest.approx(want[key], rel=1e-4), key
 
 
-def test_a_run_goes_on_in_another_layout(files, tmp_path):
+def test_a_run_resumes_in_another_layout(files, tmp_path):
     wanted = settings(files, tmp_path, train={"steps": 3})
     run_ranks(2, train, wanted, 1)
     run_ranks(1, train, wanted, 2)
@@ -482,7 +482,7 @@ def signalled_while_generating(groups, settings, step, rank):
         run = loop.build(
             settings, open_prompts(settings, resolve_spec(settings.model)), groups, torch.device("cpu"), opened
         )
-        generate, check, passes = run.rollouts.generate, run.rollouts._check_stopping, []
+        generate, check, passes = run.rollouts.generate, run.rollouts._before_pass, []
 
         def counted(prompts, sampling, **of_step):
             passes.clear()
@@ -500,7 +500,7 @@ def signalled_while_generating(groups, settings, step, rank):
             run_steps.append(number)
             return rolled(run, number)
 
-        run.rollouts.generate, run.rollouts._check_stopping, loop.training_rollouts = (
+        run.rollouts.generate, run.rollouts._before_pass, loop.training_rollouts = (
             counted,
             checked,
             training_rollouts,

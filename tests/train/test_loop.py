@@ -175,7 +175,7 @@ def test_an_interleaved_pipeline_updates_bf16_and_fp32_weights_as_a_plain_one(co
 
 
 @pytest.mark.parametrize("spec", ["hybrid", "granite hybrid"])
-def test_a_run_goes_on_in_another_layout(corpus, tmp_path, spec):
+def test_a_run_resumes_in_another_layout(corpus, tmp_path, spec):
     through, moved = tmp_path / "through", tmp_path / "moved"
     for runs in (through, moved):
         runs.mkdir()
