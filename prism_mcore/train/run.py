@@ -246,7 +246,7 @@ def state_to_resume(run: Run, cursor: str, fixed: dict[str, Any]) -> dict[str, A
             f"{newest} is of another kind of run; to start from its weights give run.name another value, and"
             f" model.init={newest.parent.parent}"
         )
-    if _as_now(state["spec"]) != spec_record(run.spec):
+    if not is_record_of(state["spec"], run.spec):
         raise SettingsError(f"{newest} is of another model; give run.name another value, or model.spec the one it had")
     before = state.get("fixed", state.get("kept", {}))  # earlier versions called them kept, or had none
     for name, now in fixed.items():
@@ -295,11 +295,6 @@ def load_run(run: Run, state: dict[str, Any], more: ShardedStateDict | None = No
     return loaded
 
 
-def _as_now(record: dict) -> dict:
-    """A spec's record with the fields that it lacks because an earlier version wrote it: no model of that had any."""
-    return {f.name: repr(f.default) for f in fields(ModelSpec) if f.default is not MISSING} | record
-
-
 def lr_change(step: int, before: str, now: LoopSettings) -> str:
     """What changed settings of the schedule do to the learning rate after `step` steps; empty where nothing.
 
@@ -326,3 +321,9 @@ def lr_change(step: int, before: str, now: LoopSettings) -> str:
 def spec_record(spec: ModelSpec) -> dict:
     """The spec as JSON holds it, infinity as text."""
     return {name: repr(value) for name, value in asdict(spec).items()}
+
+
+def is_record_of(record: dict, spec: ModelSpec) -> bool:
+    """Is this the spec's record, perhaps an earlier version's? What that did not know, no model of it had."""
+    unknown = {f.name: repr(f.default) for f in fields(ModelSpec) if f.default is not MISSING}
+    return unknown | record == spec_record(spec)

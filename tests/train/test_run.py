@@ -1,12 +1,14 @@
 """What both loops are made of: a changed schedule is named, a folder is one run's alone."""
 
 import os
+from dataclasses import replace
 
 import pytest
 from ranks import RankError, run_ranks
 
 from prism_mcore.checkpoint.lock import exclusive
 from prism_mcore.config import dump
+from prism_mcore.model.spec import read_spec
 from prism_mcore.train.settings import MidtrainSettings
 
 
@@ -44,6 +46,16 @@ def test_settings_of_another_version_are_no_error():
     from prism_mcore.train.run import lr_change
 
     assert lr_change(5, "optimizer: {lr: 1.0, of_old: 3}", scheduled(10)) == lr_change(5, "", scheduled(10)) == ""
+
+
+def test_a_spec_that_an_earlier_version_recorded_is_the_same_model():
+    from prism_mcore.train.run import is_record_of, spec_record
+
+    spec = read_spec("llama-3.1-8b")
+    earlier = {name: value for name, value in spec_record(spec).items() if name not in ("qkv_bias", "qk_norm")}
+    assert is_record_of(earlier, spec) and is_record_of(spec_record(spec), spec)
+    assert not is_record_of(earlier, replace(spec, qkv_bias=True))
+    assert not is_record_of(earlier | {"num_heads": "16"}, spec)
 
 
 def hold(groups, settings):
