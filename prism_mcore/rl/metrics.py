@@ -25,7 +25,7 @@ from prism_mcore.train.metrics import (
 )
 
 if TYPE_CHECKING:
-    from prism_mcore.rl.loop import PolicyRun
+    from prism_mcore.rl.run import PolicyRun
     from prism_mcore.rl.step import PolicyStats
 
 CORRECT = "correct"  # the part of a reward that says whether the answer is right

@@ -23,7 +23,7 @@ from prism_mcore.plan.throughput import peak_flops
 
 if TYPE_CHECKING:
     from prism_mcore.batch import PackedBatch
-    from prism_mcore.train.loop import MidtrainRun
+    from prism_mcore.train.midtrain import MidtrainRun
     from prism_mcore.train.step import StepStats
 
 STEPS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"

@@ -2,7 +2,7 @@
 
 # t packed tokens of a micro-batch: its b sequences of s tokens, one after another
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TypeVar
@@ -67,18 +67,18 @@ def backward(
     batches: list[PackedBatch],
     groups: Groups,
     num_sources: int,
-    stop: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> StepStats:
     """Gradients of the mean loss over the global batch, ready in `optimizer` for `update`; no weight changes yet.
 
-    stop: has this rank been asked to end the run? All ranks hear of it by the same reduction.
+    stop: has this rank been asked to end the run? Asked once the gradients are there, and told to all with the rest.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     sums, rows = forward_backward(chunks, batches, groups, num_sources)
     sums["squared_norm"] = squared_gradient_norm(optimizer, groups, sums["nats"].device)
-    sums["stop"] = torch.full_like(sums["squared_norm"], stop)
+    sums["stop"] = torch.full_like(sums["squared_norm"], stop())
     return StepStats.of(summed(sums), rows)
 
 

@@ -262,7 +262,7 @@ def test_tokens_per_second_are_those_until_the_slowest_replica_is_done(files, tm
 
 
 def test_where_the_first_part_of_a_step_has_no_samples_the_second_is_on_policy(files, tmp_path):
-    from prism_mcore.rl.loop import updates_of
+    from prism_mcore.rl.update import updates_of
 
     wanted = settings(files, tmp_path, rl={"updates": 2, "drop_zero_spread": True, "kl_coefficient": 0.0})
     equal, unequal = (group_of(rollout([9], 1.0), rollout([8], reward)) for reward in (1.0, 0.0))

@@ -1,0 +1,82 @@
+"""A step's policy updates: its rollouts to micro-batches, scored under the reference, each part one optimizer step."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from prism_mcore import platform
+from prism_mcore.batch import PolicyBatch, RolloutGroup
+from prism_mcore.rl import parity
+from prism_mcore.rl.packing import micro_batches, pack, samples_of
+from prism_mcore.rl.run import PolicyRun
+from prism_mcore.rl.settings import RLSettings
+from prism_mcore.rl.step import PolicyStats, policy_backward, score
+from prism_mcore.train.optimizer import gathered_parameters, update
+
+
+def update_policy(run: PolicyRun, step: int, groups: Sequence[RolloutGroup], lr: float) -> list[PolicyStats]:
+    """The step's updates; the stats of each that had anything to learn from."""
+    clock, seen = run.rollouts.clock, []
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    platform.release_freed_memory()
+    updates = with_reference(run, updates_of(run, step, groups))
+    platform.release_freed_memory()
+    clock.mark("reference")
+    for batches in updates:
+        stats = policy_backward(run.chunks, run.optimizer, batches, run.settings.rl, run.groups)
+        clock.mark("policy")
+        if run.guard.admits(step, stats, batches):
+            parity.check(stats, rollouts, run.models[0], run.settings.rl, step)
+            update(run.optimizer, stats.grad_norm, lr)
+        clock.mark("update")
+        run.tokens += stats.tokens
+        seen.append(stats)
+    every = run.settings.rl.reference_every
+    if run.reference is not None and every and step % every == 0:
+        run.reference.update(run.settings.rl.reference_alpha)
+    return seen
+
+
+def updates_of(run: PolicyRun, step: int, groups: Sequence[RolloutGroup]) -> list[list[PolicyBatch]]:
+    """This rank's micro-batches of each of `rl.updates` parts of the groups; a part without any sample is left out."""
+    settings, ranks = run.settings, run.groups
+    per_update = len(groups) // settings.rl.updates
+    multiple = ranks.tp_size if settings.parallel.sequence_parallel else 1
+    updates: list[list[PolicyBatch]] = []
+    for number in range(settings.rl.updates):
+        first = number * per_update
+        samples = samples_of(groups[first : first + per_update], settings.rl, first * settings.sampling.samples)
+        dealt = micro_batches([s.length for s in samples], ranks.dp_size, budget(settings))[ranks.dp_rank]
+        batches = [
+            pack(
+                [samples[place] for place in places],
+                version=version(settings, step) + len(updates),
+                temperature=settings.sampling.temperature or 1.0,  # greedy log-probs are those at 1
+                multiple=multiple,
+            )
+            for places in dealt or [[]]
+        ]
+        if samples:
+            updates.append(batches)
+    return updates
+
+
+def with_reference(run: PolicyRun, updates: list[list[PolicyBatch]]) -> list[list[PolicyBatch]]:
+    """The same with the reference policy's log-probs, where there is a reference."""
+    if run.reference is None or not updates:
+        return updates
+    with gathered_parameters(run.chunks), run.reference.in_place():
+        scored = [score(run.chunks, batches) for batches in updates]
+    return [
+        [replace(batch, reference_logprobs=of_batch) for batch, of_batch in zip(batches, logprobs, strict=True)]
+        for batches, logprobs in zip(updates, scored, strict=True)
+    ]
+
+
+def version(settings: RLSettings, step: int) -> int:
+    """Optimizer updates that the weights have seen before a step."""
+    return (step - 1) * settings.rl.updates
+
+
+def budget(settings: RLSettings) -> int:
+    """Tokens of a micro-batch."""
+    return settings.train.micro_batch * settings.rl.context
