@@ -23,15 +23,17 @@ class InUse(RuntimeError):
 
 
 @contextmanager
-def exclusive(path: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
+def exclusive(path: Path, patience_s: float = PATIENCE_S, *, what: Path | None = None) -> Iterator[None]:
     """Inside, this process alone has the lock of the file `path`, which is made where it is missing.
+
+    what: the file or folder that it guards, for messages; by default the one that `path` is in.
 
     The kernel takes the lock back when its holder ends, however it ends: a file left behind blocks nobody. It is flock,
     which Linux passes on to the server of an NFS folder, so that another node's holder is seen, too; where the file
     system has no locks, a warning says so. Raises InUse after patience_s, and OSError where the file cannot be written.
     """
     with path.open("a+", encoding="utf-8") as file:
-        _take(file.fileno(), path, time.monotonic() + patience_s)
+        _take(file.fileno(), path, what or path.parent, time.monotonic() + patience_s)
         file.truncate(0)
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": since}, file)
@@ -39,13 +41,13 @@ def exclusive(path: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
         yield
 
 
-def _take(descriptor: int, path: Path, deadline: float) -> None:
+def _take(descriptor: int, path: Path, what: Path, deadline: float) -> None:
     while True:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                raise InUse(f"{path.parent} is in use by {_holder(path)}") from None
+                raise InUse(f"{what} is in use by {_holder(path)}") from None
             time.sleep(0.1)
         except OSError as error:
             if error.errno not in UNSUPPORTED:

@@ -1,7 +1,7 @@
 """A prompt file answered: every replica its share, samples kept as they finish, one file at the end."""
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,36 +25,41 @@ def run(
 ) -> None:
     """Answer the lines of `prompts` with the model in `hf` and write `out`; every rank calls it.
 
-    Samples of an earlier try that lie beside `out` are taken over. Raises ExchangeError for a model that cannot be
-    read, ValueError and FloatingPointError for what cannot be generated, LostRank where another rank is gone.
+    Samples of an earlier try that lie beside `out` are taken over. Raises ExchangeError for a model that cannot be read
+    and an `out` that another process writes, ValueError and FloatingPointError for what cannot be generated, LostRank where another rank is gone.
     """
     device = platform.start(timeout=settings.parallel.timeout)
     groups = init_groups(settings.parallel)
     meeting = Meeting.of_all_ranks(settings.parallel.timeout)
-    with agreed():
-        case = unfinished.case_of(hf, prompts, settings) if groups.rank == 0 else {}
-    completions = unfinished.take_over(out, case) if groups.rank == 0 else {}
-    shared = [case, set(completions)]
-    dist.broadcast_object_list(shared)  # before any rank writes
-    case, earlier = shared
-    requests = requests_of(lines, settings.sampling, earlier, groups.dp_rank, groups.dp_size)
-    (model,) = model_from_hf(hf, settings, groups, device)
-    engine = Engine(model, tokenizer, settings=settings.generate, eos=read_eos(hf))
+    case: unfinished.Case = {}
+    completions: dict[unfinished.Place, Completion] = {}
+    with ExitStack() as opened:
+        with agreed():
+            if groups.rank == 0:
+                unfinished.hold(out, opened)
+                case = unfinished.case_of(hf, prompts, settings)
+                completions = unfinished.take_over(out, case)
+        shared = [case, set(completions)]
+        dist.broadcast_object_list(shared)  # before any rank writes
+        case, earlier = shared
+        requests = requests_of(lines, settings.sampling, earlier, groups.dp_rank, groups.dp_size)
+        (model,) = model_from_hf(hf, settings, groups, device)
+        engine = Engine(model, tokenizer, settings=settings.generate, eos=read_eos(hf))
 
-    started = time.monotonic()
-    with unfinished.Writer(out, groups.rank, case) if groups.tp_rank == 0 else nullcontext() as writer:
-        completions |= _stream(engine, requests, settings.sampling, writer, groups, meeting)
-        meeting.join()  # replicas take unequally long
-        everyone = _gathered(completions, groups)
-        if groups.rank == 0:
-            part = Path(f"{out}.part")
-            with part.open("w", encoding="utf-8") as file:
-                file.writelines(response_lines(lines, everyone, tokenizer, settings.sampling))
-            part.replace(out)
-            _report(out, everyone, earlier, time.monotonic() - started)
-        dist.barrier()  # the file is there: what it was made from can go
-        if writer is not None:
-            writer.remove()
+        started = time.monotonic()
+        with unfinished.Writer(out, groups.rank, case) if groups.tp_rank == 0 else nullcontext() as writer:
+            completions |= _stream(engine, requests, settings.sampling, writer, groups, meeting)
+            meeting.join()  # replicas take unequally long
+            everyone = _gathered(completions, groups)
+            if groups.rank == 0:
+                part = Path(f"{out}.part")
+                with part.open("w", encoding="utf-8") as file:
+                    file.writelines(response_lines(lines, everyone, tokenizer, settings.sampling))
+                part.replace(out)
+                _report(out, everyone, earlier, time.monotonic() - started)
+            dist.barrier()  # the file is there: what it was made from can go
+            if writer is not None:
+                writer.remove()
     platform.shutdown()
 
 

@@ -9,12 +9,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prism_mcore.checkpoint.lock import InUse, exclusive
 from prism_mcore.convert.identity import identity
+from prism_mcore.convert.names import ExchangeError
 from prism_mcore.generate.requests import Completion
 from prism_mcore.generate.settings import GenerateSettings
 from prism_mcore.json_lines import parse_object
@@ -56,6 +59,16 @@ def take_over(out: Path, case: Case) -> dict[Place, Completion]:
         if file != Path(f"{out}.samples"):
             file.unlink()
     return samples
+
+
+def hold(out: Path, opened: ExitStack) -> None:
+    """Let this process alone write `out` and its samples until `opened` closes; an ExchangeError where another does."""
+    lock = Path(f"{out}.lock")
+    try:
+        opened.enter_context(exclusive(lock, what=out))
+    except InUse as error:
+        raise ExchangeError(f"{error}; wait until it has ended, or choose another --out") from error
+    opened.callback(lock.unlink, missing_ok=True)
 
 
 class Writer:

@@ -3,6 +3,7 @@ bad input."""
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -84,6 +85,9 @@ def test_a_killed_generation_goes_on_from_its_samples_in_another_layout(case, tm
     while not written.exists() or written.read_text().count("\n") < 5:
         assert slow.poll() is None
         time.sleep(0.02)
+    slow.send_signal(signal.SIGSTOP)
+    second = generate(1, *files, *how)
+    assert second.returncode != 0 and f"error: {out} is in use by process {slow.pid} on" in second.stderr
     slow.kill()
     slow.wait()
     lines = written.read_text().splitlines(keepends=True)
