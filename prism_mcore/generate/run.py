@@ -26,7 +26,8 @@ def run(
     """Answer the lines of `prompts` with the model in `hf` and write `out`; every rank calls it.
 
     Samples of an earlier try that lie beside `out` are taken over. Raises ExchangeError for a model that cannot be read
-    and an `out` that another process writes, ValueError and FloatingPointError for what cannot be generated, LostRank where another rank is gone.
+    and an `out` that others write, ValueError and FloatingPointError for what cannot be generated, LostRank where
+    another rank is gone.
     """
     device = platform.start(timeout=settings.parallel.timeout)
     groups = init_groups(settings.parallel)
@@ -39,7 +40,7 @@ def run(
                 unfinished.hold(out, opened)
                 case = unfinished.case_of(hf, prompts, settings)
                 completions = unfinished.take_over(out, case)
-        shared = [case, set(completions)]
+        shared: list[Any] = [case, set(completions)]
         dist.broadcast_object_list(shared)  # before any rank writes
         case, earlier = shared
         requests = requests_of(lines, settings.sampling, earlier, groups.dp_rank, groups.dp_size)
