@@ -555,3 +555,15 @@ def test_a_checkpoint_without_a_record_of_its_data_is_resumed(corpus, tmp_path):
     write_manifest(checkpoint, {})
     run_ranks(1, train, settings(corpus, tmp_path))
     assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_replicas_of_the_optimizer_count_the_gradient_once(corpus, tmp_path):
+    curves = []
+    for instances in (1, 2):
+        (runs := tmp_path / str(instances)).mkdir()
+        wanted = settings(
+            corpus, runs, parallel={"optimizer_instances": instances}, train={"steps": 3, "global_batch": 4}
+        )
+        run_ranks(4, train, wanted, optimizer_instances=instances)
+        curves.append(curve(runs))
+    assert curves[1] == [pytest.approx(step, rel=1e-6) for step in curves[0]]
