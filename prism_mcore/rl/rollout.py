@@ -102,12 +102,18 @@ class RolloutWorker:
         sampling: Sampling,
         version: int,
     ) -> list[Rollout]:
-        verified = self.verifier.results(block=True, on_wait=self.meeting.working) if self.verifier else []
+        verified = self.verifier.results(block=True, on_wait=self._while_verifying) if self.verifier else []
         verdicts = {verdict.ticket: verdict for verdict in verified}
         return [
             self._rollout(*mine[completion.request], keys, completion, verdicts[ticket], text, sampling, version)
             for ticket, text, completion in finished
         ]
+
+    def _while_verifying(self) -> None:
+        """Verdicts may take as long as rewards.timeout_s: the run can end here, too."""
+        self.meeting.working()
+        if self.stopping():
+            raise Interrupted
 
     def _before_pass(self) -> None:
         """Is the run to end? The ranks of a replica leave it together, the replicas each for itself."""

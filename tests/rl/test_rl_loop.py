@@ -530,6 +530,37 @@ def test_a_signal_in_a_long_generation_drops_the_step_and_saves_what_was_before(
     assert not (tmp_path / "run" / "rollouts" / "step_00000003.jsonl").exists()
 
 
+class NeverDone:
+    """A verifier whose verdicts do not come."""
+
+    def results(self, block, on_wait):
+        while True:
+            on_wait()
+
+
+def signalled_while_verifying(groups, settings):
+    from prism_mcore.rl import loop
+
+    with ExitStack() as opened:
+        prompts = open_prompts(settings, resolve_spec(settings.model))
+        run = loop.build(settings, prompts, groups, torch.device("cpu"), opened)
+        verified = run.rollouts._verified
+
+        def signalled(*of_step):
+            if groups.rank == 1:
+                run.rollouts.verifier = NeverDone()
+                os.kill(os.getpid(), signal.SIGTERM)
+            return verified(*of_step)
+
+        run.rollouts._verified = signalled
+        return loop.train(run)
+
+
+def test_a_signal_while_rewards_are_computed_is_not_kept_waiting(files, tmp_path):
+    wanted = settings(files, tmp_path, rl={"held_out": []}, train={"steps": 2})
+    assert run_ranks(2, signalled_while_verifying, wanted, timeout_s=60) == [STOPPED_BY_SIGNAL] * 2
+
+
 def blocked(groups):
     """Rank 0 is signalled while it waits in a collective for rank 1, which asks whether anybody was."""
     import torch.distributed as dist
