@@ -105,9 +105,10 @@ class HFDirectory:
 
     def tensors(self, spec: ModelSpec) -> dict[str, HFTensor]:
         """What the names mean for this model; an ExchangeError unless every tensor, and no other, is there."""
-        tensors = hf_tensors(spec, self.names)
+        names = self.names
+        tensors = hf_tensors(spec, names)
         self._check(tensors)
-        return {name: tensor for name, tensor in tensors.items() if name in self.names}
+        return {name: tensor for name, tensor in tensors.items() if name in names}
 
     def _check(self, tensors: dict[str, HFTensor]) -> None:
         for file, name, entry in self.entries():
@@ -122,7 +123,8 @@ class HFDirectory:
                     f"{self.folder / file}: {name} has the shape {list(entry.shape)};"
                     f" config.json needs {list(tensors[name].shape)}"
                 )
-        missing = [name for name, tensor in tensors.items() if name not in self.names and not tensor.optional]
+        names = self.names
+        missing = [name for name, tensor in tensors.items() if name not in names and not tensor.optional]
         if missing:
             raise ExchangeError(f"{self.folder} has no {_some(missing)}, which the model needs")
 
