@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from prism_mcore.checkpoint.lock import InUse, exclusive
-from prism_mcore.convert.identity import identity
 from prism_mcore.convert.names import ExchangeError
 from prism_mcore.generate.requests import Completion
 from prism_mcore.generate.settings import GenerateSettings
@@ -28,6 +27,8 @@ Case = dict[str, Any]  # everything that samples depend on
 
 def case_of(hf: Path, prompts: Path, settings: GenerateSettings) -> Case:
     """What the samples of one generation have in common: model, prompts, sampling, numerics; not layout or slots."""
+    from prism_mcore.convert.identity import identity  # brings torch, whose seconds a mistake should not take
+
     used = settings.model_dump(mode="json", include={"sampling", "precision", "kernels"})
     return {
         "prompts": hashlib.sha256(prompts.read_bytes()).hexdigest(),

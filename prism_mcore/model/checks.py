@@ -4,11 +4,10 @@ Every problem says what was got, what was needed and, where there is one, the ne
 """
 
 from collections.abc import Collection
-from pathlib import Path
 
 from prism_kernels.table import check_choices
 from prism_mcore.config import Findings
-from prism_mcore.model.settings import BuildSettings, ModelSettings
+from prism_mcore.model.settings import BuildSettings, ModelSettings, config_beside
 from prism_mcore.model.spec import LAYER_NAMES, ModelSpec, read_spec
 from prism_mcore.parallel import ParallelSettings
 
@@ -116,8 +115,8 @@ def check_recompute(recompute: Collection[str], spec: ModelSpec, found: Findings
 
 def check_initial_weights(model: ModelSettings, spec: ModelSpec, found: Findings) -> None:
     """Where model.spec and the config.json beside the weights say different things, a run computes the first."""
-    init = Path(model.init)
-    if model.spec is None or not (init / "config.json").is_file():
+    init = None if model.spec is None or model.init == "random" else config_beside(model.init)
+    if init is None:
         return
     try:
         differences = spec.differences(read_spec(init))
