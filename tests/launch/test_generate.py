@@ -235,7 +235,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(case, tmp_path
 def test_blank_lines_are_skipped_and_counted(case, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text('\n{"prompt": "a"}\n  \n')
     assert run_here(monkeypatch, case[0] / "hf", tmp_path, "--dry-run") == 0
-    assert "note: 2 blank lines of" in capsys.readouterr().err
+    assert "note: 2 blank lines of" in capsys.readouterr().out
 
 
 def test_a_folder_without_a_model_is_named(tmp_path, capsys, monkeypatch):
