@@ -179,7 +179,7 @@ class _Worker:
     def backend(self) -> tokenizers.Tokenizer:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallelism is ours
         backend = tokenizers.Tokenizer.from_str(self.tokenizer_json)
-        if hasattr(backend.model, "_resize_cache"):  # its default of 10,000 words is soon full: 10% of the time
+        if hasattr(backend.model, "_resize_cache"):  # the default, 10,000 words, is soon full: a quarter of the time
             backend.model._resize_cache(_CACHED_WORDS)
         backend.encode_special_tokens = True  # words like "<|eos|>" inside a text are text, not the end of a document
         return backend
