@@ -49,13 +49,14 @@ class _Refused(pickle.UnpicklingError):
 
 
 class _Record:
-    """What stands for an object of the pickle: the arguments and the state it was given, and no behaviour."""
+    """What stands for an object of the pickle: the state it was given, whatever its class was called with."""
 
-    __slots__ = ("arguments", "state")
+    __slots__ = ("state",)
+    state: Any
 
-    def __new__(cls, *arguments: Any) -> "_Record":
+    def __new__(cls, *_: Any) -> "_Record":
         record = super().__new__(cls)
-        record.arguments, record.state = arguments, None
+        record.state = None
         return record
 
     def __setstate__(self, state: Any) -> None:
