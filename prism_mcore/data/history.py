@@ -57,7 +57,11 @@ class History:
         for place, (was, now) in enumerate(zip(then, self.sources, strict=False)):
             if was.identity != now.identity:
                 elsewhere = any(was.identity == other.identity for other in self.sources)
-                what = f"it was {was.name}, which is in another place now" if elsewhere else f"{was.name} held another"
+                what = (
+                    f"it was {was.name}, which is in another place now"
+                    if elsewhere
+                    else f"{was.name} held other content"
+                )
                 found.append(f"{setting}[{place}] ({now.name}): {what}")
         for place, was in enumerate(then[len(self.sources) :], len(self.sources)):
             found.append(f"{setting}[{place}] ({was.name}) is gone")

@@ -83,7 +83,7 @@ def test_without_a_change_the_run_goes_on_as_if_it_had_not_stopped(stop):
     [
         (history(math=7, code=3), []),  # the same shares on another scale
         (history(code=0.3, math=0.7), ["it was math, which is in another place now", "it was code"]),
-        (history(math=0.7, prose=0.3), ["data.sources[1] (prose): code held another"]),
+        (history(math=0.7, prose=0.3), ["data.sources[1] (prose): code held other content"]),
         (history(math=0.7, code=0.3, prose=1), ["data.sources[2] (prose) is new"]),
         (history(math=0.7), ["data.sources[1] (code) is gone"]),
         (history(math=0.5, code=0.5), ["(math): its share was 7/10, it is 1/2", "(code): its share was 3/10"]),

@@ -590,7 +590,7 @@ def test_other_prompts_are_not_asked_silently(files, tmp_path):
     (other := tmp_path / "others.jsonl").write_text("\n".join(reversed(lines)) + "\n")
     changed = {"rl": {"prompts": [{"path": str(other)}]}, "train": {"steps": 2}}
     with pytest.raises(
-        RankError, match=r"rl.prompts\[0\] .*others.jsonl.*: .*prompts.jsonl held another.*rl.on_change=cont"
+        RankError, match=r"rl.prompts\[0\] .*others.jsonl.*: .*prompts.jsonl held other content.*rl.on_change=cont"
     ):
         run_ranks(2, train, settings(files, tmp_path, **changed))
     held_out = {"rl": {"held_out": [{"path": str(other)}]}, "train": {"steps": 2}}

@@ -484,7 +484,7 @@ def test_other_data_is_not_read_silently(corpus, tmp_path):
     text, code = corpus / "text", corpus / "code"
     run_ranks(1, train, settings(corpus, tmp_path, **sources((text, 0.7), (code, 0.3))), 2)
     changes = {
-        rf"data.sources\[0\] \({tmp_path}/text\): {text} held another": [
+        rf"data.sources\[0\] \({tmp_path}/text\): {text} held other content": [
             (rewritten(corpus, tmp_path, "text", 1), 0.7),
             (code, 0.3),
         ],
