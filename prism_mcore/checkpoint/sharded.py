@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 
 from prism_mcore.checkpoint.optimizer_state import sharded_optimizer
 from prism_mcore.parallel import Groups
+
+__all__ = ["ShardedTensor", "ShardedTensorFactory", "fill", "layout", "sharded_tensors"]
 
 
 def sharded_tensors(

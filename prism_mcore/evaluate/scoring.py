@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from prism_mcore import platform
@@ -21,6 +20,7 @@ from prism_mcore.evaluate.settings import ScoreSettings
 from prism_mcore.meeting import Meeting
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.parallel import Groups, init_groups
+from prism_mcore.train.pipeline import run_pipeline
 from prism_mcore.train.step import to_device
 
 # (indices of b sequences, their log-probs [b, s - 1] fp32, their logits [b, s, v] fp32 if asked for), on the CPU
@@ -115,15 +115,14 @@ def score(
             _, logprobs, *rest = (_rows(part, len(batch), tokens.shape[1]) for part in output)
             on_scores(batch, logprobs[:, :-1], rest[0] if rest else None)
 
-    get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=[packed() for _ in chunks] if len(chunks) > 1 else packed(),
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(batches),
-        seq_length=width * tokens.shape[1] + padding,
-        micro_batch_size=1,
+    run_pipeline(
+        forward,
+        chunks,
+        packed,
+        num_micro_batches=len(batches),
+        num_tokens=width * tokens.shape[1] + padding,
         forward_only=True,
-        collect_non_loss_data=True,
+        collect=True,
     )
 
 

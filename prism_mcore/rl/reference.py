@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
 
+from prism_mcore.checkpoint.sharded import ShardedTensor, ShardedTensorFactory
 from prism_mcore.parallel import Groups
-from prism_mcore.train.optimizer import gather_parameters
+from prism_mcore.train.optimizer import DistributedDataParallel, MegatronOptimizer, gather_parameters, own_ranges
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,11 @@ class _Shard:
     place: Tensor  # the range in the model's own buffer, in the model's format
     master: Tensor  # fp32; the place itself where the parameter is fp32
     reference: Tensor  # fp32
+
+    @staticmethod
+    def of(parameter: Tensor, mine: range, master: Tensor) -> "_Shard":
+        place = parameter.detach().view(-1)[mine.start : mine.stop]
+        return _Shard(parameter, mine.start, place, master, master.clone().float())
 
     @property
     def has_master(self) -> bool:
@@ -45,7 +48,7 @@ class Reference:
 
     def __init__(self, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, groups: Groups):
         self.chunks, self.groups = chunks, groups
-        self._shards = _shards(optimizer)
+        self._shards = [_Shard.of(*own) for own in own_ranges(optimizer)]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -117,23 +120,6 @@ class Reference:
         # Added as integers: the others' zeros then change no bit, not even that of -0.
         dist.all_reduce(whole.view(torch.int32), group=self.chunks[0].intra_dp_cp_group)
         return whole.view(parameter.shape).cpu()
-
-
-def _shards(optimizer: MegatronOptimizer) -> list[_Shard]:
-    """From megatron-core's distributed optimizer, which knows its ranges as `gbuf_ranges`."""
-    if isinstance(optimizer, ChainedOptimizer):
-        (optimizer,) = optimizer.chained_optimizers
-    shards = []
-    for by_dtype in optimizer.gbuf_ranges:
-        for buckets in by_dtype.values():
-            for bucket in buckets:
-                for parameter, ranges in bucket["param_map"].items():
-                    group, order = optimizer.model_param_group_index_map[parameter]
-                    master = optimizer.optimizer.param_groups[group]["params"][order].detach()
-                    mine = ranges["param"]
-                    place = parameter.detach().view(-1)[mine.start : mine.end]
-                    shards.append(_Shard(parameter, mine.start, place, master, master.clone().float()))
-    return shards
 
 
 def _fold(data: Tensor, width: int = 1 << 20) -> Tensor:

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from prism_mcore.agree import summed
@@ -18,7 +15,8 @@ from prism_mcore.batch import PolicyBatch
 from prism_mcore.parallel import Groups
 from prism_mcore.rl.policy_loss import LossTerms, policy_loss
 from prism_mcore.rl.settings import PolicySettings
-from prism_mcore.train.optimizer import norm_of, squared_gradient_norm
+from prism_mcore.train.optimizer import DistributedDataParallel, MegatronOptimizer, norm_of, squared_gradient_norm
+from prism_mcore.train.pipeline import run_pipeline
 from prism_mcore.train.step import to_device
 
 
@@ -105,15 +103,14 @@ def _run(
         batch = to_device(next(data), next(chunk.parameters()).device)
         return chunk(batch, temperature=batch.temperature), partial(loss, batch=batch)
 
-    return get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=iter(batches),
-        model=chunks[0],  # RL has no pipeline
-        num_microbatches=len(batches),
-        seq_length=batches[0].position_ids.numel(),
-        micro_batch_size=1,
+    return run_pipeline(
+        forward,
+        chunks,
+        lambda: iter(batches),
+        num_micro_batches=len(batches),
+        num_tokens=batches[0].position_ids.numel(),
         forward_only=forward_only,
-        collect_non_loss_data=forward_only,
+        collect=forward_only,
     )
 
 

@@ -10,13 +10,13 @@ from typing import TypeVar
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from prism_mcore.agree import summed
 from prism_mcore.batch import PackedBatch
 from prism_mcore.parallel import Groups
 from prism_mcore.train.optimizer import norm_of, squared_gradient_norm
+from prism_mcore.train.pipeline import run_pipeline
 
 Batch = TypeVar("Batch", bound=PackedBatch)
 
@@ -94,14 +94,12 @@ def forward_backward(
     Returns what this rank adds to the sums over all ranks, nats and tokens [num_sources] fp64 on the device, and
     (nats, tokens) [b, 2] of each micro-batch's rows.
     """
-    seq_tokens = batches[0].position_ids.numel()
-    rows = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(batches),
-        seq_length=seq_tokens,  # a micro-batch is one packed sequence of t tokens
-        micro_batch_size=1,
+    rows = run_pipeline(
+        _forward_step,
+        chunks,
+        lambda: iter(batches),
+        num_micro_batches=len(batches),
+        num_tokens=batches[0].position_ids.numel(),
         forward_only=forward_only,
     )
     # By source (nats, tokens); float64 holds any token count exactly. Tensor-parallel ranks all have the same.
