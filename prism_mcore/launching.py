@@ -25,6 +25,7 @@ PROGRAMS = (MidtrainSettings, RLSettings, GenerateSettings, ScoreSettings)
 
 
 Loop = TypeVar("Loop", bound=LoopSettings)
+OfModel = TypeVar("OfModel", GenerateSettings, ScoreSettings)  # programs that run a Hugging Face directory's model
 
 
 class _Parser(argparse.ArgumentParser):
@@ -99,7 +100,7 @@ def read_recipe(
     return Launch(settings, spec, world_size, notes + check(settings, spec, world_size))
 
 
-def read_hf(kind: type[Kind], arguments: argparse.Namespace) -> Launch[Kind]:
+def read_hf(kind: type[OfModel], arguments: argparse.Namespace) -> Launch[OfModel]:
     """What `hf_parser`'s arguments ask for; the program checks it when it has read its input.
 
     Raises SettingsError, and ValueError for a model that is not there or cannot be run, and an output that cannot be.

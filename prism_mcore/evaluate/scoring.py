@@ -40,7 +40,7 @@ def score_file(
     groups = init_groups(settings.parallel)
     meeting = Meeting.of_all_ranks(settings.parallel.timeout)
     chunks = model_from_hf(hf, settings, groups, device, seq_len=tokens.shape[1])
-    file = ScoreFile(out, shapes_of(*tokens.shape, chunks[0].spec.vocab_size, logits))
+    file = ScoreFile(out, shapes_of(len(tokens), tokens.shape[1], chunks[0].spec.vocab_size, logits))
     if groups.rank == 0:
         file.create()
     dist.barrier()
