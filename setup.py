@@ -3,8 +3,6 @@
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    # With a GPU: the kernels' compiler and Transformer Engine's FP8, attention and fused layers.
-    "gpu": ["triton", "transformer-engine[pytorch]"],
     # Verifiable rewards.
     "rl": ["math-verify", "reasoning-gym"],
     # What the demo corpus is made of.

@@ -1,7 +1,7 @@
 """Mid-train a model: `torchrun [...] launch/midtrain.py --recipe launch/recipes/demo.yaml [section.name=value ...]`.
 
 Exit codes are those of prism_mcore/exit_codes.py. torchrun hides its workers' codes, so that of the run is also written
-to the file that EXIT_CODE_FILE names, for the script that decides about starting again (launch/slurm/midtrain.sbatch).
+to the file that EXIT_CODE_FILE names, for the script that decides about starting again (launch/slurm/train.sbatch).
 """
 
 from prism_mcore import program
@@ -18,7 +18,6 @@ from prism_mcore.launching import (
     rank,
     read_recipe,
     recipe_parser,
-    record_exit_code,
     refuse,
 )
 from prism_mcore.train.checks import check
@@ -40,9 +39,7 @@ def main() -> int:
         print_plan(run.settings, run.notes, plan(run.settings, run.spec, run.world_size))
         return DONE
     print_notes(run.notes)
-    code = _train(run.settings)
-    record_exit_code(code)
-    return code
+    return _train(run.settings)
 
 
 def _train(settings: MidtrainSettings) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from prism_mcore.config import SettingsError
 from prism_mcore.console import say
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
-from prism_mcore.launching import complain, leave, print_notes, read_recipe, recipe_parser, record_exit_code, refuse
+from prism_mcore.launching import complain, leave, print_notes, read_recipe, recipe_parser, refuse
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.rl.checks import check
 from prism_mcore.rl.settings import RLSettings
@@ -35,9 +35,7 @@ def main() -> int:
         print_plan(run.settings, notes, plan(run.settings, run.spec, run.world_size))
         return DONE
     print_notes(notes)
-    code = _train(run.settings, run.spec)
-    record_exit_code(code)
-    return code
+    return _train(run.settings, run.spec)
 
 
 def _prompt_notes(settings: RLSettings, spec: ModelSpec) -> list[str]:

@@ -7,7 +7,7 @@ parallel.tp=2 and the like, numbers by precision.dtype=fp32; ranks that are left
 
 from prism_mcore import program
 
-program.begin()  # before the seconds of imports, in which torchrun may be killed
+program.begin(resumes=False)  # before the seconds of imports, in which torchrun may be killed
 
 from pathlib import Path
 

@@ -17,6 +17,7 @@ from prism_mcore.generate.settings import GenerateSettings
 from prism_mcore.model.settings import resolve_spec
 from prism_mcore.model.spec import ModelSpec, read_spec
 from prism_mcore.parallel import ParallelSettings
+from prism_mcore.program import record_exit_code
 from prism_mcore.rl.settings import RLSettings
 from prism_mcore.train.settings import LoopSettings, MidtrainSettings
 
@@ -95,6 +96,7 @@ def read_recipe(
     """What `recipe_parser`'s arguments ask for, checked. Raises SettingsError."""
     notes: list[str] = []
     settings = load(kind, arguments.recipe, arguments.overrides, others=PROGRAMS, notes=notes)
+    choose_cuda_queues(settings.parallel)
     spec = resolve_spec(settings.model)
     world_size = planned_ranks(settings.parallel, arguments.dry_run, arguments.gpus)
     return Launch(settings, spec, world_size, notes + check(settings, spec, world_size))
@@ -107,6 +109,7 @@ def read_hf(kind: type[OfModel], arguments: argparse.Namespace) -> Launch[OfMode
     """
     notes: list[str] = []
     settings = load(kind, None, arguments.overrides, others=PROGRAMS, notes=notes)
+    choose_cuda_queues(settings.parallel)
     if not arguments.out.parent.is_dir():
         raise ValueError(f"--out {arguments.out}: there is no folder {arguments.out.parent}; make it first")
     if not (arguments.hf / "config.json").is_file():
@@ -114,12 +117,21 @@ def read_hf(kind: type[OfModel], arguments: argparse.Namespace) -> Launch[OfMode
     return Launch(settings, read_spec(arguments.hf), planned_ranks(settings.parallel, arguments.dry_run), notes)
 
 
+def choose_cuda_queues(parallel: ParallelSettings) -> None:
+    """One hardware queue under tensor parallelism, before CUDA starts; what a person sets wins.
+
+    Communication that overlaps a tensor-parallel product then starts before it, as it was issued. Without it the
+    queues stay as many as they are: data-parallel communication overlaps the better for it.
+    """
+    if parallel.tp > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def refuse(recipe: Path | None, error: SettingsError) -> int:
     """Say once that settings do not work, and record it; returns the exit code."""
     if rank() == 0:
         where = f"{recipe}: " if recipe else ""
         say(f"{where}the settings do not work:\n{error}", stderr=True)
-    record_exit_code(BAD_SETTINGS)
     return BAD_SETTINGS
 
 
@@ -149,23 +161,12 @@ def complain(error: Exception, code: int) -> int:
     return code
 
 
-def record_exit_code(code: int) -> None:
-    """Write the code to the file that EXIT_CODE_FILE names, whole or not at all, because torchrun hides it.
-
-    Every rank does: torchrun kills the others when the first has ended.
-    """
-    if "EXIT_CODE_FILE" in os.environ:
-        file = Path(os.environ["EXIT_CODE_FILE"])
-        part = file.with_name(f"{file.name}.{rank()}")
-        part.write_text(f"{code}\n")
-        part.replace(file)
-
-
 def leave(code: int) -> NoReturn:
-    """End this process with the code.
+    """End this process with the code, and record it.
 
     After an error at once: threads of process groups that nobody could close turn an orderly end into an abort (-6).
     """
+    record_exit_code(code)
     if code not in (DONE, STOPPED_BY_SIGNAL):
         logging.shutdown()
         sys.stdout.flush()

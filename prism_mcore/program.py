@@ -8,10 +8,18 @@ afterwards, because it may have ended before the kernel was asked.
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import signal
+import sys
 import warnings
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from prism_mcore.exit_codes import STOPPED_BY_SIGNAL
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PARENT = "PRISM_PARENT"  # the process that started this one, if that was one of ours
@@ -29,17 +37,64 @@ _EXPECTED_WARNINGS = [
 ]
 
 
-def begin() -> None:
-    """Be killed when torchrun is, if torchrun started this process, and leave out warnings that say nothing new.
+def begin(resumes: bool = True) -> None:
+    """Be killed when torchrun is, if torchrun started this process; see also `expect_warnings` and `_WithoutFuser`.
 
     torchrun tells its workers TORCHELASTIC_RUN_ID. A program that somebody starts by hand has no such variable and goes
-    on when the shell ends, as nohup means it to.
+    on when the shell ends, as nohup means it to. resumes: the same command goes on from where this one ends; SIGUSR1,
+    by which a job's end is announced, then means code 75, until something catches it that has more to do.
     """
     expect_warnings()
+    sys.meta_path.insert(0, _WithoutFuser())
+    if resumes:
+        signal.signal(signal.SIGUSR1, _stop)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with(os.getppid())
         if os.getppid() == 1 and b"torch" not in _command(1):  # init has adopted it: torchrun was gone before
             os._exit(1)
+
+
+def record_exit_code(code: int) -> None:
+    """Write the code to the file that EXIT_CODE_FILE names, whole or not at all, because torchrun hides it.
+
+    Every rank does: torchrun kills the others when the first has ended.
+    """
+    if "EXIT_CODE_FILE" in os.environ:
+        file = Path(os.environ["EXIT_CODE_FILE"])
+        part = file.with_name(f"{file.name}.{os.environ.get('RANK', '0')}")
+        part.write_text(f"{code}\n")
+        part.replace(file)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    record_exit_code(STOPPED_BY_SIGNAL)
+    os._exit(STOPPED_BY_SIGNAL)
+
+
+class _WithoutFuser(MetaPathFinder):
+    """Has megatron_patches' `disable_jit_fuser` done before megatron-core's decorators run, where there is no CUDA.
+
+    They would import torch.compile's compiler, 2.5 of the 4.5 seconds that megatron-core takes, for functions that
+    `patch_megatron` makes plain again. Goes with that patch.
+    """
+
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+        if name != "megatron.core.jit":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_disable(module: Any) -> None:
+                import torch
+
+                execute(module)
+                if not torch.cuda.is_available():
+                    module.disable_jit_fuser()
+
+            spec.loader.exec_module = execute_and_disable  # type: ignore[method-assign]
+        return spec
 
 
 def expect_warnings() -> None:

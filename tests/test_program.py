@@ -1,6 +1,7 @@
 """What programs do first happens in programs alone."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -57,3 +58,36 @@ def test_a_program_started_by_hand_outlives_its_shell():
     by_hand = LEAVES.format(environment="environment = {k: v for k, v in os.environ.items() if 'ELASTIC' not in k}")
     assert run_under(by_hand, STAYS.format(begin="program.begin()")) == "goes on\n"
     assert run_under(by_hand, STAYS.format(begin="program.end_with_parent()")) == "goes on\n"
+
+
+STARTING = """
+import os, signal, sys, threading
+from prism_mcore import program
+program.begin({resumes})
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+import megatron.core.optimizer
+"""
+
+
+def test_a_signal_during_start_up_means_start_again(tmp_path):
+    """Of a job whose time is over before its ranks have imported: nothing is lost, and nothing has failed."""
+    file = tmp_path / "exit_code"
+    for resumes, code, recorded in ((True, 75, "75\n"), (False, -signal.SIGUSR1, "")):
+        file.write_text("")
+        environment = os.environ | {"EXIT_CODE_FILE": str(file)}
+        done = subprocess.run([sys.executable, "-c", STARTING.format(resumes=resumes)], env=environment, timeout=120)
+        assert (done.returncode, file.read_text()) == (code, recorded)
+
+
+COMPILER = """
+from prism_mcore import program
+program.begin()
+import sys, torch, megatron.core.fusions.fused_bias_swiglu as there
+print(torch.cuda.is_available() or "torch._inductor.compile_fx" not in sys.modules, torch.jit.ScriptModule.__name__)
+print(there.swiglu(torch.ones(2, 4)).tolist())
+"""
+
+
+def test_programs_do_not_import_a_compiler_that_a_cpu_never_uses():
+    done = subprocess.run([sys.executable, "-c", COMPILER], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith("True ")

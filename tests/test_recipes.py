@@ -123,7 +123,7 @@ def test_settings_that_cannot_work_end_with_code_2_and_no_traceback():
 
 
 def test_the_slurm_script_knows_the_exit_codes():
-    script = (ROOT / "launch" / "slurm" / "midtrain.sbatch").read_text()
+    script = (ROOT / "launch" / "slurm" / "train.sbatch").read_text()
     for code, action in (
         (DONE, "exit 0"),
         (BAD_SETTINGS, f"exit {BAD_SETTINGS}"),

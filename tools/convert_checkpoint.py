@@ -19,12 +19,12 @@ from pathlib import Path
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from prism_mcore.console import progress, say
-from prism_mcore.program import expect_warnings
+from prism_mcore.program import begin
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    expect_warnings()
+    begin(resumes=False)
     try:
         options.run(options)
     except (ValueError, OSError) as error:
