@@ -90,7 +90,7 @@ class Engine:
         """
         self._check(requests, sampling)
         if requests:
-            stop_texts = StopTexts(self.tokenizer, sampling.stop) if sampling.stop else None
+            stop_texts = StopTexts(self.tokenizer, sampling.stop) if self.tokenizer and sampling.stop else None
             ends = stop_tokens(sampling, self.tokenizer, self.eos)
             stream = Stream(
                 self.replica,
