@@ -156,8 +156,9 @@ def train(settings: Sequence[str] = (), stop_at: int | None = None) -> int:
     """Run the training command, with a SIGTERM after `stop_at` steps; returns the step it ended at."""
     command = [*TRAIN, *settings]
     show(command)
+    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2))}  # else torchrun sets 1, and says so
     process = subprocess.Popen(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE if stop_at else None, text=True
+        command, env=threads | os.environ, stderr=subprocess.PIPE if stop_at else None, text=True
     )
     if stop_at:
         threading.Thread(target=print_until_stopped, args=[process], daemon=True).start()

@@ -36,6 +36,7 @@ from prism_mcore.evaluate.settings import ScoreSettings
 from prism_mcore.model.parameters import parameters
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.plan.host import PROCESS_BYTES, check_fits
+from prism_mcore.program import end_with_parent
 
 FP32 = 4  # bytes
 STAGE_TIME = timedelta(hours=6)  # a stage waits for those before it
@@ -83,7 +84,7 @@ def verify(options: argparse.Namespace) -> list[Difference]:
         "free memory, or take fewer processes (--tp, --pp) or tokens (--length)",
     )
     with tempfile.TemporaryDirectory() as folder:
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent, (os.getpid(),)) as process:
             try:
                 process.submit(_run_transformers, options.hf, tokens, Path(folder)).result()
             except BrokenProcessPool as error:
