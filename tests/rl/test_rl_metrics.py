@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny.rollouts import group_of, rollout
 
-from prism_mcore.rl.metrics import RLMetrics, rollout_metrics, update_metrics
+from prism_mcore.console import show
+from prism_mcore.rl.metrics import RLMetrics, rollout_metrics, rollout_table, update_metrics
 from prism_mcore.rl.step import Gap, PolicyStats
 
 
@@ -64,3 +65,17 @@ def test_the_console_says_that_nothing_was_learnt_or_verified_where_there_is_no_
     record = {"step": 1, "lr": 0.1, "generation/tokens_per_s": 10.0} | rollout_metrics([lost]) | update_metrics([])
     line = RLMetrics._line(SimpleNamespace(steps=2, _step_times=[1.0]), record, learnt=False)
     assert "nan" not in line and "| nothing to learn |" in line and "not verified 1 of 1" in line
+
+
+@pytest.mark.parametrize("text", [r"Factor \[/y] now", r"\[x^2\]", "[red]3[/red]", "[", "a\\"])
+def test_prompts_responses_and_answers_are_shown_as_they_are(text, capsys):
+    group = group_of(rollout([9]), rollout([9]))
+    group = replace(group, prompt=replace(group.prompt, text=text, record={"answer": text}))
+    show(rollout_table([group], lambda tokens, stop_token: text, 1), stderr=True)
+    assert capsys.readouterr().err.count(text) == 3
+
+
+def test_what_a_terminal_would_obey_is_written_out(capsys):
+    group = group_of(rollout([9]), rollout([9]))
+    show(rollout_table([group], lambda tokens, stop_token: "\x1b[2J\x07", 1), stderr=True)
+    assert r"\x1b[2J\x07" in capsys.readouterr().err
