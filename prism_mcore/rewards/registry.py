@@ -1,5 +1,6 @@
 """The rewards by name, and what each needs of a prompt's record. A reward of your own is one more row."""
 
+import functools
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ def check_record(record: Record) -> str:
     if not isinstance(name, str) or name not in REWARDS:
         raise ValueError(f"reward {shown(name)}; known rewards are {', '.join(REWARDS)}")
     reward = REWARDS[name]
-    if reward.package and importlib.util.find_spec(reward.package) is None:
+    if reward.package and not _installed(reward.package):
         raise ValueError(f"reward {name} needs {reward.package}: pip install 'prism_mcore[rl]'")
     for key in reward.needs:
         value = record.get(key)
@@ -51,3 +52,8 @@ def check_record(record: Record) -> str:
             what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(f"reward {name} cannot use the record: {what}") from error
     return name
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
