@@ -308,7 +308,7 @@ def test_hanging_and_crashing_verifiers_cost_their_samples(files, tmp_path):
         "import os, sys, time\n"
         "if 'prism_mcore.rewards.worker' in ' '.join(sys.orig_argv):\n"
         "    from prism_mcore.rewards import registry\n"
-        "    good = registry.choice\n"
+        "    good = registry.choice.choice\n"
         "    def choice(record, response):\n"
         "        if 'w1' in response: time.sleep(60)\n"
         "        if 'w2' in response: os._exit(9)\n"
