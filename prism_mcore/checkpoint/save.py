@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from prism_mcore.checkpoint.optimizer_state import optimizer_step
 from prism_mcore.checkpoint.random_state import sharded_random_state
 from prism_mcore.checkpoint.settings import CheckpointSettings
 from prism_mcore.checkpoint.sharded import layout, sharded_tensors
+from prism_mcore.meeting import Meeting
 from prism_mcore.parallel import Groups
 
 DEADLINE = "checkpoint.save_deadline_s"
@@ -61,6 +63,7 @@ class Checkpoints:
     def __init__(self, folder: Path, settings: CheckpointSettings, groups: Groups):
         self.folder, self.settings, self.groups = folder, settings, groups
         self._pending: _Save | None = None
+        self._meeting = Meeting.of_all_ranks(timedelta(seconds=settings.save_deadline_s))
 
     def save(
         self,
@@ -79,7 +82,7 @@ class Checkpoints:
         """
         self.wait()
         with deadline(self.settings.save_deadline_s, f"saving {self.folder / step_name(step)}", DEADLINE):
-            save = _Save(self.folder, step, self.groups, self.settings.keep)
+            save = _Save(self.folder, step, self.groups, self.settings.keep, self._meeting)
             save.plan(chunks, optimizer, state, more or {}, copy=self.settings.async_save)
             if self.settings.async_save:
                 save.start()
@@ -106,8 +109,8 @@ class Checkpoints:
 class _Save:
     """One save, in three parts: `plan` (all ranks together), `write` (each alone), `finish` (all ranks together)."""
 
-    def __init__(self, folder: Path, step: int, groups: Groups, keep: int):
-        self.folder, self.step, self.groups, self.keep = folder, step, groups, keep
+    def __init__(self, folder: Path, step: int, groups: Groups, keep: int, meeting: Meeting):
+        self.folder, self.step, self.groups, self.keep, self.meeting = folder, step, groups, keep, meeting
         self.path = folder / step_name(step)
         self.temporary = folder / f".tmp_{step_name(step)}"
         self.begun = time.monotonic()
@@ -206,6 +209,7 @@ class _Save:
             yield
         except Exception as error:
             failure = f"rank {self.groups.rank}: {type(error).__name__}: {error}"
+        self.meeting.join()  # ranks write unequally long
         failures = gather_failures(failure)
         if failures:
             if self.groups.rank == 0:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -70,7 +69,7 @@ def carry_out(
     train: Callable[[AnyRun], int],
 ) -> int:
     """Start, build, train, finish; returns one of exit_codes.py. What `build` enters into the stack is closed."""
-    timeout = max(settings.parallel.timeout, longest_save(settings))
+    timeout = settings.parallel.timeout
     device = platform.start(timeout=timeout, deterministic=settings.run.deterministic)
     groups = init_groups(settings.parallel, settings.run.seed, timeout)
     logging.basicConfig(level=logging.INFO if groups.rank == 0 else logging.ERROR, format="%(message)s")
@@ -88,12 +87,6 @@ def carry_out(
     # Not after another error: NCCL would first wait for what this rank has begun and other ranks may never join.
     platform.shutdown()
     return code
-
-
-def longest_save(settings: LoopSettings) -> timedelta:
-    """The longest that ranks wait in a collective for others that still write their part of a checkpoint."""
-    checkpoint = settings.checkpoint
-    return timedelta(seconds=0 if checkpoint.async_save else checkpoint.save_deadline_s)
 
 
 def due(step: int, every: int, steps: int) -> bool:

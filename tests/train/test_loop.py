@@ -8,7 +8,6 @@ import shutil
 import signal
 import time
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,6 @@ from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
 from prism_mcore.train import loop, optimizer
 from prism_mcore.train import run as run_module
 from prism_mcore.train.loop import train as train_loop
-from prism_mcore.train.run import longest_save
 from prism_mcore.train.settings import MidtrainSettings
 
 SOURCES = [("text", 0.7), ("code", 0.3)]
@@ -307,13 +305,6 @@ def whole_process(groups, settings, replaced):
         return str(error), bool(ended)
     finally:
         platform.shutdown, loop.train = originals
-
-
-def test_a_collective_waits_as_long_as_a_save_may_take(corpus, tmp_path):
-    saving = {"save_deadline_s": 3600}
-    assert longest_save(settings(corpus, tmp_path, checkpoint=saving)) == timedelta(hours=1)
-    in_the_background = settings(corpus, tmp_path, checkpoint=saving | {"async_save": True})
-    assert longest_save(in_the_background) == timedelta(0)
 
 
 def failing(run):
