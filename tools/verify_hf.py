@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -27,16 +28,18 @@ from rich.table import Table
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from prism_mcore import program
 from prism_mcore.console import progress, say, show, styled
 from prism_mcore.convert.read import read_directory
 from prism_mcore.convert.reference import VOCABULARY_ROWS, decoder_layers, output_names, write_reference
-from prism_mcore.convert.sublayers import Difference
 from prism_mcore.evaluate.checks import check
 from prism_mcore.evaluate.settings import ScoreSettings
 from prism_mcore.model.parameters import parameters
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.plan.host import PROCESS_BYTES, check_fits
-from prism_mcore.program import end_with_parent
+
+if TYPE_CHECKING:
+    from prism_mcore.convert.sublayers import Difference
 
 FP32 = 4  # bytes
 STAGE_TIME = timedelta(hours=6)  # a stage waits for those before it
@@ -44,6 +47,7 @@ STAGE_TIME = timedelta(hours=6)  # a stage waits for those before it
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    program.expect_warnings()
     try:
         differences = verify(options)
     except (ValueError, OSError) as error:
@@ -59,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def verify(options: argparse.Namespace) -> list[Difference]:
+def verify(options: argparse.Namespace) -> list["Difference"]:
     """The differences of every output, in the order of the forward pass."""
     from prism_mcore.evaluate.files import read_token_lists
 
@@ -84,7 +88,7 @@ def verify(options: argparse.Namespace) -> list[Difference]:
         "free memory, or take fewer processes (--tp, --pp) or tokens (--length)",
     )
     with tempfile.TemporaryDirectory() as folder:
-        with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent, (os.getpid(),)) as process:
+        with ProcessPoolExecutor(1, get_context("spawn"), program.end_with_parent, (os.getpid(),)) as process:
             try:
                 process.submit(_run_transformers, options.hf, tokens, Path(folder)).result()
             except BrokenProcessPool as error:
@@ -142,7 +146,7 @@ def _run_transformers(hf: Path, tokens: Tensor, folder: Path) -> None:
         write_reference(hf, tokens, folder, advance)
 
 
-def _run_ranks(hf: Path, settings: ScoreSettings, tokens: Tensor, reference: Path) -> list[Difference]:
+def _run_ranks(hf: Path, settings: ScoreSettings, tokens: Tensor, reference: Path) -> list["Difference"]:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -164,8 +168,9 @@ def _run_ranks(hf: Path, settings: ScoreSettings, tokens: Tensor, reference: Pat
 
 
 @record
-def compare(hf: Path, settings: ScoreSettings, tokens: Tensor, reference: Path) -> list[Difference]:
+def compare(hf: Path, settings: ScoreSettings, tokens: Tensor, reference: Path) -> list["Difference"]:
     """One rank of ours: what this rank has to say of the outputs that it computes."""
+    program.expect_warnings()
     from prism_mcore import platform
     from prism_mcore.convert.sublayers import Sublayers
     from prism_mcore.evaluate.scoring import one_document_each
@@ -201,12 +206,12 @@ def _bar(what: str, total: int, shown: bool = True):
         yield lambda: shows.advance(task)
 
 
-def _agrees(d: Difference, sublayers: int, tolerance: float) -> bool:
+def _agrees(d: "Difference", sublayers: int, tolerance: float) -> bool:
     """sublayers: how many have worked on the output."""
     return d.alone <= tolerance and d.chained <= tolerance * math.sqrt(max(1, sublayers))  # a nan is not
 
 
-def _table(differences: list[Difference], tolerance: float) -> Table:
+def _table(differences: list["Difference"], tolerance: float) -> Table:
     table = Table("output", "fed with transformers'", "fed with ours", "")
     for place, d in enumerate(differences):
         verdict = styled("ok", "green") if _agrees(d, place, tolerance) else styled("differs", "red")
