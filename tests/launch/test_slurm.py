@@ -61,6 +61,8 @@ class Job:
 
     def cancel(self) -> None:
         subprocess.run(["scancel", self.number], check=False)
+        self.ends("CANCELLED" if self.state() in ("RUNNING", "PENDING", "CANCELLED", "COMPLETING") else self.state())
+        time.sleep(1)  # ranks may still write their code
         for left in ROOT.glob(f"prism-{self.number}.exit_code*"):
             left.unlink()
 
@@ -76,7 +78,6 @@ def submit(tmp_path) -> Iterator[Callable[..., Job]]:
     yield start
     for job in jobs:
         job.cancel()
-        job.ends("CANCELLED" if job.state() in ("RUNNING", "PENDING", "CANCELLED", "COMPLETING") else job.state())
 
 
 def steps(folder: Path) -> list[int]:
