@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ranks import RankError, run_ranks
-from tiny.models import CONFIGS
 from tiny.prompt_files import write_prompts
 from tiny.rollouts import group_of, rollout
+from tiny.runs import assert_same_state, records, settings_of, state_of
 
 from prism_mcore.config import SettingsError
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
@@ -36,12 +36,7 @@ def files(tmp_path_factory):
 
 
 def settings(files, runs, spec="hybrid", **sections):
-    spec_file = Path(runs) / f"{spec.replace(' ', '-')}.json"
-    spec_file.parent.mkdir(exist_ok=True)
-    spec_file.write_text(json.dumps(CONFIGS[spec]))
     defaults = {
-        "run": {"name": "run", "dir": str(runs), "seed": 3},
-        "model": {"spec": str(spec_file)},
         "rl": {
             "prompts": [{"path": str(files / "prompts.jsonl")}],
             "held_out": [{"path": str(files / "held-out.jsonl")}],
@@ -56,10 +51,8 @@ def settings(files, runs, spec="hybrid", **sections):
         "sampling": {"samples": 4, "max_tokens": 10},
         "train": {"steps": 4},
         "optimizer": {"lr": 1e-2, "schedule": "linear", "weight_decay": 0.0},
-        "precision": {"dtype": "fp32"},
-        "log": {"tensorboard": False},
     }
-    return RLSettings(**{name: defaults.get(name, {}) | sections.get(name, {}) for name in {*defaults, *sections}})
+    return settings_of(RLSettings, runs, spec, defaults, sections)
 
 
 def train(groups, settings, until=None):
@@ -71,10 +64,7 @@ def train(groups, settings, until=None):
         run = loop.build(settings, prompts, groups, torch.device("cpu"), opened)
         if until is not None:
             stop_after(run, until)
-        code = loop.train(run)
-    weights = {name: t.detach().clone() for chunk in run.chunks for name, t, _ in chunk.module.table()}
-    moments = run.optimizer.chained_optimizers[0].optimizer.state_dict()["state"]
-    return code, weights, moments
+        return loop.train(run), *state_of(run)
 
 
 def stop_after(run, steps):
@@ -87,10 +77,6 @@ def stop_after(run, steps):
         return admits(step, *rest)
 
     run.guard.admits = signalled
-
-
-def records(runs, name="metrics.jsonl"):
-    return [json.loads(line) for line in (Path(runs) / "run" / name).read_text().splitlines()]
 
 
 def untimed(runs):
@@ -138,10 +124,8 @@ def test_two_and_two_steps_equal_four_bit_for_bit(files, tmp_path, layout, dtype
     assert records(first, "validation.jsonl") == records(second, "validation.jsonl")
     assert [r["step"] for r in records(first, "validation.jsonl")] == [0, 2, 4]
     assert all(rollouts(first, step) == rollouts(second, step) for step in (1, 2, 3, 4))
-    for (_, weights, moments), (_, weights_2, moments_2) in zip(want, got, strict=True):
-        assert all(torch.equal(weights[name], weights_2[name]) for name in weights)
-        for key, state in moments.items():
-            assert all(torch.equal(state[n], moments_2[key][n]) for n in ("exp_avg", "exp_avg_sq", "step"))
+    for (_, *before), (_, *after) in zip(want, got, strict=True):
+        assert_same_state(before, after)
     if parity == "exact":
         assert all(r["rl/logprob_gap_max"] == 0 and r["importance/mean"] == 1 for r in records(first))
 

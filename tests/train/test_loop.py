@@ -8,13 +8,13 @@ import shutil
 import signal
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from ranks import RankError, run_ranks
 from tiny.models import CONFIGS
+from tiny.runs import assert_same_state, records, settings_of, state_of
 
 from prism_mcore import platform
 from prism_mcore.checkpoint.durable import write_manifest
@@ -44,11 +44,7 @@ def corpus(tmp_path_factory):
 
 
 def settings(corpus, runs, spec="hybrid", **sections):
-    spec_file = Path(runs) / f"{spec.replace(' ', '-')}.json"
-    spec_file.write_text(json.dumps(CONFIGS[spec]))
     defaults = {
-        "run": {"name": "run", "dir": str(runs), "seed": 3},
-        "model": {"spec": str(spec_file)},
         "data": {
             "sources": [{"path": f"{corpus}/{n}", "weight": w, "domain": n} for n, w in SOURCES],
             "seq_len": 16,
@@ -57,12 +53,8 @@ def settings(corpus, runs, spec="hybrid", **sections):
         },
         "train": {"steps": 6, "global_batch": 4, "micro_batch": 1, "validate_batches": 2},
         "optimizer": {"lr": 3e-3, "warmup_steps": 2},
-        "precision": {"dtype": "fp32"},
-        "log": {"tensorboard": False},
     }
-    return MidtrainSettings(
-        **{name: defaults.get(name, {}) | sections.get(name, {}) for name in {*defaults, *sections}}
-    )
+    return settings_of(MidtrainSettings, runs, spec, defaults, sections)
 
 
 def train(groups, settings, until=None):
@@ -70,10 +62,7 @@ def train(groups, settings, until=None):
     run = loop.build(settings, groups, torch.device("cpu"))
     if until is not None:
         stop_after(run, until)
-    code = loop.train(run)
-    weights = {name: t.detach().clone() for chunk in run.chunks for name, t, _ in chunk.module.table()}
-    moments = run.optimizer.chained_optimizers[0].optimizer.state_dict()["state"]
-    return code, weights, moments
+    return loop.train(run), *state_of(run)
 
 
 def stop_after(run, steps):
@@ -89,12 +78,8 @@ def stop_after(run, steps):
     run.loader.steps = signalled
 
 
-def metrics(runs):
-    return [json.loads(line) for line in (Path(runs) / "run" / "metrics.jsonl").read_text().splitlines()]
-
-
 def curve(runs):
-    return [(m["step"], m["loss"], m["grad_norm"], m["lr"], m["tokens"]) for m in metrics(runs)]
+    return [(m["step"], m["loss"], m["grad_norm"], m["lr"], m["tokens"]) for m in records(runs)]
 
 
 LAYOUTS = {
@@ -116,10 +101,8 @@ def assert_halves_equal_the_whole(corpus, tmp_path, function, world_size, spec="
             assert {code for code, _, _ in ranks} == {DONE if stop is None else STOPPED_BY_SIGNAL}
         results.append(ranks)
     assert curve(stopped) == curve(through) and len(curve(through)) == 6
-    for (_, want, want_moments), (_, got, got_moments) in zip(*results, strict=True):
-        assert all(torch.equal(want[name], got[name]) for name in want)
-        for key, state in want_moments.items():
-            assert all(torch.equal(state[n], got_moments[key][n]) for n in ("exp_avg", "exp_avg_sq", "step"))
+    for (_, *want), (_, *got) in zip(*results, strict=True):
+        assert_same_state(want, got)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -212,9 +195,9 @@ def test_overlapped_communication_changes_no_bit(corpus, tmp_path, ranks):
 def test_the_record_of_a_run(corpus, tmp_path):
     wanted = settings(corpus, tmp_path, train={"steps": 30, "global_batch": 8, "validate_every": 10})
     run_ranks(2, train, wanted)
-    records = metrics(tmp_path)
-    assert [m["tokens"] for m in records] == [128 * step for step in range(1, 31)]
-    assert {"loss/text", "loss/code", "time/step_s", "time/data_s", "throughput/tokens_per_s"} <= records[-1].keys()
+    written = records(tmp_path)
+    assert [m["tokens"] for m in written] == [128 * step for step in range(1, 31)]
+    assert {"loss/text", "loss/code", "time/step_s", "time/data_s", "throughput/tokens_per_s"} <= written[-1].keys()
     validations = [json.loads(v) for v in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()]
     assert [v["step"] for v in validations] == [0, 10, 20, 30]
     for domain, _ in SOURCES:
@@ -243,7 +226,7 @@ def poisoned(groups, settings, steps):
 def test_a_bad_step_is_skipped_within_the_budget_and_dumped(corpus, tmp_path):
     wanted = settings(corpus, tmp_path, guards={"skip_budget": 1})
     assert run_ranks(2, poisoned, wanted, [3]) == [DONE, DONE]
-    assert [m["loss"] is None for m in metrics(tmp_path)] == [False, False, True, False, False, False]
+    assert [m["loss"] is None for m in records(tmp_path)] == [False, False, True, False, False, False]
     assert (tmp_path / "run" / "bad_steps" / "step_00000003" / "rank_1.safetensors").is_file()
 
 
@@ -347,7 +330,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(corpus, tmp_pa
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     run_ranks(2, train, wanted)
-    assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 def killed(groups, settings):
@@ -370,7 +353,7 @@ def test_a_killed_rank_ends_the_run_and_the_last_checkpoint_is_good(corpus, tmp_
         run_ranks(2, killed, wanted, timeout_s=60)
     assert set(error.value.reports) == {0, 1}  # the other rank noticed
     assert run_ranks(2, train, wanted)[0][0] == DONE
-    assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_starting_from_the_weights_of_another_run(corpus, tmp_path):
@@ -379,7 +362,7 @@ def test_starting_from_the_weights_of_another_run(corpus, tmp_path):
     second = tmp_path / "second"
     second.mkdir()
     run_ranks(1, train, settings(corpus, second, model=model))
-    first_losses, second_losses = ([m["loss"] for m in metrics(runs)] for runs in (tmp_path, second))
+    first_losses, second_losses = ([m["loss"] for m in records(runs)] for runs in (tmp_path, second))
     assert second_losses[0] < first_losses[0] - 0.02
 
 
@@ -439,11 +422,11 @@ def test_a_step_without_a_label_that_counts_changes_nothing_and_is_not_charged(h
     sections = {"parallel": degrees, "train": {"steps": 12, "global_batch": 2 // degrees.get("pp", 1)}}
     wanted = settings(None, tmp_path, data=half_masked, **sections)
     assert {code for code, *_ in run_ranks(2, train, wanted, **degrees)} == {DONE}
-    records = metrics(tmp_path)
-    empty = [m["loss"] is None for m in records]
+    written = records(tmp_path)
+    empty = [m["loss"] is None for m in written]
     assert any(empty) and not all(empty)
     assert all(
-        (m["grad_norm"] is None) == nothing == ("loss/text" not in m) for m, nothing in zip(records, empty, strict=True)
+        (m["grad_norm"] is None) == nothing == ("loss/text" not in m) for m, nothing in zip(written, empty, strict=True)
     )
     state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000012" / "state.json").read_text())
     assert state["state"]["guard"]["skipped"] == 0 and len(state["state"]["guard"]["good_losses"]) == empty.count(False)
@@ -491,7 +474,7 @@ def test_other_data_is_not_read_silently(corpus, tmp_path):
     for file in corpus.iterdir():
         shutil.copy(file, moved)
     run_ranks(1, train, settings(corpus, tmp_path, **sources((moved / "text", 7), (moved / "code", 3))))
-    assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 def rows_read(groups, settings, until=None):
@@ -545,7 +528,7 @@ def test_a_checkpoint_without_a_record_of_its_data_is_resumed(corpus, tmp_path):
     (checkpoint / "manifest.json").unlink()
     write_manifest(checkpoint, {})
     run_ranks(1, train, settings(corpus, tmp_path))
-    assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_replicas_of_the_optimizer_count_the_gradient_once(corpus, tmp_path):
