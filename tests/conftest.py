@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: processes side by side have a core each
+    os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
