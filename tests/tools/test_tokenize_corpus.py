@@ -461,7 +461,12 @@ def test_the_command_resumes_and_says_what_it_replaces(folder, tmp_path):
 def test_a_command_that_is_ended_leaves_nothing_half_written(folder, tmp_path, ending):
     (tmp_path / "long.jsonl").write_bytes(b"".join(LINES) * 80)
     arguments = [tmp_path / "long.jsonl", "--out", tmp_path / "out" / "c", "--tokenizer", folder / "tokenizer"]
-    tool = subprocess.Popen([sys.executable, TOOL, *arguments, "--workers", "2"], stderr=subprocess.PIPE, text=True)
+    tool = subprocess.Popen(
+        [sys.executable, TOOL, *arguments, "--workers", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a script in the background ignores it
+    )
     spool = tmp_path / "out"
     while not any(path.stat().st_size for path in spool.glob(".tokenize-*/tokens")):
         assert tool.poll() is None
