@@ -114,7 +114,6 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ValueError(f"{self.source} has no chat template (chat_template.jinja, or in tokenizer_config.json)")
-        import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template  # its sandbox; takes a second
 
         try:
@@ -125,8 +124,8 @@ class Tokenizer:
                 **self.named,
                 **more,
             )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"{self.source}: its chat template: {error}") from error
+        except Exception as error:  # a program of others: it can raise anything
+            raise ValueError(f"{self.source}: its chat template: {error or type(error).__name__}") from error
         return text
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> list[int]:

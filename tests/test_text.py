@@ -127,6 +127,7 @@ def test_a_chat_is_rendered_as_transformers_does(tmp_path, place, generation):
         (None, "has no chat template"),
         ("{{ raise_exception('only users') }}", "its chat template: only users"),
         ("{% for %}", "its chat template: "),
+        ("{{ 1 / 0 }}", "its chat template: division by zero"),
         ("{{ messages.__class__.__mro__ }}", "its chat template: access to attribute '__class__'"),
         ("{{ messages.append(1) }}", "its chat template: "),
     ],

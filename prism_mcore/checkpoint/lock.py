@@ -59,5 +59,5 @@ def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has only just taken it
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it has only just taken it
         return "another process"

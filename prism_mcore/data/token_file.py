@@ -127,7 +127,7 @@ class TokenFile:
             for name, kind in _MANIFEST_TYPES.items():
                 if name in manifest and type(manifest[name]) is not kind:
                     raise TypeError(f"{name} is {manifest[name]!r:.80}, needs {kind.__name__}")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise TokenFileError(
                 f"{path}: not a manifest of a token file ({error!r}); delete it or tokenize again"
             ) from error

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def read_token_lists(path: str | os.PathLike[str], vocab_size: int) -> list[list[int]]:
     """Sequences of one length from a JSON list of lists of token ids; a ValueError says which sequence is wrong."""
     try:
-        rows = json.loads(Path(path).read_text())
-    except ValueError as error:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # bytes that are no text, or brackets without end, too
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
         raise ValueError(f"{path}: needed: a JSON list of lists of token ids, such as [[5, 6, 7], [9, 3, 4]]")

@@ -252,6 +252,7 @@ def test_an_idx_that_points_nowhere_is_named(tmp_path, monkeypatch, at_once, len
         ('{"tokens": 10, "max_token_id": "9"}', "max_token_id is '9', needs int"),
         ('{"tokens": 10, "content_sha256": 3}', "content_sha256 is 3, needs str"),
         ("[10]", "not a manifest"),
+        ("[" * 100_000, "not a manifest"),
         ('{"tokens": 10', "not a manifest"),
     ],
 )

@@ -77,6 +77,7 @@ def test_bad_tokens_are_named(tmp_path, name):
 
 WRONG = {
     "half a JSON": ([], "[[1, 2,", "tokens.json is not JSON"),
+    "brackets without end": ([], "[" * 100_000, "tokens.json is not JSON"),
     "a setting of another kind": (
         ["train.steps=3"],
         "[[1, 2]]",
