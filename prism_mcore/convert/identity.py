@@ -18,7 +18,7 @@ def identity(folder: Path) -> str:
     """A SHA-256 over the weights, and over all else that decides what a model computes and how text becomes its tokens.
 
     folder: a Hugging Face directory or a checkpoint. The hash of a file is the manifest's, where the folder has one
-    that is not older than the file; else all of it is read (about 1 s for each GB and core). Nothing is kept for the
+    that is younger than the file; else all of it is read (about 1 s for each GB and core). Nothing is kept for the
     next time. Raises ValueError, naming the file, for a directory that no program here would read.
     """
     if (folder / STATE).is_file():
@@ -35,7 +35,10 @@ def identity(folder: Path) -> str:
 
 
 def _of_manifest(folder: Path) -> dict[str, FileRecord]:
-    """What the manifest says of the files that were not written after it, and have the size that it says."""
+    """What the manifest says of the files that were written before it, and have the size that it says.
+
+    Before, not with it: times of files are a few milliseconds coarse.
+    """
     try:
         records = read_manifest(folder)["files"]
     except ValueError:
@@ -45,7 +48,7 @@ def _of_manifest(folder: Path) -> dict[str, FileRecord]:
     return {
         name: records[name]
         for name, stat in found.items()
-        if stat.st_mtime_ns <= written and stat.st_size == records[name]["size"]
+        if stat.st_mtime_ns < written and stat.st_size == records[name]["size"]
     }
 
 
