@@ -56,7 +56,7 @@ BACKENDS: dict[str, Backend] = {
         gpu_only=True,
     ),
     "megatron": Backend(""),
-    "torch": Backend(""),
+    "torch": Backend("peers"),
     "reference": Backend("reference"),  # plain torch
     "exact": Backend("exact"),  # the same bits in training and decoding, in any batch; on a CPU
 }
@@ -73,6 +73,11 @@ class Op:
 OURS = ("triton", "reference", "exact")
 OPS: dict[str, Op] = {
     "linear": Op("linear", ("te", "megatron", "exact")),  # the column- and row-parallel linears around the mixers
+    # Where precision.fp8 is on: the product of quantised matrices under those linears, and the quantising.
+    "fp8_linear": Op("fp8_linear", ("torch", "reference", "exact")),
+    "fp8_amax": Op("quantize", ("reference",)),
+    "fp8_quantize": Op("quantize", ("reference",)),
+    "fp8_quantize_weight": Op("quantize", ("reference",)),
     "rms_norm": Op("norm", ("te", *OURS)),
     "add_rms_norm": Op("norm", OURS),  # a residual sum and the norm after it
     "gated_rms_norm": Op("norm", OURS),

@@ -3,6 +3,7 @@
 from prism_mcore.config import Findings
 from prism_mcore.generate.settings import GenerateSettings, Sampling
 from prism_mcore.model.checks import check_build, check_one_stage
+from prism_mcore.model.settings import PrecisionSettings
 from prism_mcore.model.spec import ModelSpec
 
 
@@ -11,8 +12,18 @@ def check(settings: GenerateSettings, spec: ModelSpec, world_size: int) -> list[
     found = Findings()
     check_build(settings, spec, world_size, found)
     check_one_stage(settings.parallel, spec, found)
+    check_fp8_of_tokens(settings.precision, found)
     check_stop_ids(settings.sampling, spec, found)
     return found.conclude()
+
+
+def check_fp8_of_tokens(precision: PrecisionSettings, found: Findings) -> None:
+    """A token that is generated must not depend on who else is in the batch."""
+    if precision.fp8 == "tensorwise":
+        found.problems.append(
+            "precision.fp8=tensorwise: with one scale for all tokens of a batch each changes the others, and decoding"
+            " has other batches than training; use blockwise, whose scales are a token's own, or off"
+        )
 
 
 def check_stop_ids(sampling: Sampling, spec: ModelSpec, found: Findings) -> None:

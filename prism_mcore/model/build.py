@@ -6,6 +6,7 @@ import torch
 
 from prism_mcore.config import SettingsError
 from prism_mcore.model.context import ModelContext, transformer_config
+from prism_mcore.model.fp8 import Fp8
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.settings import BuildSettings
@@ -44,7 +45,33 @@ def chunks_of(
         device=device,
         sequence_parallel=parallel.sequence_parallel,
         recompute=frozenset(kind for kind, name in LAYER_NAMES.items() if name in recompute),
+        fp8=fp8_of(settings, groups, ops, device),
     )
+
+
+def fp8_of(settings: BuildSettings, groups: Groups, ops: Ops, device: torch.device) -> Fp8 | None:
+    """What `precision.fp8` asks for; a SettingsError where the device has no FP8 and no emulation was asked for."""
+    precision, asked = settings.precision, settings.kernels.get("fp8_linear", "auto")
+    if precision.fp8 == "off":
+        return None
+    if asked == "auto" and not has_fp8(device):
+        raise SettingsError(
+            f"precision.fp8={precision.fp8}: {device.type} has no FP8 products (compute capability 8.9 and later have);"
+            " use precision.fp8=off, or kernels.fp8_linear=reference to emulate them, slower than without"
+        )
+    backend = ops.backends["fp8_linear"].name
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0").split(".")[:2])
+    if precision.fp8 == "blockwise" and device.type == "cuda" and backend == "torch" and cuda < (12, 9):
+        raise SettingsError(
+            f"precision.fp8=blockwise: products of blocks need CUDA 12.9 or later, torch was built with"
+            f" {torch.version.cuda}; use precision.fp8=tensorwise, or kernels.fp8_linear=reference to emulate them"
+        )
+    return Fp8(precision.fp8, ops, groups.tp, precision.fp8_bf16_ends)
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Does this device multiply FP8 numbers itself?"""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def build_chunks(
@@ -57,6 +84,7 @@ def build_chunks(
     device: torch.device,
     sequence_parallel: bool = False,
     recompute: frozenset[str] = frozenset(),
+    fp8: Fp8 | None = None,
 ) -> list[HybridModel]:
     """This rank's pipeline chunks, weights not yet set; on the `meta` device nothing is allocated.
 
@@ -64,7 +92,7 @@ def build_chunks(
     kinds of sub-layer ("M", "*", "-") whose activations are computed again in the backward pass.
     """
     config = transformer_config(spec, groups, dtype, sequence_parallel, device)
-    context = ModelContext(spec, config, groups, ops)
+    context = ModelContext(spec, config, groups, ops, fp8)
     mine = split[groups.pp_rank :: groups.pp_size]
     with torch.device(device):
         return [HybridModel(context, layers, recompute=recompute, vp_stage=i) for i, layers in enumerate(mine)]

@@ -7,9 +7,12 @@ from collections.abc import Collection
 
 from prism_kernels.table import check_choices
 from prism_mcore.config import Findings
+from prism_mcore.model.parameters import large_matrices
 from prism_mcore.model.settings import BuildSettings, ModelSettings, config_beside
 from prism_mcore.model.spec import LAYER_NAMES, ModelSpec, read_spec
 from prism_mcore.parallel import ParallelSettings
+
+FP8_MULTIPLE = 16  # of rows, columns and tokens: cuBLAS reads FP8 matrices in lines of 16 bytes
 
 
 def check_build(settings: BuildSettings, spec: ModelSpec, world_size: int, found: Findings) -> int | None:
@@ -17,7 +20,7 @@ def check_build(settings: BuildSettings, spec: ModelSpec, world_size: int, found
     dp = _check_ranks(settings.parallel, world_size, found)
     _check_tensor_parallel(settings.parallel, spec, found)
     if settings.precision.fp8 != "off":
-        found.problems.append(f"precision.fp8={settings.precision.fp8} is not supported yet; use precision.fp8=off")
+        _check_fp8(settings, spec, found)
     try:
         check_choices(settings.kernels)
     except ValueError as error:
@@ -59,6 +62,46 @@ def _check_tensor_parallel(parallel: ParallelSettings, spec: ModelSpec, found: F
         found.problems.append("parallel.sequence_parallel=true needs parallel.tp > 1; set it to false")
     if padding := -spec.vocab_size % tp:
         found.notes.append(f"vocabulary of {spec.vocab_size} is padded by {padding} rows to a multiple of tp={tp}")
+
+
+def _check_fp8(settings: BuildSettings, spec: ModelSpec, found: Findings) -> None:
+    fp8, ends, tp = settings.precision.fp8, settings.precision.fp8_bf16_ends, settings.parallel.tp
+    if 2 * ends >= len(spec.pattern):
+        found.problems.append(
+            f"precision.fp8_bf16_ends={ends} leaves none of the {len(spec.pattern)} sub-layers in FP8; use at most"
+            f" {(len(spec.pattern) - 1) // 2}, or precision.fp8=off"
+        )
+    if misfits := _fp8_misfits(spec, tp):
+        fitting = [n for n in range(1, 65) if not _fp8_misfits(spec, n) and spec.ffn_size % n == 0]
+        nearest = sorted(fitting, key=lambda n: abs(n - tp))[:1]
+        advice = f"parallel.tp={nearest[0]}, or precision.fp8=off" if nearest else "precision.fp8=off"
+        found.problems.append(
+            f"precision.fp8={fp8} multiplies multiples of {FP8_MULTIPLE}; at parallel.tp={tp} a rank has"
+            f" {', '.join(misfits)}; use {advice}"
+        )
+
+
+def _fp8_misfits(spec: ModelSpec, tp: int) -> list[str]:
+    """The large matrices whose shard has a side that FP8 products do not take: `1032 rows of Mamba's in_proj`."""
+    misfits = []
+    for matrix, (rows, columns) in large_matrices(spec, tp).items():
+        misfits += [
+            f"{size:g} {side} of {matrix}"
+            for side, size in (("rows", rows), ("columns", columns))
+            if size % FP8_MULTIPLE
+        ]
+    return misfits
+
+
+def check_fp8_tokens(name: str, tokens: int, settings: BuildSettings, found: Findings) -> None:
+    """Do a micro-batch's tokens, which a weight's gradient sums over, fit FP8 products? `name` is what sets them."""
+    parallel = settings.parallel
+    multiple = FP8_MULTIPLE * (parallel.tp if parallel.sequence_parallel else 1)
+    if settings.precision.fp8 != "off" and tokens % multiple:
+        found.problems.append(
+            f"{name} is {tokens} tokens; precision.fp8={settings.precision.fp8} needs a multiple of {multiple};"
+            f" {nearest_multiples(tokens, multiple)}"
+        )
 
 
 def check_pipeline(parallel: ParallelSettings, spec: ModelSpec, found: Findings) -> None:

@@ -1,10 +1,11 @@
 """What the constructors of all layers share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from prism_mcore.model.fp8 import Fp8
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups
@@ -18,6 +19,11 @@ class ModelContext:
     config: TransformerConfig  # megatron-core's view of the same model and layout
     groups: Groups
     ops: Ops  # the op table, decided once at start
+    fp8: Fp8 | None = None  # the FP8 recipe of the large linears' products; None where they are of config.params_dtype
+
+    def of_layer(self, layer: int) -> "ModelContext":
+        """That of a sub-layer, some of which may be kept out of FP8."""
+        return self if self.fp8 is None or self.fp8.covers(layer, len(self.spec.pattern)) else replace(self, fp8=None)
 
 
 def transformer_config(

@@ -3,7 +3,7 @@
 # t packed tokens (t / tp of them where activations are sequence-parallel), d hidden
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -180,7 +180,7 @@ class HybridModel(MegatronModule):
         if self.pre_process:
             self.embedding = Embedding(context)
         self.layers = nn.ModuleDict(
-            {str(i): Block(context, spec.pattern[i], spec.pattern[i] in recompute) for i in layers}
+            {str(i): Block(context.of_layer(i), spec.pattern[i], spec.pattern[i] in recompute) for i in layers}
         )
         if self.post_process:
             self.final_norm = norm(context, spec.hidden_size)
@@ -254,6 +254,10 @@ class HybridModel(MegatronModule):
     def next_logits(self, x: Tensor, temperature: float) -> Tensor:
         """Hidden states [n, 1, d] -> logits / temperature [n, v] fp32 of this rank's part of the vocabulary."""
         return self.output(Head.local_logits, x, self._tied_weight(), temperature)
+
+    def without_fp8(self) -> AbstractContextManager[None]:
+        """Inside, all products are of the model's own precision."""
+        return self.context.fp8.off() if self.context.fp8 else nullcontext()
 
     @contextmanager
     def whole_sequences(self) -> Iterator[None]:

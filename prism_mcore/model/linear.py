@@ -9,6 +9,8 @@ from megatron.core.tensor_parallel import (
     RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor, nn
@@ -17,12 +19,15 @@ from prism_kernels.linear import exact as exact_linear
 from prism_kernels.matmul import mm
 from prism_kernels.norm.exact import add_scaled
 from prism_mcore.model.context import ModelContext
+from prism_mcore.model.fp8 import Fp8
 from prism_mcore.model.state import Decode, State
 
 
 def column_linear(context: ModelContext, rows: int, columns: int, bias: bool = False) -> nn.Module:
     """[t, 1, columns] -> [t, 1, rows / tp]; gathers sequence-parallel input."""
     kwargs = _linear_arguments(context, bias)
+    if context.fp8:
+        return Fp8ColumnLinear(context.fp8, columns, rows, **kwargs)
     if context.ops.uses_te("linear"):
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 
@@ -36,6 +41,8 @@ def column_linear(context: ModelContext, rows: int, columns: int, bias: bool = F
 def row_linear(context: ModelContext, rows: int, columns: int) -> nn.Module:
     """[t, 1, columns / tp] -> [t, 1, rows], no bias; summed over ranks, scattered where sequence-parallel."""
     kwargs = _linear_arguments(context, bias=False)
+    if context.fp8:
+        return Fp8RowLinear(context.fp8, columns, rows, input_is_parallel=True, **kwargs)
     if context.ops.uses_te("linear"):
         from megatron.core.extensions.transformer_engine import TERowParallelLinear
 
@@ -46,13 +53,14 @@ def row_linear(context: ModelContext, rows: int, columns: int) -> nn.Module:
     return row(columns, rows, input_is_parallel=True, **kwargs)
 
 
-def column_linear_of_parts(context: ModelContext, rows: dict[str, int], columns: int) -> nn.Module:
+def column_linear_of_parts(context: ModelContext, rows: dict[str, int], columns: int, replicated: int = 0) -> nn.Module:
     """[t, 1, columns] -> [t, 1, sum of rows]: one column-parallel product with several parameters, in their order.
 
     rows: of each parameter on this rank, whether tensor parallelism shards it or every rank holds it; the parameters
-    are called `<name>_weight`, as Transformer Engine's Linear calls those of its `parameters_split`.
+    are called `<name>_weight`, as Transformer Engine's Linear calls those of its `parameters_split`. replicated: how
+    many rows, the last, every rank holds.
     """
-    return ColumnLinearOfParts(context, rows, columns)
+    return ColumnLinearOfParts(context, rows, columns, replicated)
 
 
 def project(linear: nn.Module, x: Tensor, state: State | None) -> Tensor:
@@ -65,7 +73,7 @@ def project(linear: nn.Module, x: Tensor, state: State | None) -> Tensor:
             # Straight to the product: what megatron-core does around it is 4% of a step of a small model.
             y = mm(x.squeeze(1), linear.weight.t()).unsqueeze(1)
             return y if linear.bias is None else y + linear.bias
-        if isinstance(linear, ColumnLinearOfParts) and x.is_cuda and not linear.exact:
+        if isinstance(linear, ColumnLinearOfParts) and x.is_cuda and not linear.exact and linear.context.fp8 is None:
             return linear.separate_products(x)
     return linear(x)[0]
 
@@ -83,9 +91,9 @@ def _linear_arguments(context: ModelContext, bias: bool) -> dict:
 class ColumnLinearOfParts(nn.Module):
     """What `column_linear_of_parts` makes, from megatron-core's product or the exact one."""
 
-    def __init__(self, context: ModelContext, rows: dict[str, int], columns: int):
+    def __init__(self, context: ModelContext, rows: dict[str, int], columns: int, replicated: int = 0):
         super().__init__()
-        self.context, self.exact = context, context.ops.uses_exact("linear")
+        self.context, self.exact, self.replicated = context, context.ops.uses_exact("linear"), replicated
         for name, count in rows.items():
             weight = nn.Parameter(torch.empty(count, columns, dtype=context.config.params_dtype))
             self.register_parameter(f"{name}_weight", weight)
@@ -94,7 +102,10 @@ class ColumnLinearOfParts(nn.Module):
         """The weights are put together for the product and again for its backward, not kept: 76 MB a layer in
         Nemotron-H at TP 2.
         """
-        weights = list(self.parameters())
+        weights, fp8 = list(self.parameters()), self.context.fp8
+        if fp8 is not None and fp8.enabled:
+            sequence_parallel = self.context.config.sequence_parallel
+            return fp8_column_product(fp8, x, weights, sequence_parallel, self.replicated), None
         weight = torch.cat(weights)
         place = weight.data_ptr()
 
@@ -128,6 +139,46 @@ class ColumnLinearOfParts(nn.Module):
         row and two threads.
         """
         return torch.cat([mm(x.squeeze(1), weight.t()) for weight in self.parameters()], dim=-1).unsqueeze(1)
+
+
+# --- FP8 --------------------------------------------------------------------------------------------------------------
+
+
+def fp8_column_product(
+    fp8: Fp8, x: Tensor, weights: list[Tensor], sequence_parallel: bool, replicated: int = 0
+) -> Tensor:
+    """[t, 1, d] -> [t, 1, rows]; gathers sequence-parallel input."""
+    if sequence_parallel:
+        x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=fp8.group)
+    else:
+        x = copy_to_tensor_model_parallel_region(x, group=fp8.group)
+    return fp8.linear(x, weights, "column", replicated)
+
+
+class Fp8ColumnLinear(ColumnParallelLinear):
+    def __init__(self, fp8: Fp8, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fp8 = fp8
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        if not self.fp8.enabled:
+            return super().forward(x)
+        y = fp8_column_product(self.fp8, x, [self.weight], self.sequence_parallel)
+        return (y if self.bias is None else y + self.bias), None
+
+
+class Fp8RowLinear(RowParallelLinear):
+    def __init__(self, fp8: Fp8, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fp8 = fp8
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        if not self.fp8.enabled:
+            return super().forward(x)
+        y = self.fp8.linear(x, [self.weight], "row")
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group), None
+        return reduce_from_tensor_model_parallel_region(y, group=self.tp_group), None
 
 
 # --- exact: rows have the same bits in training and decoding ----------------------------------------------------------

@@ -41,7 +41,8 @@ class Mamba(nn.Module):
 
         dtype = context.config.params_dtype
         rows = {"zdtx": 2 * self.inner + self.heads, "bc": 2 * self.state}
-        self.in_proj = column_linear_of_parts(context, rows, spec.hidden_size)
+        replicated = rows["bc"] if spec.ssm_groups == 1 else 0
+        self.in_proj = column_linear_of_parts(context, rows, spec.hidden_size, replicated)
         self.conv_x = Weight((self.inner, spec.conv_kernel), dtype, bias=spec.conv_bias)
         self.conv_bc = Weight((2 * self.state, spec.conv_kernel), dtype, bias=spec.conv_bias)
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(self.heads)) for _ in range(3))

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from prism_mcore.config import Section, SettingsError
 from prism_mcore.model.spec import ModelSpec, read_spec
@@ -12,6 +12,11 @@ from prism_mcore.parallel import ParallelSettings
 SOURCE = "source"  # in a run's folder, or an import's: where its weights came from, and how exports of it look
 
 RecomputeType = Literal["mamba", "attention", "mlp"]
+
+REFUSED_RECIPES = {
+    "delayed": "its scales are those of earlier steps, a state that resuming and generating would depend on",
+    "mxfp8": "its blocks of 32 need compute capability 10 (Blackwell)",
+}
 
 KernelSettings = Annotated[
     dict[str, str],
@@ -37,7 +42,22 @@ class PrecisionSettings(Section):
     """Number formats. Gradients are summed, and moments and master weights kept, in fp32 in either."""
 
     dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="Format of weights and activations")
-    fp8: str = Field(default="off", description="FP8 recipe of the matrix products; only off is supported")
+    fp8: Literal["off", "tensorwise", "blockwise"] = Field(
+        default="off",
+        description="FP8 recipe of the large linears' products: tensorwise has a scale a tensor and e5m2 gradients,"
+        " blockwise one each 128 numbers of a token and 128 x 128 of a weight, all in e4m3; weights and checkpoints"
+        " stay what they are",
+    )
+    fp8_bf16_ends: int = Field(
+        default=0, ge=0, description="First and last sub-layers that stay out of FP8, so many at each end"
+    )
+
+    @field_validator("fp8", mode="before")
+    @classmethod
+    def _refused(cls, value: object) -> object:
+        if isinstance(value, str) and value in REFUSED_RECIPES:
+            raise ValueError(f"{value} is not offered: {REFUSED_RECIPES[value]}; use tensorwise or blockwise")
+        return value
 
 
 class BuildSettings(Protocol):

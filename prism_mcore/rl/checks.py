@@ -1,7 +1,7 @@
 """Can these settings work? RL's check; pure, before any process group."""
 
 from prism_mcore.config import Findings
-from prism_mcore.generate.checks import check_stop_ids
+from prism_mcore.generate.checks import check_fp8_of_tokens, check_stop_ids
 from prism_mcore.model.checks import check_one_stage, check_positions, nearest_multiples
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.rl.settings import RLSettings
@@ -18,6 +18,7 @@ def check(settings: RLSettings, spec: ModelSpec, world_size: int) -> list[str]:
     check_one_stage(settings.parallel, spec, found)
     _check_context(settings, spec, found)
     _check_rollouts(settings, found)
+    _check_fp8(settings, found)
     check_stop_ids(settings.sampling, spec, found)
     return found.conclude()
 
@@ -30,6 +31,16 @@ def _check_context(settings: RLSettings, spec: ModelSpec, found: Findings) -> No
             " the other"
         )
     check_positions("rl.context", context, spec, found)
+
+
+def _check_fp8(settings: RLSettings, found: Findings) -> None:
+    fp8 = settings.precision.fp8
+    check_fp8_of_tokens(settings.precision, found)
+    if fp8 == "blockwise" and settings.rl.parity == "exact":
+        found.problems.append(
+            "rl.parity=exact and precision.fp8=blockwise: exact promises the bits of the model's own precision; use"
+            " rl.parity=tolerance, which measures the gap, or precision.fp8=off"
+        )
 
 
 def _check_rollouts(settings: RLSettings, found: Findings) -> None:

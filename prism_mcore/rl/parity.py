@@ -34,7 +34,8 @@ def op_set(parity: str, kernels: Mapping[str, str], device: torch.device | str) 
     """`kernels.*` as `rl.parity` needs them. A ValueError where exact cannot be had: see its message."""
     if parity != "exact":
         return dict(kernels)
-    ops = [name for name, op in OPS.items() if "exact" in op.backends]
+    # FP8 is refused beside exact.
+    ops = [name for name, op in OPS.items() if "exact" in op.backends and name != "fp8_linear"]
     if torch.device(device).type == "cuda":
         selected = select(kernels, device)
         varying = [f"{op} ({selected[op].name})" for op in ops if not selected[op].batch_invariant]

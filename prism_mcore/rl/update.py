@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from prism_mcore import platform
 from prism_mcore.batch import PolicyBatch, RolloutGroup
+from prism_mcore.model.checks import FP8_MULTIPLE
 from prism_mcore.rl import parity
 from prism_mcore.rl.packing import micro_batches, pack, samples_of
 from prism_mcore.rl.run import PolicyRun
@@ -41,6 +42,7 @@ def updates_of(run: PolicyRun, step: int, groups: Sequence[RolloutGroup]) -> lis
     settings, ranks = run.settings, run.groups
     per_update = len(groups) // settings.rl.updates
     multiple = ranks.tp_size if settings.parallel.sequence_parallel else 1
+    multiple *= FP8_MULTIPLE if settings.precision.fp8 != "off" else 1
     updates: list[list[PolicyBatch]] = []
     for number in range(settings.rl.updates):
         first = number * per_update

@@ -4,6 +4,7 @@ from prism_mcore.config import Findings
 from prism_mcore.data.settings import normalised_shares
 from prism_mcore.model.checks import (
     check_build,
+    check_fp8_tokens,
     check_initial_weights,
     check_pipeline,
     check_positions,
@@ -73,6 +74,7 @@ def _check_sequences(settings: MidtrainSettings, spec: ModelSpec, found: Finding
             f"data.seq_len={seq_len} is not a multiple of tp={parallel.tp}, which sequence_parallel needs;"
             f" {nearest_multiples(seq_len, parallel.tp)}"
         )
+    check_fp8_tokens("data.seq_len * train.micro_batch", seq_len * settings.train.micro_batch, settings, found)
     check_positions("data.seq_len", seq_len, spec, found)
 
 

@@ -61,6 +61,14 @@ def train(run: MidtrainRun) -> int:
 
 
 def held_out_losses(run: MidtrainRun) -> dict[str, float]:
-    """Validation loss by domain, in nats per token."""
+    """Validation loss in nats per token, as `loss/<domain>`; in FP8 also that of the weights without it."""
     train = run.settings.train
-    return validate(run.chunks, run.loader, run.groups, train.validate_batches * train.global_batch)
+    kinds: dict[str, contextlib.AbstractContextManager] = {"loss": contextlib.nullcontext()}
+    if run.settings.precision.fp8 != "off":
+        kinds["loss_without_fp8"] = run.models[0].without_fp8()
+    losses: dict[str, float] = {}
+    for kind, precision in kinds.items():
+        with precision:
+            domains = validate(run.chunks, run.loader, run.groups, train.validate_batches * train.global_batch)
+        losses |= {f"{kind}/{domain}": loss for domain, loss in domains.items()}
+    return losses

@@ -174,13 +174,14 @@ class Metrics:
         return self.records.lacks(VALIDATION_FILE, start)
 
     def log_validation(self, step: int, losses: dict[str, float]) -> None:
-        """Write down the validation after a step: nats per token by domain; nothing where nothing is held out."""
+        """Write down the validation after a step: nats per token by `loss/<domain>`; nothing without held-out text."""
         if not (self.records and losses):
             return
-        record = {"step": step, **{f"validation/loss/{domain}": loss for domain, loss in losses.items()}}
+        record = {"step": step, **{f"validation/{name}": loss for name, loss in losses.items()}}
         self.records.write(VALIDATION_FILE, record)
         listed = " ".join(
-            f"{domain} {loss:.4f}" if math.isfinite(loss) else f"{domain} no label" for domain, loss in losses.items()
+            f"{name} {loss:.4f}" if math.isfinite(loss) else f"{name} no label"
+            for name, loss in ((name.removeprefix("loss/"), loss) for name, loss in losses.items())
         )
         say(f"step {step:>{len(str(self.steps))}}/{self.steps} | validation {listed}", stderr=True)
 

@@ -1,21 +1,12 @@
 """Invariant 1: the same weights and tokens give the same loss and the same gradients in every parallel layout."""
 
 import pytest
-import torch
-import torch.distributed as dist
 from ranks import run_ranks
-from tiny.gradients import close, whole_gradients
-from tiny.models import SPECS, packed_batches
+from tiny.gradients import close, losses_and_gradients
+from tiny.models import SPECS
 
-from prism_mcore.agree import summed
-from prism_mcore.model.build import build_chunks
-from prism_mcore.model.ops import Ops
 from prism_mcore.model.parameters import parameters
-from prism_mcore.model.split import split_layers
-from prism_mcore.train.optimizer import wrap
-from prism_mcore.train.step import StepStats, forward_backward
 
-SEED = 7
 LAYOUTS = {
     "tp2": (2, {"tp": 2}),
     "tp2+sp": (2, {"tp": 2, "sequence_parallel": True}),
@@ -27,31 +18,6 @@ LAYOUTS = {
     "tp2+sp x dp2": (4, {"tp": 2, "sequence_parallel": True}),
     "dp2 x dp2 instances": (4, {"optimizer_instances": 2}),
 }
-
-
-def losses_and_gradients(groups, spec_name, sequence_parallel=False, recompute="", micro_batches=4, overlap=False):
-    """Loss and whole gradients by global name, from four micro-batches shared out over data-parallel ranks."""
-    spec = SPECS[spec_name]
-    split = split_layers(spec, groups.pp_size, groups.vpp, seq_len=16)
-    chunks = build_chunks(
-        spec,
-        split,
-        groups,
-        Ops({}, torch.device("cpu")),
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        sequence_parallel=sequence_parallel,
-        recompute=frozenset(recompute),
-    )
-    for chunk in chunks:
-        chunk.initialise(SEED)
-    instances = dist.get_world_size() // 2 if groups.dp_size == 4 else 1
-    wrapped = wrap(chunks, groups, optimizer_instances=instances, overlap=overlap)
-    batches = packed_batches(spec, micro_batches)[groups.dp_rank :: groups.dp_size]
-    for ddp in wrapped:
-        ddp.zero_grad_buffer()
-    stats = StepStats.of(summed(forward_backward(wrapped, batches, groups, num_sources=2)[0]), [])
-    return stats, whole_gradients(chunks, wrapped, groups)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,56 @@
-"""Gradients of the whole model, gathered from any layout: `from gradients import whole_gradients, close`."""
+"""Losses and gradients of the whole model from any layout: `from tiny.gradients import losses_and_gradients, close`."""
 
 import torch
 import torch.distributed as dist
+from tiny.models import SPECS, packed_batches
 
+from prism_mcore.agree import summed
+from prism_mcore.model.build import build_chunks
+from prism_mcore.model.fp8 import Fp8
+from prism_mcore.model.ops import Ops
+from prism_mcore.model.split import split_layers
 from prism_mcore.model.tensors import gather
+from prism_mcore.train.optimizer import wrap
+from prism_mcore.train.step import StepStats, forward_backward
+
+SEED = 7
+
+
+def losses_and_gradients(
+    groups,
+    spec_name,
+    sequence_parallel=False,
+    recompute="",
+    micro_batches=4,
+    overlap=False,
+    fp8="off",
+    kernels=None,
+    seed=0,
+):
+    """Loss and whole gradients by global name, from micro-batches of eight rows, dealt to data-parallel ranks."""
+    spec = SPECS[spec_name]
+    split = split_layers(spec, groups.pp_size, groups.vpp, seq_len=16)
+    ops = Ops(kernels or {}, torch.device("cpu"))
+    chunks = build_chunks(
+        spec,
+        split,
+        groups,
+        ops,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        sequence_parallel=sequence_parallel,
+        recompute=frozenset(recompute),
+        fp8=None if fp8 == "off" else Fp8(fp8, ops, groups.tp),
+    )
+    for chunk in chunks:
+        chunk.initialise(SEED)
+    instances = dist.get_world_size() // 2 if groups.dp_size == 4 else 1
+    wrapped = wrap(chunks, groups, optimizer_instances=instances, overlap=overlap)
+    batches = packed_batches(spec, micro_batches, b=8 // micro_batches, seed=seed)[groups.dp_rank :: groups.dp_size]
+    for ddp in wrapped:
+        ddp.zero_grad_buffer()
+    stats = StepStats.of(summed(forward_backward(wrapped, batches, groups, num_sources=2)[0]), [])
+    return stats, whole_gradients(chunks, wrapped, groups)
 
 
 def whole_gradients(chunks, wrapped, groups):

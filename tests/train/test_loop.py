@@ -18,6 +18,7 @@ from tiny.runs import assert_same_state, records, settings_of, state_of
 
 from prism_mcore import platform
 from prism_mcore.checkpoint.durable import write_manifest
+from prism_mcore.checkpoint.index import read_index
 from prism_mcore.checkpoint.save import _Writer
 from prism_mcore.data.token_file import TokenFileWriter
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
@@ -103,6 +104,25 @@ def assert_halves_equal_the_whole(corpus, tmp_path, function, world_size, spec="
     assert curve(stopped) == curve(through) and len(curve(through)) == 6
     for (_, *want), (_, *got) in zip(*results, strict=True):
         assert_same_state(want, got)
+
+
+FP8 = {"kernels": {"fp8_linear": "reference"}}
+
+
+@pytest.mark.parametrize("fp8", ["tensorwise", "blockwise"])
+def test_fp8_resumes_bit_for_bit_and_leaves_no_trace_in_a_checkpoint(corpus, tmp_path, fp8):
+    precision = {"precision": {"dtype": "bf16", "fp8": fp8}, **FP8}
+    assert_halves_equal_the_whole(corpus, tmp_path, train, 1, **precision)
+    (tmp_path / "without").mkdir()
+    run_ranks(1, train, settings(corpus, tmp_path / "without", precision={"dtype": "bf16"}), None)
+    keys = [
+        read_index(tmp_path / f"{runs}/run/checkpoints/step_00000006").state_dict_metadata
+        for runs in ("through", "without")
+    ]
+    assert keys[0].keys() == keys[1].keys()
+    losses = records(tmp_path / "through", "validation.jsonl")[-1]
+    assert losses["validation/loss/text"] != losses["validation/loss_without_fp8/text"]
+    assert losses["validation/loss/text"] == pytest.approx(losses["validation/loss_without_fp8/text"], rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

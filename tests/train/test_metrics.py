@@ -45,7 +45,7 @@ def write_steps(run, start, stop, loss=2.0):
             stats = StepStats(loss, 0.5, (1.0, math.nan, 4.0), (20, 0, 10), [])
             metrics.log(step, BATCHES, stats, 1e-3)
             if step % 4 == 0:
-                metrics.log_validation(step, {"code": 2.5, "math": 3.5})
+                metrics.log_validation(step, {"loss/code": 2.5, "loss/math": 3.5})
 
 
 def records(folder, name="metrics.jsonl"):

@@ -1,0 +1,114 @@
+"""The large linears' products in FP8: quantise both operands, multiply, and the same for either gradient."""
+
+# t packed tokens, k columns, n rows of a weight on this rank
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prism_kernels.fp8 import E4M3, Quantized, Recipe, gradient_format
+from prism_mcore.model.ops import Ops
+
+
+class Fp8:
+    """What all FP8 linears of a model share: the recipe, its ops, and whether it is in force."""
+
+    def __init__(self, recipe: Recipe, ops: Ops, group: dist.ProcessGroup, bf16_ends: int = 0):
+        self.recipe, self.bf16_ends = recipe, bf16_ends
+        self.group = group  # tensor-parallel
+        self.enabled = True
+        self.amax, self.quantize = ops["fp8_amax"], ops["fp8_quantize"]
+        self.quantize_weight, self.product = ops["fp8_quantize_weight"], ops["fp8_linear"]
+        self.gradient = gradient_format(recipe)
+
+    def covers(self, layer: int, num_layers: int) -> bool:
+        """Is this sub-layer of so many in FP8? The first and last `bf16_ends` are not."""
+        return self.bf16_ends <= layer < num_layers - self.bf16_ends
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, products are those of `precision.dtype`: what the weights are worth without FP8."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def linear(self, x: Tensor, weights: list[Tensor], parallel: str, replicated: int = 0) -> Tensor:
+        """x [t, 1, k] times weights of n rows together, [n, k] -> [t, 1, n]; the caller gathers and adds over ranks.
+
+        parallel: "column", where ranks hold other rows of the weight, or "row", where they hold other columns.
+        replicated: last rows of a column-parallel weight that every rank holds, and whose gradients ranks will add.
+        """
+        return _Linear.apply(x, self, parallel == "row", replicated, torch.is_grad_enabled(), *weights)
+
+    def one_share(self, grad: Tensor, replicated: int) -> Tensor:
+        """Of the last columns of a gradient [t, n], partial on every rank, the sum; each rank has its share of it.
+
+        Quantised sums are not sums of quantised parts: without, a model with one SSM group would train otherwise in
+        every layout.
+        """
+        if not replicated or self.group.size() == 1:
+            return grad
+        total = grad[:, -replicated:].contiguous()
+        dist.all_reduce(total, group=self.group)
+        grad, share = grad.clone(), range(self.group.rank(), replicated, self.group.size())
+        grad[:, -replicated:] = 0
+        columns = torch.arange(share.start, share.stop, share.step, device=grad.device)
+        grad[:, columns - replicated] = total[:, columns]
+        return grad
+
+    def whole_amax(self, x: Tensor, sharded: bool) -> Tensor | None:
+        """The amax that a tensorwise scale follows from, of the whole tensor where this is a rank's shard of it."""
+        if self.recipe == "blockwise":
+            return None
+        amax = self.amax(x)
+        if sharded and self.group.size() > 1:
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.group)
+        return amax
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps x in FP8, scaled along the tokens that the weight's gradient sums over; weights are quantised again in
+    backward instead of kept: all of them at once would be a byte a parameter.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, fp8: Fp8, row_parallel: bool, replicated: int, training: bool, *weights: Tensor
+    ) -> Tensor:
+        rows = x.flatten(0, -2)
+        amax = fp8.whole_amax(rows, sharded=row_parallel)
+        by_row, by_column = fp8.quantize(rows, fp8.recipe, E4M3, amax, columns=training and ctx.needs_input_grad[5])
+        weight = _together(weights)
+        weight_amax = fp8.whole_amax(weight, sharded=True)
+        y = fp8.product(by_row, fp8.quantize_weight(weight, fp8.recipe, E4M3, weight_amax), x.dtype)
+        if training:
+            kept = (by_column.data, by_column.scale_inv) if by_column else (None, None)
+            ctx.save_for_backward(*kept, weight_amax, *weights)
+            ctx.fp8, ctx.row_parallel, ctx.replicated = fp8, row_parallel, replicated
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        data, scale_inv, weight_amax, *weights = ctx.saved_tensors
+        fp8 = ctx.fp8
+        rows = fp8.one_share(grad.flatten(0, -2), ctx.replicated)
+        amax = fp8.whole_amax(rows, sharded=not ctx.row_parallel)
+        by_row, by_column = fp8.quantize(rows, fp8.recipe, fp8.gradient, amax, columns=data is not None)
+        grad_x, grad_weights = None, [None] * len(weights)
+        if ctx.needs_input_grad[0]:
+            transposed = fp8.quantize_weight(_together(weights).t(), fp8.recipe, E4M3, weight_amax)
+            grad_x = fp8.product(by_row, transposed, grad.dtype).view(*grad.shape[:-1], -1)
+        if data is not None:
+            grad_weight = fp8.product(by_column, Quantized(data, scale_inv), weights[0].dtype)
+            grad_weights = list(grad_weight.split([len(weight) for weight in weights]))
+        return grad_x, None, None, None, None, *grad_weights
+
+
+def _together(weights: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))

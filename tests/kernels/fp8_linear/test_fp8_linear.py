@@ -1,0 +1,48 @@
+"""Products of quantised matrices: exact operands, sums in fp32, and what each library covers."""
+
+import pytest
+import torch
+
+from prism_kernels.backends import Uncovered
+from prism_kernels.fp8 import E4M3, E5M2
+from prism_kernels.fp8_linear import exact, reference
+from prism_kernels.fp8_linear.peers import fp8_linear_by_torch
+from prism_kernels.quantize.reference import fp8_quantize, fp8_quantize_weight
+
+
+def operands(m=48, k=160, n=32, recipe="tensorwise", a_format=E4M3):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(m, k, generator=generator), torch.randn(n, k, generator=generator)
+    return fp8_quantize(a, recipe, a_format)[0], fp8_quantize_weight(b, recipe, E4M3)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("product", [reference.fp8_linear, exact.fp8_linear])
+def test_sums_are_rounded_once(recipe, dtype, product):
+    a, b = operands(recipe=recipe)
+    want = a.dequantized(torch.float32).double() @ b.dequantized(torch.float32).double().t()
+    got = product(a, b, dtype).double()
+    rounding = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}[dtype]
+    assert (got - want).abs().max() <= rounding * want.abs().max()
+
+
+def test_it_is_the_product_that_transformer_engine_defines():
+    """(qa @ qb.T) * (1/sa * 1/sb) in fp32: powers of two move no bit, whether they are applied before or after."""
+    a, b = operands()
+    want = (a.data.float() @ b.data.float().t()) * (a.scale_inv * b.scale_inv)
+    assert torch.equal(a.dequantized(torch.float32) @ b.dequantized(torch.float32).t(), want)
+
+
+@pytest.mark.parametrize("a_format", [E4M3, E5M2])
+def test_torch_multiplies_with_one_scale_on_a_cpu(a_format):
+    a, b = operands(a_format=a_format)
+    got = fp8_linear_by_torch(a, b, torch.float32)
+    torch.testing.assert_close(got, reference.fp8_linear(a, b, torch.float32), rtol=1e-5, atol=1e-4)
+
+
+def test_torch_says_what_it_does_not_cover():
+    with pytest.raises(Uncovered, match="blocks on a GPU only"):
+        fp8_linear_by_torch(*operands(recipe="blockwise"), torch.float32)
+    with pytest.raises(Uncovered, match="33 x 160 is no multiple of 16"):
+        fp8_linear_by_torch(*operands(n=33), torch.float32)
