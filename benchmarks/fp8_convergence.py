@@ -85,9 +85,10 @@ class Training:
         """Train, unless it is done; the log lies beside the run."""
         if any(step == steps for step, _ in self.held_out()):
             return
+        command = self.command(steps, backend)
         with (self.folder / f"{self.name}.log").open("w") as log:
             subprocess.run(
-                self.command(steps, backend),
+                command,
                 check=True,
                 stdout=log,
                 stderr=subprocess.STDOUT,
