@@ -9,8 +9,19 @@ from prism_mcore.console import say, show
 from prism_mcore.model.settings import BuildSettings
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import data_parallel_size
+from prism_mcore.plan.hardware import GPUS, H100
 from prism_mcore.plan.memory import StageMemory, num_parameters
-from prism_mcore.plan.throughput import PEAK_FLOPS, gpu_hours
+from prism_mcore.plan.published import Published
+from prism_mcore.plan.search import Plan
+from prism_mcore.plan.throughput import (
+    PEAK_FLOPS,
+    TUNED,
+    TYPICAL,
+    Layout,
+    StepTime,
+    gpu_hours,
+    step_time,
+)
 
 MFU = 0.4  # of the bf16 peak: what the hours below assume
 GB = 1e9
@@ -98,3 +109,45 @@ def hours(flops: float) -> Table:
         time = gpu_hours(flops, MFU, peak)
         rows.append([labels.get(name, name), f"{peak / 1e12:.0f}", f"{time:,.1f}" if time >= 0.1 else f"{time:.2g}"])
     return numbers(f"GPU hours at {MFU:.0%} MFU", ("GPU", "bf16 TFLOP/s", "hours"), rows)
+
+
+def throughput(spec: ModelSpec, layout: Layout, tokens: int) -> list[Table]:
+    """Predicted rate and hours of a run of so many tokens on each kind of GPU, and what an H100's step is made of."""
+    rows = []
+    for gpu in GPUS.values():
+        rate = step_time(spec, layout, gpu).rate
+        low, high = (tokens / (share * rate) / 3600 for share in (TUNED, TYPICAL))
+        rows.append([gpu.name, f"{TYPICAL * rate:,.0f} to {TUNED * rate:,.0f}", f"{low:,.3g} to {high:,.3g}"])
+    title = "Predicted: typical to tuned (by formula, nothing was measured)"
+    return [
+        numbers(title, ("GPU", "tokens/s a GPU", "GPU hours"), rows),
+        step(step_time(spec, layout, H100)),
+    ]
+
+
+def step(time: StepTime) -> Table:
+    """What a step is made of, the largest first."""
+    terms = sorted(time.terms.items(), key=lambda term: -term[1])
+    rows = [[name, f"{seconds:.3g}", f"{seconds / time.total:.1%}"] for name, seconds in terms]
+    title = f"A step, bound by {time.bound_by}: {time.total / TUNED:.3g} to {time.total / TYPICAL:.3g} s"
+    return numbers(title, ("what", "s by formula", "share"), rows)
+
+
+def plans(title: str, found: Sequence[Plan]) -> Table:
+    """Layouts, the fastest first."""
+    rows = []
+    for plan in found:
+        at = plan.layout
+        degrees = {"tp": at.tp, "pp": at.pp, "vpp": at.vpp, "dp": at.dp, "micro": at.micro_batch}
+        degrees["replicas"] = at.optimizer_instances
+        layout = " ".join(f"{name} {n}" for name, n in degrees.items() if n > 1)
+        fp8, recompute = "fp8" if at.fp8 else "-", "+".join(sorted(at.recompute)) or "-"
+        rate = f"{TYPICAL * plan.time.rate:,.0f} to {TUNED * plan.time.rate:,.0f}"
+        rows.append([layout, fp8, recompute, f"{plan.memory / GB:.0f}", rate])
+    return numbers(title, ("layout", "fp8", "recompute", "GB", "tokens/s a GPU"), rows)
+
+
+def published(rows: Sequence[Published]) -> Table:
+    """Published runs and what the formula says of them."""
+    cells = [[row.name, row.kind, f"{row.measured:,.0f}", f"{row.predicted:,.0f}", f"{row.error:+.1%}"] for row in rows]
+    return numbers("Tokens per second and GPU", ("run", "kind", "published", "predicted", "error"), cells)

@@ -6,11 +6,12 @@ from prism_mcore.model.flops import flops_per_token
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.plan import report
 from prism_mcore.plan.memory import StageMemory, plan_memory
+from prism_mcore.plan.throughput import Layout
 from prism_mcore.train.settings import MidtrainSettings
 
 
 def plan(settings: MidtrainSettings, spec: ModelSpec, world_size: int) -> list[Table]:
-    """Layout, memory, work and GPU hours of checked settings."""
+    """Layout, memory, work, predicted rate and hours of checked settings."""
     seq_len, train, isolated = settings.data.seq_len, settings.train, settings.data.document_mask
     step_tokens = train.global_batch * seq_len
     tokens = step_tokens * train.steps
@@ -30,8 +31,28 @@ def plan(settings: MidtrainSettings, spec: ModelSpec, world_size: int) -> list[T
         report.layout(settings, spec, world_size, f"{settings.num_micro_batches(world_size)}"),
         report.memory(memory_of(settings, spec, world_size)),
         work,
-        report.hours(model * tokens),
+        *report.throughput(spec, layout_of(settings, world_size), tokens),
     ]
+
+
+def layout_of(settings: MidtrainSettings, world_size: int) -> Layout:
+    """What predicting a step's time reads of checked settings."""
+    parallel, precision, train = settings.parallel, settings.precision, settings.train
+    return Layout(
+        gpus=world_size,
+        seq_len=settings.data.seq_len,
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        vpp=parallel.vpp,
+        cp=parallel.cp,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute=frozenset(train.recompute),
+        fp8=precision.fp8 != "off",
+        fp8_bf16_ends=precision.fp8_bf16_ends,
+        optimizer_instances=parallel.optimizer_instances,
+    )
 
 
 def memory_of(settings: MidtrainSettings, spec: ModelSpec, world_size: int) -> list[StageMemory]:
