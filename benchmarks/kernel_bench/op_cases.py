@@ -153,6 +153,10 @@ ROWS = [
     Row(
         "squared_relu", "squared_relu", _mlp("squared_relu"), works.activation(1), ("train", "decode"), reduced=(8, 16)
     ),
+    Row("fp8_amax", "fp8_amax", _hidden, works.fp8_amax),
+    Row("fp8_quantize tensorwise", "fp8_quantize", _hidden, works.fp8_quantize("tensorwise"), reduced=(128, 256)),
+    Row("fp8_quantize blockwise", "fp8_quantize", _hidden, works.fp8_quantize("blockwise"), reduced=(128, 256)),
+    Row("fp8_quantize_weight", "fp8_quantize_weight", _hidden, works.fp8_quantize_weight, reduced=(128, 256)),
     Row("rope", "rope", _rope, works.rope, ("train", "decode"), reduced=(16, 32)),
     Row("adamw", "adamw", _optimizer, works.adamw, reduced=(4, 8)),
     Row("causal_conv1d", "causal_conv1d", _conv, works.causal_conv1d, reduced=(256, 512), narrow=_fewer_channels),

@@ -131,6 +131,29 @@ def activation(factor: int) -> Callable[[Inputs, Shape, int], Work]:
     return build
 
 
+def fp8_amax(make: Inputs, shape: Shape, tokens: int) -> Work:
+    x = make.bf16(tokens, shape["d"]).detach()
+    return _work((x,), (), size(x))
+
+
+def fp8_quantize(recipe: str) -> Callable[[Inputs, Shape, int], Work]:
+    """Both FP8 copies of an activation; tensorwise, its amax is known."""
+
+    def build(make: Inputs, shape: Shape, tokens: int) -> Work:
+        x = make.bf16(tokens, shape["d"]).detach()
+        amax = make.fp32(1, gradients=False).abs().squeeze(0) if recipe == "tensorwise" else None
+        scales = 0 if amax is not None else 2 * 4 * x.numel() // 128
+        return _work((x, recipe, torch.float8_e4m3fn, amax), (), 2 * size(x) + scales)
+
+    return build
+
+
+def fp8_quantize_weight(make: Inputs, shape: Shape, tokens: int) -> Work:
+    """A weight [tokens, d] in blocks, read across its rows as the gradient of a layer's input needs it."""
+    weight = make.bf16(tokens, shape["d"]).detach()
+    return _work((weight.t(), "blockwise", torch.float8_e4m3fn), (), size(weight) * 3 // 2)
+
+
 def rope(make: Inputs, shape: Shape, tokens: int) -> Work:
     q, k, _ = _qkv(make, shape, tokens)
     cos, sin = rope_table(make.arange(tokens), shape["p"], 10_000.0)

@@ -75,9 +75,9 @@ OPS: dict[str, Op] = {
     "linear": Op("linear", ("te", "megatron", "exact")),  # the column- and row-parallel linears around the mixers
     # Where precision.fp8 is on: the product of quantised matrices under those linears, and the quantising.
     "fp8_linear": Op("fp8_linear", ("torch", "reference", "exact")),
-    "fp8_amax": Op("quantize", ("reference",)),
-    "fp8_quantize": Op("quantize", ("reference",)),
-    "fp8_quantize_weight": Op("quantize", ("reference",)),
+    "fp8_amax": Op("quantize", ("triton", "reference")),
+    "fp8_quantize": Op("quantize", ("triton", "reference")),
+    "fp8_quantize_weight": Op("quantize", ("triton", "reference")),
     "rms_norm": Op("norm", ("te", *OURS)),
     "add_rms_norm": Op("norm", OURS),  # a residual sum and the norm after it
     "gated_rms_norm": Op("norm", OURS),

@@ -39,3 +39,20 @@ def test_bf16_arithmetic_is_refused_rather_than_garbage():
     x = torch.ones(16).bfloat16()
     with pytest.raises(Exception, match="cast to fp32 on load"):
         double_kernel[(1,)](x, torch.empty_like(x), 16)
+
+
+@triton.jit
+def cast_kernel(x, out, back, N: tl.constexpr):
+    i = tl.arange(0, N)
+    narrow = tl.load(x + i).to(out.dtype.element_ty)
+    tl.store(out + i, narrow)
+    tl.store(back + i, narrow.to(tl.float32))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is not used where there is a GPU")
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_is_rounded_to_nearest_subnormal_numbers_too(dtype):
+    x = torch.randn(256, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(-18, 6).repeat(11)[:256]
+    out, back = torch.empty(256, dtype=dtype), torch.empty(256)
+    cast_kernel[(1,)](x, out, back, 256)
+    assert torch.equal(out.float(), x.to(dtype).float()) and torch.equal(back, out.float())
