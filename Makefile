@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Where no wheel fits they are built, which needs nvcc and takes long; MAX_JOBS bounds the memory that takes.
-GPU_PACKAGES ?= transformer-engine[pytorch] flash-attn causal-conv1d mamba-ssm
+# Where no wheel fits they are built, which needs nvcc and takes long; MAX_JOBS bounds the memory that takes. The engine's
+# own wheel is of CUDA 13, as is the torch that constraints.txt pins; its version is the last that megatron-core names.
+GPU_PACKAGES ?= transformer-engine[pytorch,core_cu13]==2.11.0 flash-attn causal-conv1d mamba-ssm
 export MAX_JOBS ?= 4
 
 NEWER := 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python >= 3.11, got " + sys.version.split()[0] + "; set PYTHON=python3.11")'

@@ -51,8 +51,14 @@ def test_setup_needs_no_gpu_package_and_make_gpu_survives_each(tree):
     done = make(tree, "gpu")
     assert done.returncode == 0, done.stderr
     asked = (tree / "pip.txt").read_text()
-    assert all(name in asked for name in ("transformer-engine[pytorch]", "flash-attn", "causal-conv1d", "mamba-ssm"))
-    assert "error: no nvcc" in done.stdout and "not installed: transformer-engine[pytorch];" in done.stdout
+    assert all(
+        name in asked
+        for name in ("transformer-engine[pytorch,core_cu13]==2.11.0", "flash-attn", "causal-conv1d", "mamba-ssm")
+    )
+    assert (
+        "error: no nvcc" in done.stdout
+        and "not installed: transformer-engine[pytorch,core_cu13]==2.11.0;" in done.stdout
+    )
     assert done.stdout.count("  installed") == 3
 
 

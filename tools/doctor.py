@@ -11,6 +11,8 @@ import sys
 from importlib import metadata
 
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from rich.table import Table
 from rich.text import Text
 
@@ -121,12 +123,27 @@ def _version(distribution: str) -> str | None:
 
 
 def _optional_version(distribution: str) -> str | Text:
-    """Its version; where the module that is called is not in it (PyPI's apex is another package), that, too."""
+    """Its version; where the module that is called is not in it (PyPI's apex is another package), that, too.
+
+    And where megatron-core, which calls it, was written for others.
+    """
     version, backend = _version(distribution), BACKEND_OF.get(distribution)
     if version is None:
         return styled("-", "dim")
-    module = missing_module(backend) if backend else None
-    return styled(f"{version}, without {module}", "yellow") if module else version
+    if module := missing_module(backend) if backend else None:
+        return styled(f"{version}, without {module}", "yellow")
+    named = _named_by_megatron(distribution)
+    if named is None or named.contains(version, prereleases=True):
+        return version
+    return styled(f"{version}, outside the range megatron-core names: {named}", "yellow")
+
+
+def _named_by_megatron(distribution: str) -> SpecifierSet | None:
+    """The versions that megatron-core's metadata declare."""
+    if _version("megatron-core") is None:
+        return None
+    declared = map(Requirement, metadata.requires("megatron-core") or [])
+    return next((one.specifier for one in declared if one.name == distribution), None)
 
 
 def _backends(device: torch.device) -> Table:

@@ -1,40 +1,64 @@
 #!/usr/bin/env bash
 # An environment with the real Transformer Engine on a machine without a GPU, to compare our FP8 with it bit by bit:
 #   tools/te_oracle.sh FOLDER         # 6 GB and some 15 minutes; a step that is done is not done again
-#   FOLDER/bin/python -m pytest tests/model/test_transformer_engine_real.py
-# Its torch extension has no wheel: it is compiled here with g++ alone, without optimisation (33 files of C++, no nvcc).
-# CUDA_HOME must name a CUDA toolkit's folder, for its headers; those of cuDNN and NCCL are in the wheels that torch needs.
+#   FOLDER/bin/python -P -m pytest tests/model/test_transformer_engine_real.py
+# Its torch extension has no wheel: 33 files are compiled here with g++ alone, without optimisation and without nvcc. The
+# CUDA headers come from wheels, or from CUDA_HOME where that is set. PYTHON, MAX_JOBS and TE_VERSION choose others.
 set -euo pipefail
 [ $# -eq 1 ] || { sed -n '2,6p' "$0"; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
-mkdir -p "$1"; venv=$(cd "$1" && pwd)
-torch=${TE_ORACLE_TORCH:-2.14.1} te=${TE_ORACLE_VERSION:-2.20.2}
-export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} MAX_JOBS=${MAX_JOBS:-1}
-[ -f "$CUDA_HOME/include/cuda_runtime.h" ] || { echo "CUDA_HOME=$CUDA_HOME has no include/cuda_runtime.h; name a CUDA 13 toolkit's folder"; exit 1; }
+mkdir -p "$1"
+venv=$(cd "$1" && pwd)
+torch=${TORCH_VERSION:-2.14.1} te=${TE_VERSION:-2.20.2} # that torch is of CUDA 13, and so is the engine's wheel below
+export MAX_JOBS=${MAX_JOBS:-1} CUDA_HOME=${CUDA_HOME:-}
 
-step() {  # step NAME COMMAND...: once
-  [ ! -e "$venv/.$1" ] || return 0
-  echo "$1 ..."; shift_name=$1; shift
-  "$@" > "$venv/$shift_name.log" 2>&1 || { echo "failed; $venv/$shift_name.log ends with:"; tail -n 15 "$venv/$shift_name.log"; exit 1; }
-  touch "$venv/.$shift_name"
+fail() { echo "te_oracle: $*" >&2; exit 1; }
+command -v g++ >/dev/null || fail "needs a C++ compiler: no g++ is found"
+[ -z "$CUDA_HOME" ] || [ -f "$CUDA_HOME/include/cuda_runtime.h" ] ||
+  fail "CUDA_HOME=$CUDA_HOME has no include/cuda_runtime.h; name a CUDA 13 toolkit's folder, or unset it for wheels"
+
+step() { # step NAME COMMAND...: once; its output in FOLDER/NAME.log
+  local name=$1 log=$venv/$1.log
+  shift
+  [ ! -e "$venv/.$name" ] || return 0
+  echo "$name ..."
+  "$@" >"$log" 2>&1 || { tail -n 15 "$log" >&2; fail "$name failed; all of it is in $log"; }
+  touch "$venv/.$name"
 }
-pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+# The project's requirements but torch's and what comes with it: this environment has a newer torch than constraints.txt.
+others() { grep -v -E '^(torch|triton|setuptools|filelock|fsspec|networkx|sympy)==' "$root/constraints.txt"; }
+project() { pip install --no-build-isolation -c <(others) -e "$root[rl]" pytest pytest-xdist; }
+
+headers() { # what torch does not bring of CUDA's, of the version of the rest
+  local runtime
+  runtime=$(pip show nvidia-cuda-runtime | sed -n 's/^Version: \([0-9]*\.[0-9]*\).*/\1/p')
+  pip install --no-deps "nvidia-cuda-crt==$runtime.*" "nvidia-cuda-cccl==$runtime.*"
+}
+
+extension() {
+  local site source=$venv/source
+  site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  CPLUS_INCLUDE_PATH=$(find "$site/nvidia" -maxdepth 2 -type d -name include | paste -sd:)
+  export CPLUS_INCLUDE_PATH NVTE_FRAMEWORK=pytorch
+  export NVTE_PYTORCH_FORCE_BUILD=TRUE # otherwise it asks GitHub for a wheel first
+  [ -n "$CUDA_HOME" ] || export NVTE_BUILD_USE_NVIDIA_WHEELS=1
+  rm -rf "$source" && mkdir "$source" || return
+  pip download --no-deps --no-build-isolation --no-binary :all: -d "$source" "transformer-engine-torch==$te" || return
+  tar -xzf "$source"/*.tar.gz -C "$source" --strip-components 1 || return
+  # A test needs no speed, and with -O3 the compiler takes hours and gigabytes.
+  grep -rl --include='*.py' -e '-O3' "$source" | xargs -r sed -i 's/-O3/-O0/' || return
+  pip install --no-deps --no-build-isolation "$source"
+}
 
 step venv "${PYTHON:-python3}" -m venv "$venv"
-step torch "${pip[@]}" install "torch==$torch" setuptools wheel pybind11 packaging
-step engine "${pip[@]}" install --no-deps "transformer-engine==$te" "transformer-engine-cu13==$te"
-step needs "${pip[@]}" install einops onnxscript onnx pydantic nvdlfw-inspect
-step project "${pip[@]}" install --no-build-isolation -c <(grep -v -E '^(torch|triton|setuptools|filelock|fsspec|networkx|sympy)==' "$root/constraints.txt") -e "$root[rl]" pytest pytest-xdist
-
-compile() {
-  site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-  CPLUS_INCLUDE_PATH=$(find "$site/nvidia" -type d -name include | paste -sd:)
-  export CPLUS_INCLUDE_PATH NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_FRAMEWORK=pytorch
-  rm -rf "$venv/source" && mkdir "$venv/source"
-  "${pip[@]}" download --no-deps --no-build-isolation --no-binary :all: -d "$venv/source" "transformer-engine-torch==$te"
-  tar -xzf "$venv/source"/*.tar.gz -C "$venv/source" --strip-components 1
-  grep -rl -- '-O3' "$venv/source" --include='*.py' | xargs -r sed -i 's/-O3/-O0/'  # a test needs no speed
-  "${pip[@]}" install --no-deps --no-build-isolation "$venv/source"
-}
-step extension compile
-"$venv/bin/python" -c 'import torch, transformer_engine.pytorch as te, transformer_engine_torch; print("torch", torch.__version__, "with Transformer Engine", te.__file__)'
+step torch pip install "torch==$torch" setuptools wheel pybind11 packaging
+step engine pip install --no-deps "transformer-engine==$te" "transformer-engine-cu13==$te"
+step needs pip install einops onnxscript onnx pydantic nvdlfw-inspect
+step project project
+[ -n "$CUDA_HOME" ] || step headers headers
+step extension extension
+"$venv/bin/python" -c "
+from importlib.metadata import version
+print('ready:', ', '.join(f'{name} {version(name)}' for name in ('torch', 'transformer-engine-torch', 'megatron-core')))"

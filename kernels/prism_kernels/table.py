@@ -74,7 +74,7 @@ OURS = ("triton", "reference", "exact")
 OPS: dict[str, Op] = {
     "linear": Op("linear", ("te", "megatron", "exact")),  # the column- and row-parallel linears around the mixers
     # Where precision.fp8 is on: the product of quantised matrices under those linears, and the quantising.
-    "fp8_linear": Op("fp8_linear", ("torch", "reference", "exact")),
+    "fp8_linear": Op("fp8_linear", ("te", "torch", "reference", "exact")),
     "fp8_amax": Op("quantize", ("triton", "reference")),
     "fp8_quantize": Op("quantize", ("triton", "reference")),
     "fp8_quantize_weight": Op("quantize", ("triton", "reference")),
@@ -109,7 +109,7 @@ BATCH_INVARIANT = {(name, "exact") for name, op in OPS.items() if "exact" in op.
 
 def place(op: str, backend: str) -> tuple[str, str] | None:
     """(module, name) of a backend's function, `("prism_kernels.norm.triton", "rms_norm")`; None where it is a class."""
-    file = BACKENDS[backend].file
+    file = "" if (op, backend) == ("adamw", "torch") else BACKENDS[backend].file
     name = f"{op}_by_{backend}" if file == "peers" else op
     return (f"prism_kernels.{OPS[op].folder}.{file}", name) if file else None
 

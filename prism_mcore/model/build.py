@@ -61,7 +61,7 @@ def fp8_of(settings: BuildSettings, groups: Groups, ops: Ops, device: torch.devi
         )
     backend = ops.backends["fp8_linear"].name
     cuda = tuple(int(part) for part in (torch.version.cuda or "0").split(".")[:2])
-    if precision.fp8 == "blockwise" and device.type == "cuda" and backend == "torch" and cuda < (12, 9):
+    if precision.fp8 == "blockwise" and device.type == "cuda" and backend in ("te", "torch") and cuda < (12, 9):
         raise SettingsError(
             f"precision.fp8=blockwise: products of blocks need CUDA 12.9 or later, torch was built with"
             f" {torch.version.cuda}; use precision.fp8=tensorwise, or kernels.fp8_linear=reference to emulate them"

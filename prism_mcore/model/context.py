@@ -62,6 +62,9 @@ def transformer_config(
         # The backward pass of megatron-core's embedding adds in any order without.
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         gradient_accumulation_fusion=False,
+        # Transformer Engine quantises a weight in every micro-batch: kept ones would go stale, since megatron-core says
+        # that weights have changed in its schedules only, which generating and scoring do not go through.
+        disable_parameter_transpose_cache=True,
         # gloo's overlapped sends read the output after megatron-core has freed it: another loss, silently.
         deallocate_pipeline_outputs=torch.cuda.is_available() or not interleaved,
         # Without overlap the interleaved schedule gives garbage gradients at PP=2, silently (megatron-core 0.16.1).

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
 from prism_kernels.fp8 import E4M3, Quantized, Recipe, gradient_format
@@ -21,8 +22,10 @@ class Fp8:
         self.recipe, self.bf16_ends = recipe, bf16_ends
         self.group = group  # tensor-parallel
         self.enabled = True
-        self.amax, self.quantize = ops["fp8_amax"], ops["fp8_quantize"]
-        self.quantize_weight, self.product = ops["fp8_quantize_weight"], ops["fp8_linear"]
+        self.by_te = ops.uses_te("fp8_linear")  # its linears do all of this by themselves
+        if not self.by_te:
+            self.amax, self.quantize = ops["fp8_amax"], ops["fp8_quantize"]
+            self.quantize_weight, self.product = ops["fp8_quantize_weight"], ops["fp8_linear"]
         self.gradient = gradient_format(recipe)
 
     def covers(self, layer: int, num_layers: int) -> bool:
@@ -37,6 +40,12 @@ class Fp8:
             yield
         finally:
             self.enabled = before
+
+    def all_tokens(self, x: Tensor, sequence_parallel: bool) -> Tensor:
+        """What a column-parallel product reads, [t, 1, k] on every rank; its gradients are summed over ranks."""
+        if sequence_parallel:
+            return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.group)
+        return copy_to_tensor_model_parallel_region(x, group=self.group)
 
     def linear(self, x: Tensor, weights: list[Tensor], parallel: str, replicated: int = 0) -> Tensor:
         """x [t, 1, k] times weights of n rows together, [n, k] -> [t, 1, n]; the caller gathers and adds over ranks.

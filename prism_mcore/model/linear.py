@@ -26,31 +26,37 @@ from prism_mcore.model.state import Decode, State
 def column_linear(context: ModelContext, rows: int, columns: int, bias: bool = False) -> nn.Module:
     """[t, 1, columns] -> [t, 1, rows / tp]; gathers sequence-parallel input."""
     kwargs = _linear_arguments(context, bias)
+    te_arguments = {"gather_output": False, "is_expert": False, "tp_comm_buffer_name": None}
+    if context.fp8 and context.fp8.by_te:
+        from prism_mcore.model import transformer_engine
+
+        return transformer_engine.Fp8ColumnLinear(context.fp8, columns, rows, **te_arguments, **kwargs)
     if context.fp8:
         return Fp8ColumnLinear(context.fp8, columns, rows, **kwargs)
     if context.ops.uses_te("linear"):
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 
-        return TEColumnParallelLinear(
-            columns, rows, gather_output=False, is_expert=False, tp_comm_buffer_name=None, **kwargs
-        )
+        return TEColumnParallelLinear(columns, rows, **te_arguments, **kwargs)
     column = ExactColumnLinear if context.ops.uses_exact("linear") else ColumnParallelLinear
     return column(columns, rows, **kwargs)
 
 
 def row_linear(context: ModelContext, rows: int, columns: int) -> nn.Module:
     """[t, 1, columns / tp] -> [t, 1, rows], no bias; summed over ranks, scattered where sequence-parallel."""
-    kwargs = _linear_arguments(context, bias=False)
+    kwargs = _linear_arguments(context, bias=False) | {"input_is_parallel": True}
+    te_arguments = {"is_expert": False, "tp_comm_buffer_name": None}
+    if context.fp8 and context.fp8.by_te:
+        from prism_mcore.model import transformer_engine
+
+        return transformer_engine.Fp8RowLinear(context.fp8, columns, rows, **te_arguments, **kwargs)
     if context.fp8:
-        return Fp8RowLinear(context.fp8, columns, rows, input_is_parallel=True, **kwargs)
+        return Fp8RowLinear(context.fp8, columns, rows, **kwargs)
     if context.ops.uses_te("linear"):
         from megatron.core.extensions.transformer_engine import TERowParallelLinear
 
-        return TERowParallelLinear(
-            columns, rows, input_is_parallel=True, is_expert=False, tp_comm_buffer_name=None, **kwargs
-        )
+        return TERowParallelLinear(columns, rows, **te_arguments, **kwargs)
     row = ExactRowLinear if context.ops.uses_exact("linear") else RowParallelLinear
-    return row(columns, rows, input_is_parallel=True, **kwargs)
+    return row(columns, rows, **kwargs)
 
 
 def column_linear_of_parts(context: ModelContext, rows: dict[str, int], columns: int, replicated: int = 0) -> nn.Module:
@@ -60,6 +66,10 @@ def column_linear_of_parts(context: ModelContext, rows: dict[str, int], columns:
     are called `<name>_weight`, as Transformer Engine's Linear calls those of its `parameters_split`. replicated: how
     many rows, the last, every rank holds.
     """
+    if context.fp8 and context.fp8.by_te:
+        from prism_mcore.model import transformer_engine
+
+        return transformer_engine.Fp8LinearOfParts(context, context.fp8, rows, columns, replicated)
     return ColumnLinearOfParts(context, rows, columns, replicated)
 
 
@@ -148,11 +158,7 @@ def fp8_column_product(
     fp8: Fp8, x: Tensor, weights: list[Tensor], sequence_parallel: bool, replicated: int = 0
 ) -> Tensor:
     """[t, 1, d] -> [t, 1, rows]; gathers sequence-parallel input."""
-    if sequence_parallel:
-        x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=fp8.group)
-    else:
-        x = copy_to_tensor_model_parallel_region(x, group=fp8.group)
-    return fp8.linear(x, weights, "column", replicated)
+    return fp8.linear(fp8.all_tokens(x, sequence_parallel), weights, "column", replicated)
 
 
 class Fp8ColumnLinear(ColumnParallelLinear):

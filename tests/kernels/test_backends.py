@@ -58,7 +58,13 @@ def test_every_op_has_a_backend_and_a_reason():
 def test_transformer_engine_is_taken_on_a_gpu_where_it_is_installed(install):
     install(*LIBRARIES["te"])
     on_gpu, on_cpu = names(select({}, "cuda")), names(select({}, "cpu"))
-    assert {op for op, backend in on_gpu.items() if backend == "te"} == {"linear", "rms_norm", "attention", "adamw"}
+    assert {op for op, backend in on_gpu.items() if backend == "te"} == {
+        "linear",
+        "fp8_linear",
+        "rms_norm",
+        "attention",
+        "adamw",
+    }
     assert "te" not in on_cpu.values()
     assert select({"attention": "reference"}, "cuda")["attention"].name == "reference"
 
@@ -161,7 +167,7 @@ def test_a_backend_that_is_not_there_is_refused_with_what_to_do():
         select({"rope": "flash_attn"}, "cpu")
     with pytest.raises(ValueError, match=r"kernels.attention=flash_attn: .*pip install flash-attn|needs a GPU"):
         select({"attention": "flash_attn"}, "cpu")
-    with pytest.raises(ValueError, match=r"kernels.attn: no such op .*; ops are linear, rms_norm"):
+    with pytest.raises(ValueError, match=r"kernels.attn: no such op .*; ops are linear, fp8_linear"):
         select({"attn": "reference"}, "cpu")
 
 

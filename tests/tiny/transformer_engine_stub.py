@@ -1,14 +1,18 @@
 """As much of Transformer Engine as megatron-core's wrappers import and call, in plain torch: `install()` before both.
 
-Written after Transformer Engine 2.8's signatures. It knows fewer arguments than the real one on purpose: a call with
-another name, layout or mask is an error.
+Written after Transformer Engine 2.11's signatures. It knows fewer arguments than the real one on purpose: a call with
+another name, layout or mask is an error. Products are of full precision in FP8, too, but it says which were to be in
+it: `PRODUCTS`. `CALLS` has the arguments' names by what was called.
 """
 
 # t packed tokens, h query heads, k key/value heads, p head_dim
 
+import functools
 import importlib.machinery
 import sys
 import types
+from collections.abc import Callable
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -22,23 +26,80 @@ pytorch.ops pytorch.permutation pytorch.router pytorch.tensor pytorch.tensor.uti
 """.split()  # noqa: SIM905
 
 
+PRODUCTS: list[object] = []  # the recipe that was in force in each product of a Linear, or None
+CALLS: dict[str, set[str]] = {}  # "Linear.__init__" -> {"in_features", ...}
+recipes_in_force: list[object] = []
+
+
+def noted(call: Callable) -> Callable:
+    """The same, its arguments' names written down."""
+
+    @functools.wraps(call)
+    def noting(*args, **kwargs):
+        CALLS.setdefault(call.__qualname__, set()).update(kwargs)
+        return call(*args, **kwargs)
+
+    return noting
+
+
+class Recipe:
+    def __init__(self, **given):
+        CALLS.setdefault(type(self).__name__, set()).update(given)
+        self.__dict__.update(given)
+
+
+class Float8CurrentScaling(Recipe): ...
+
+
+class Float8BlockScaling(Recipe): ...
+
+
+class QParams(Recipe): ...
+
+
+class Format:
+    HYBRID, E4M3 = "e4m3, gradients e5m2", "e4m3"
+
+
+@noted
+@contextmanager
+def autocast(enabled, recipe):
+    assert enabled
+    recipes_in_force.append(recipe)
+    try:
+        yield
+    finally:
+        recipes_in_force.pop()
+
+
 class Linear(nn.Module):
+    @noted
     def __init__(
-        self, in_features, out_features, *, device, params_dtype, bias, return_bias, parallel_mode, tp_size, **others
-    ):
+        self, in_features, out_features, *, params_dtype, bias, device, parallel_mode=None, tp_size=1,
+        return_bias=False, sequence_parallel=False, parameters_split=None, **others,
+    ):  # fmt: skip
         super().__init__()
-        assert (return_bias, tp_size) == (False, 1) and parallel_mode in ("column", "row")
-        self.sequence_parallel = others["sequence_parallel"]
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
+        assert (return_bias, tp_size) == (False, 1) and (parallel_mode in ("column", "row") or parameters_split)
+        assert sum((parameters_split or {"": out_features}).values()) == out_features
+        self.sequence_parallel = sequence_parallel
+        for name, rows in (parameters_split or {"": out_features}).items():
+            weight = nn.Parameter(torch.empty(rows, in_features, dtype=params_dtype, device=device))
+            self.register_parameter(f"{name}_weight" if name else "weight", weight)
         self.bias = (
             nn.Parameter(torch.empty(out_features, dtype=params_dtype, device=device)) if bias else torch.Tensor()
         )
 
+    @noted
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
-        return F.linear(x, self.weight, self.bias if len(self.bias) else None)
+        assert is_first_microbatch is None, "a weight that is kept in FP8 may be read when it is stale"
+        PRODUCTS.append(recipes_in_force[-1] if recipes_in_force else None)
+        assert PRODUCTS[-1] is None or x[..., 0].numel() % 16 == 0, "FP8 products have multiples of 16 rows"
+        weight = torch.cat([tensor for name, tensor in self.named_parameters() if name.endswith("weight")])
+        return F.linear(x, weight, self.bias if len(self.bias) else None)
 
 
 class RMSNorm(nn.Module):
+    @noted
     def __init__(self, hidden_size, eps, sequence_parallel, zero_centered_gamma, params_dtype, device):
         super().__init__()
         assert not zero_centered_gamma
@@ -49,11 +110,13 @@ class RMSNorm(nn.Module):
 
 
 class DotProductAttention(nn.Module):
+    @noted
     def __init__(self, num_attention_heads, kv_channels, *, softmax_scale, attention_dropout, **others):
         super().__init__()
         assert attention_dropout == 0 and others["tp_size"] == 1
         self.heads, self.scale, self.window = num_attention_heads, softmax_scale, others.get("window_size")
 
+    @noted
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, **packed) -> Tensor:
         """q [t, h, p], k and v [t, k, p] -> [t, h * p]."""
         assert (packed["qkv_format"], packed["attn_mask_type"], attention_mask) == ("thd", "padding_causal", None)
@@ -89,10 +152,12 @@ class _Module(types.ModuleType):
 def install() -> None:
     """Make it what `import transformer_engine` gives."""
     modules = {name: _Module(f"transformer_engine.{name}") for name in NAMES}
-    modules[""] = _Module("transformer_engine", __version__="2.8.0")
+    modules[""] = _Module("transformer_engine", __version__="2.11.0")
     for name, module in modules.items():
         if name:
             parent, _, child = name.rpartition(".")
             setattr(modules[parent], child, module)
-    for layer in (Linear, RMSNorm, DotProductAttention):
+    for layer in (Linear, RMSNorm, DotProductAttention, autocast):
         setattr(modules["pytorch"], layer.__name__, layer)
+    for recipe in (Float8CurrentScaling, Float8BlockScaling, QParams, Format):
+        setattr(modules["common.recipe"], recipe.__name__, recipe)

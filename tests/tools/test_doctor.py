@@ -69,6 +69,24 @@ def test_a_package_that_only_has_the_name_is_not_what_is_called(capsys, monkeypa
     assert doctor.main(["--device", "cpu", "kernels.adamw=apex"]) == 2
 
 
+@pytest.mark.parametrize(("version", "said"), [("2.11.0", "2.11.0"), ("2.20.2", "outside the range megatron-core")])
+def test_a_transformer_engine_that_megatron_core_was_not_written_for_is_told(
+    capsys, monkeypatch, tmp_path, version, said
+):
+    for module in ("pytorch", "transformer_engine_torch"):
+        (tmp_path / "transformer_engine" / module).mkdir(parents=True)
+        (tmp_path / "transformer_engine" / module / "__init__.py").touch()
+    (tmp_path / "transformer_engine" / "__init__.py").touch()
+    (tmp_path / "transformer_engine-0.dist-info").mkdir()
+    written = f"Metadata-Version: 2.1\nName: transformer-engine\nVersion: {version}\n"
+    (tmp_path / "transformer_engine-0.dist-info" / "METADATA").write_text(written)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert said in str(doctor._optional_version("transformer-engine"))
+    assert ("outside" in said) == ("<2.12" in str(doctor._optional_version("transformer-engine")))
+    assert doctor.main(["--device", "cpu"]) == 0
+    assert version in capsys.readouterr().out
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         doctor.main(["--help"])
