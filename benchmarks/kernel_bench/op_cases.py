@@ -8,7 +8,7 @@ row's inputs. `python benchmarks/compile_kernels.py --list` lists the cases.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 from kernel_bench import works
 from kernel_bench.works import Inputs, Shape, Work
@@ -157,6 +157,15 @@ ROWS = [
     Row("fp8_quantize tensorwise", "fp8_quantize", _hidden, works.fp8_quantize("tensorwise"), reduced=(128, 256)),
     Row("fp8_quantize blockwise", "fp8_quantize", _hidden, works.fp8_quantize("blockwise"), reduced=(128, 256)),
     Row("fp8_quantize_weight", "fp8_quantize_weight", _hidden, works.fp8_quantize_weight, reduced=(128, 256)),
+    *(
+        Row(f"{op} {recipe}", op, shape, build(recipe), reduced=(128, 256))
+        for recipe in ("tensorwise", "blockwise")
+        for op, shape, build in (
+            ("rms_norm_quantize", _residual, works.rms_norm_quantize),
+            ("swiglu_quantize", _mlp("swiglu"), partial(works.activation_quantize, 2)),
+            ("squared_relu_quantize", _mlp("squared_relu"), partial(works.activation_quantize, 1)),
+        )
+    ),
     Row("rope", "rope", _rope, works.rope, ("train", "decode"), reduced=(16, 32)),
     Row("adamw", "adamw", _optimizer, works.adamw, reduced=(4, 8)),
     Row("causal_conv1d", "causal_conv1d", _conv, works.causal_conv1d, reduced=(256, 512), narrow=_fewer_channels),

@@ -154,6 +154,32 @@ def fp8_quantize_weight(make: Inputs, shape: Shape, tokens: int) -> Work:
     return _work((weight.t(), "blockwise", torch.float8_e4m3fn), (), size(weight) * 3 // 2)
 
 
+def rms_norm_quantize(recipe: str) -> Callable[[Inputs, Shape, int], Work]:
+    """The residual sum and its norm's two FP8 copies: tensorwise, h is read again once its amax is known."""
+
+    def build(make: Inputs, shape: Shape, tokens: int) -> Work:
+        x, branch = (make.bf16(tokens, shape["d"]).detach() for _ in range(2))
+        weight = make.bf16(shape["d"]).detach()
+        # Read x and branch, write h; read h, which every row's statistic needs whole, write both copies.
+        moved = 5 * size(x) + size(weight) + (2 * 4 * x.numel() // 128 if recipe == "blockwise" else 0)
+        return _work((x, branch, shape["alpha"], weight, EPS, recipe), (), moved)
+
+    return build
+
+
+def activation_quantize(factor: int, recipe: str) -> Callable[[Inputs, Shape, int], Work]:
+    """An activation's two FP8 copies: tensorwise its input is read twice, in blocks once."""
+
+    def build(make: Inputs, shape: Shape, tokens: int) -> Work:
+        x = make.bf16(tokens, factor * shape["f"]).detach()
+        elements = tokens * shape["f"]
+        reads = 2 if recipe == "tensorwise" else 1
+        scales = 2 * 4 * elements // 128 if recipe == "blockwise" else 0
+        return _work((x, recipe), (), reads * size(x) + 2 * elements + scales)
+
+    return build
+
+
 def rope(make: Inputs, shape: Shape, tokens: int) -> Work:
     q, k, _ = _qkv(make, shape, tokens)
     cos, sin = rope_table(make.arange(tokens), shape["p"], 10_000.0)

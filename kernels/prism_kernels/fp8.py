@@ -8,6 +8,7 @@ quantising a Gaussian tensor is 2.66e-2 beside 2.65e-2.
 
 # m rows, k summed over by the product
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,6 +62,10 @@ class Quantized:
         if k % BLOCK == 0:
             return data.view(m, -1, BLOCK).mul_(scale[:, :, None]).view(m, k)
         return data.mul_(scale.repeat_interleave(BLOCK, 1)[:, :k])
+
+
+Copies = tuple[Quantized, Quantized | None]  # a matrix, and its transpose where that is wanted
+ReduceAmax = Callable[[Tensor], None] | None  # takes the largest amax over ranks, in place
 
 
 def blocks_of(x: Tensor) -> Tensor:

@@ -78,6 +78,9 @@ OPS: dict[str, Op] = {
     "fp8_amax": Op("quantize", ("triton", "reference")),
     "fp8_quantize": Op("quantize", ("triton", "reference")),
     "fp8_quantize_weight": Op("quantize", ("triton", "reference")),
+    "rms_norm_quantize": Op("quantize", ("triton", "reference")),  # with or without a residual sum before it
+    "swiglu_quantize": Op("quantize", ("triton", "reference")),
+    "squared_relu_quantize": Op("quantize", ("triton", "reference")),
     "rms_norm": Op("norm", ("te", *OURS)),
     "add_rms_norm": Op("norm", OURS),  # a residual sum and the norm after it
     "gated_rms_norm": Op("norm", OURS),

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from prism_kernels.backends import Uncovered
 from prism_kernels.norm.gated import gated_rms_norm
+from prism_kernels.quantize.scales import magnitude
 from prism_kernels.rows import as_rows, check_dtypes, multiple, multiprocessors, tile
 
 __all__ = ["add_rms_norm", "gated_rms_norm", "rms_norm"]
@@ -26,18 +27,24 @@ def forward_kernel(
     out,
     h,
     inverse,
+    amax,
     num_rows,
     x_stride,
     branch_stride,
     alpha,
     eps,
     ADD: tl.constexpr,
+    STORE: tl.constexpr,
+    AMAX: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     MULTIPLE: tl.constexpr,
 ):
-    """out = rms_norm(x), or h = x + alpha * branch and out = rms_norm(h); inverse [t] is 1 / rms."""
+    """out = rms_norm(x), or h = x + alpha * branch and out = rms_norm(h); inverse [t] is 1 / rms.
+
+    With AMAX the bits of out's largest magnitude go into amax [] int32; without STORE out itself goes nowhere.
+    """
     x_stride = x_stride // MULTIPLE * MULTIPLE
     branch_stride = branch_stride // MULTIPLE * MULTIPLE
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -51,9 +58,15 @@ def forward_kernel(
     value = narrow.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / D + eps)
     tl.store(inverse + rows, scale, mask=rows < num_rows)
-    normed = (value * scale).to(x.dtype.element_ty).to(tl.float32)
-    weights = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
-    tl.store(out + rows * D + columns, (normed * weights).to(out.dtype.element_ty), mask=here)
+    if STORE or AMAX:
+        normed = (value * scale).to(x.dtype.element_ty).to(tl.float32)
+        weights = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
+        result = (normed * weights).to(out.dtype.element_ty)
+        if STORE:
+            tl.store(out + rows * D + columns, result, mask=here)
+        if AMAX:
+            bits = tl.where(here, magnitude(result.to(tl.float32)), 0)
+            tl.atomic_max(amax, tl.max(tl.max(bits, 1), 0))
 
 
 @triton.jit
@@ -169,11 +182,24 @@ def wide_backward_kernel(
         tl.debug_barrier()  # this program's partial sums are in memory before it reads them again
 
 
-def _forward(x: Tensor, branch: Tensor | None, alpha: float, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
-    """(normed [t, d], h [t, d] or x itself, inverse [t]) of rows x and branch [t, d]."""
+def norm_forward(
+    x: Tensor,
+    branch: Tensor | None,
+    alpha: float,
+    weight: Tensor,
+    eps: float,
+    store: bool = True,
+    amax: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """(normed [t, d], h [t, d] or x itself, inverse [t]) of rows x and branch [t, d].
+
+    store: without it, normed is not written and holds nothing. amax: [] int32 that takes the bits of its largest
+    magnitude.
+    """
     t, d = x.shape
     added = x if branch is None else branch
-    out = torch.empty(t, d, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+    kind = torch.promote_types(x.dtype, weight.dtype)
+    out = torch.empty((t, d) if store else (0, d), dtype=kind, device=x.device)
     h = x if branch is None else torch.empty(t, d, dtype=x.dtype, device=x.device)
     inverse = torch.empty(t, dtype=torch.float32, device=x.device)
     # 16 elements of a row per thread are two 16-byte accesses (chosen from the compile report, not measured).
@@ -185,12 +211,15 @@ def _forward(x: Tensor, branch: Tensor | None, alpha: float, weight: Tensor, eps
         out,
         h,
         inverse,
+        amax,
         t,
         x.stride(0),
         added.stride(0),
         alpha,
         eps,
         ADD=branch is not None,
+        STORE=store,
+        AMAX=amax is not None,
         D=d,
         ROWS=rows,
         BLOCK=block,
@@ -244,7 +273,7 @@ def _backward(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        out, _, inverse = _forward(as_rows(x), None, 0.0, weight, eps)
+        out, _, inverse = norm_forward(as_rows(x), None, 0.0, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return out.view(x.shape)
 
@@ -259,7 +288,7 @@ class _RMSNorm(torch.autograd.Function):
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, alpha, weight, eps):
-        out, h, inverse = _forward(as_rows(x), as_rows(branch), alpha, weight, eps)
+        out, h, inverse = norm_forward(as_rows(x), as_rows(branch), alpha, weight, eps)
         ctx.save_for_backward(h, weight, inverse)
         ctx.alpha, ctx.shape = alpha, x.shape
         return out.view(x.shape), h.view(x.shape)
@@ -273,7 +302,8 @@ class _AddRMSNorm(torch.autograd.Function):
         return grad_x.view(ctx.shape), grad_branch.view(ctx.shape), None, grad_weight, None
 
 
-def _check(x: Tensor, weight: Tensor) -> Tensor:
+def checked(x: Tensor, weight: Tensor) -> Tensor:
+    """The weight, contiguous; `Uncovered` for dtypes and widths that the kernels do not cover."""
     check_dtypes(x=x, weight=weight)
     if x.shape[-1] > WIDEST:
         raise Uncovered(f"{x.shape[-1]} columns: at most {WIDEST}")
@@ -285,7 +315,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x: [..., d], weight: [d]; returns [..., d] in x.dtype (weight.dtype where that is wider).
     """
-    return _RMSNorm.apply(x, _check(x, weight), eps)
+    return _RMSNorm.apply(x, checked(x, weight), eps)
 
 
 def add_rms_norm(x: Tensor, branch: Tensor, alpha: float, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -295,4 +325,4 @@ def add_rms_norm(x: Tensor, branch: Tensor, alpha: float, weight: Tensor, eps: f
     """
     if x.dtype != branch.dtype or x.shape != branch.shape:
         raise Uncovered(f"x {x.dtype} {tuple(x.shape)} and branch {branch.dtype} {tuple(branch.shape)} differ")
-    return _AddRMSNorm.apply(x, branch, alpha, _check(x, weight), eps)
+    return _AddRMSNorm.apply(x, branch, alpha, checked(x, weight), eps)

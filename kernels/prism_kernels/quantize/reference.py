@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prism_kernels.fp8 import BLOCK, LARGEST, Quantized, Recipe, blocks_of, power_of_two_scale
+from prism_kernels.activation import reference as activation
+from prism_kernels.fp8 import BLOCK, E4M3, LARGEST, Copies, Quantized, Recipe, ReduceAmax, blocks_of, power_of_two_scale
+from prism_kernels.norm import reference as norm
 
 
 def fp8_amax(x: Tensor) -> Tensor:
@@ -19,7 +21,7 @@ def fp8_amax(x: Tensor) -> Tensor:
 
 def fp8_quantize(
     x: Tensor, recipe: Recipe, dtype: torch.dtype, amax: Tensor | None = None, columns: bool = True
-) -> tuple[Quantized, Quantized | None]:
+) -> Copies:
     """x [m, k] -> itself, scaled along k, and with `columns` its transpose [k, m], scaled along m.
 
     amax: tensorwise, that of the whole tensor where x is a part of it.
@@ -39,6 +41,43 @@ def fp8_quantize_weight(weight: Tensor, recipe: Recipe, dtype: torch.dtype, amax
     scale = power_of_two_scale(tiles.abs().amax((1, 3)), dtype)
     data = cast(tiles * scale[:, None, :, None], dtype).flatten(0, 1).flatten(1)[:n, :k]
     return Quantized(data.contiguous(), 1 / scale)
+
+
+def rms_norm_quantize(
+    x: Tensor,
+    branch: Tensor | None,
+    alpha: float,
+    weight: Tensor,
+    eps: float,
+    recipe: Recipe,
+    reduce_amax: ReduceAmax = None,
+    columns: bool = True,
+) -> tuple[Copies, Tensor, Tensor]:
+    """(copies of rms_norm(h), h, 1 / rms of h) for h = x + alpha * branch, or x; [t, d], in e4m3.
+
+    reduce_amax: takes the largest of a tensorwise amax over ranks, in place.
+    """
+    h = x if branch is None else torch.add(x, branch, alpha=alpha)
+    inverse = (h.float().square().mean(-1) + eps).rsqrt().flatten()
+    return _reduced(norm.rms_norm(h, weight, eps), recipe, reduce_amax, columns), h, inverse
+
+
+def swiglu_quantize(gate_up: Tensor, recipe: Recipe, reduce_amax: ReduceAmax = None, columns: bool = True) -> Copies:
+    """Copies of swiglu(gate_up), [t, 2 f] -> [t, f] and [f, t], in e4m3."""
+    return _reduced(activation.swiglu(gate_up), recipe, reduce_amax, columns)
+
+
+def squared_relu_quantize(x: Tensor, recipe: Recipe, reduce_amax: ReduceAmax = None, columns: bool = True) -> Copies:
+    """Copies of squared_relu(x), [t, f] and [f, t], in e4m3."""
+    return _reduced(activation.squared_relu(x), recipe, reduce_amax, columns)
+
+
+def _reduced(y: Tensor, recipe: Recipe, reduce_amax: ReduceAmax, columns: bool) -> Copies:
+    rows = y.flatten(0, -2)
+    amax = fp8_amax(rows) if recipe == "tensorwise" else None
+    if amax is not None and reduce_amax is not None:
+        reduce_amax(amax)
+    return fp8_quantize(rows, recipe, E4M3, amax, columns)
 
 
 def cast(scaled: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,8 @@
-"""Quantising to FP8 in one pass over a matrix, with its transposed copy; the numbers of reference.py, to the bit."""
+"""Quantising to FP8 in one pass over a matrix, with its transposed copy, or over what the matrix is made from.
+
+The numbers of reference.py, to the bit. A norm's or an activation's result is quantised where it is computed, tile by
+tile: it is never written in bf16. Tensorwise that is a pass for its amax and one for the casts, both over its input.
+"""
 
 # m rows, k columns
 
@@ -8,51 +12,55 @@ import triton.language as tl
 from torch import Tensor
 
 from prism_kernels.backends import Uncovered
-from prism_kernels.fp8 import BLOCK, LARGEST, Quantized, Recipe
-from prism_kernels.rows import check_dtypes, multiple
+from prism_kernels.fp8 import BLOCK, E4M3, LARGEST, Copies, Quantized, Recipe, ReduceAmax
+from prism_kernels.norm.triton import checked, norm_forward
+from prism_kernels.quantize.scales import magnitude, narrowed, scale_of
+from prism_kernels.rows import as_rows, check_dtypes, multiple
 
 FORMATS = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
+PLAIN, NORM, SWIGLU, SQUARED_RELU = 0, 1, 2, 3  # what is quantised: x, or what is made from it
 TENSOR, ROW, TILE = 0, 1, 2  # what shares a scale: everything, 128 numbers of a row (or of a column), 128 x 128
 
 
 @triton.jit
-def magnitude(x):
-    """|x| of fp32 as the integer of its bits, by which it is ordered: infinity above all numbers, nan above that."""
-    return tl.abs(x).to(tl.int32, bitcast=True)
+def produced(x, inverse, weight, rows, columns, m, k, x_stride, KIND: tl.constexpr):
+    """What is quantised at [rows, columns], rounded as the op by itself would store it; fp32, 0 outside."""
+    here = (rows < m) & (columns < k)
+    place = x + rows * x_stride + columns
+    value = tl.load(place, mask=here, other=0.0).to(tl.float32)
+    if KIND == 1:  # NORM
+        scale = tl.load(inverse + rows, mask=rows < m, other=0.0)
+        weights = tl.load(weight + columns, mask=columns < k, other=0.0).to(tl.float32)
+        value = (value * scale).to(x.dtype.element_ty).to(tl.float32) * weights
+    elif KIND == 2:  # SWIGLU
+        up = tl.load(place + k, mask=here, other=0.0).to(tl.float32)
+        value = value * tl.sigmoid(value) * up
+    elif KIND == 3:  # SQUARED_RELU
+        positive = tl.where(value < 0, 0.0, value)
+        value = positive * positive
+    return value.to(x.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
-def scale_of(bits, LARGEST: tl.constexpr):
-    """prism_kernels.fp8.power_of_two_scale of magnitudes given as bits."""
-    amax = bits.to(tl.float32, bitcast=True)
-    quotient = tl.minimum(tl.div_rn(LARGEST, tl.where(bits == 0, 1.0, amax)), 3.4028234663852886e38)
-    scale = (quotient.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where((bits > 0) & (bits < 0x7F800000), scale, 1.0)
-
-
-@triton.jit
-def narrowed(x, LARGEST: tl.constexpr, FORMAT: tl.constexpr):
-    """fp32 to the nearest number of the format, the largest for what is larger, nan for nan."""
-    inside = tl.clamp(x, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    return inside.to(FORMAT)
-
-
-@triton.jit
-def amax_kernel(x, out, m, k, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MULTIPLE: tl.constexpr):
+def amax_kernel(
+    x, out, m, k, x_stride, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MULTIPLE: tl.constexpr
+):
     """out [] int32, zero before: the largest magnitude's bits."""
     x_stride = x_stride // MULTIPLE * MULTIPLE
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     largest = tl.zeros([ROWS, COLUMNS], tl.int32)
     for start in range(0, k, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)[None, :]
-        value = tl.load(x + rows * x_stride + columns, mask=(rows < m) & (columns < k), other=0.0)
-        largest = tl.maximum(largest, magnitude(value.to(tl.float32)))
+        value = produced(x, x, x, rows, columns, m, k, x_stride, KIND)
+        largest = tl.maximum(largest, magnitude(value))
     tl.atomic_max(out, tl.max(tl.max(largest, 1), 0))
 
 
 @triton.jit
 def quantize_kernel(
     x,
+    inverse,
+    weight,
     amax,
     row_data,
     row_scale,
@@ -61,6 +69,7 @@ def quantize_kernel(
     m,
     k,
     x_stride,
+    KIND: tl.constexpr,
     SHARED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -75,7 +84,7 @@ def quantize_kernel(
     rows = (m_block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     columns = (k_block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     here = (rows < m)[:, None] & (columns < k)[None, :]
-    value = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=here, other=0.0).to(tl.float32)
+    value = produced(x, inverse, weight, rows[:, None], columns[None, :], m, k, x_stride, KIND)
     if SHARED == 0:  # TENSOR
         scale = scale_of(tl.load(amax), LARGEST)
         by_row = value * scale
@@ -110,21 +119,25 @@ def quantize_kernel(
 
 def fp8_amax(x: Tensor) -> Tensor:
     """The largest magnitude of a tensor, [] fp32; 0 of an empty one, nan where one is."""
+    return _amax(_readable(x)[0], PLAIN)
+
+
+def _amax(x: Tensor, kind: int) -> Tensor:
     check_dtypes(x=x)
     out = torch.zeros((), dtype=torch.int32, device=x.device)
-    x, _ = _readable(x)
+    m, k = x.shape[0], x.shape[1] // (2 if kind == SWIGLU else 1)
     if x.numel():
-        m, k = x.shape
         rows, columns = (4, 1024) if k >= 1024 else (32, 128)
+        stride = x.stride(0)
         amax_kernel[(triton.cdiv(m, rows),)](
-            x, out, m, k, x.stride(0), ROWS=rows, COLUMNS=columns, MULTIPLE=multiple(x.stride(0)), num_warps=4
+            x, out, m, k, stride, KIND=kind, ROWS=rows, COLUMNS=columns, MULTIPLE=multiple(stride), num_warps=4
         )
     return out.view(torch.float32)
 
 
 def fp8_quantize(
     x: Tensor, recipe: Recipe, dtype: torch.dtype, amax: Tensor | None = None, columns: bool = True
-) -> tuple[Quantized, Quantized | None]:
+) -> Copies:
     """x [m, k] -> itself, scaled along k, and with `columns` its transpose [k, m], scaled along m; see reference.py."""
     if recipe == "tensorwise":
         return _launch(x, dtype, TENSOR, amax=fp8_amax(x) if amax is None else amax, columns=columns)
@@ -139,15 +152,67 @@ def fp8_quantize_weight(weight: Tensor, recipe: Recipe, dtype: torch.dtype, amax
     return _launch(weight, dtype, shared, amax=amax, columns=False)[0]
 
 
+def rms_norm_quantize(
+    x: Tensor,
+    branch: Tensor | None,
+    alpha: float,
+    weight: Tensor,
+    eps: float,
+    recipe: Recipe,
+    reduce_amax: ReduceAmax = None,
+    columns: bool = True,
+) -> tuple[Copies, Tensor, Tensor]:
+    """(copies of rms_norm(h), h, 1 / rms of h) for h = x + alpha * branch, or x; see reference.py."""
+    rows, weight = as_rows(x), checked(x, weight)
+    if weight.dtype != x.dtype:
+        raise Uncovered(f"x is {x.dtype} and weight {weight.dtype}: needs one format")
+    amax = torch.zeros((), dtype=torch.int32, device=x.device) if recipe == "tensorwise" else None
+    added = None if branch is None else as_rows(branch)
+    _, h, inverse = norm_forward(rows, added, alpha, weight, eps, store=False, amax=amax)
+    if amax is not None and reduce_amax is not None:
+        reduce_amax(amax.view(torch.float32))
+    shared = ROW if amax is None else TENSOR
+    copies = _launch(h, E4M3, shared, kind=NORM, amax=amax, inverse=inverse, weight=weight, columns=columns)
+    return copies, h.view(x.shape), inverse
+
+
+def swiglu_quantize(gate_up: Tensor, recipe: Recipe, reduce_amax: ReduceAmax = None, columns: bool = True) -> Copies:
+    """Copies of swiglu(gate_up); see reference.py."""
+    return _activation(gate_up, SWIGLU, recipe, reduce_amax, columns)
+
+
+def squared_relu_quantize(x: Tensor, recipe: Recipe, reduce_amax: ReduceAmax = None, columns: bool = True) -> Copies:
+    """Copies of squared_relu(x); see reference.py."""
+    return _activation(x, SQUARED_RELU, recipe, reduce_amax, columns)
+
+
+def _activation(x: Tensor, kind: int, recipe: Recipe, reduce_amax: ReduceAmax, columns: bool) -> Copies:
+    rows = as_rows(x)
+    if recipe == "blockwise":
+        return _launch(rows, E4M3, ROW, kind=kind, columns=columns)
+    amax = _amax(rows, kind)
+    if reduce_amax is not None:
+        reduce_amax(amax)
+    return _launch(rows, E4M3, TENSOR, kind=kind, amax=amax, columns=columns)
+
+
 def _launch(
-    x: Tensor, dtype: torch.dtype, shared: int, *, amax: Tensor | None = None, columns: bool
-) -> tuple[Quantized, Quantized | None]:
+    x: Tensor,
+    dtype: torch.dtype,
+    shared: int,
+    *,
+    columns: bool,
+    kind: int = PLAIN,
+    amax: Tensor | None = None,
+    inverse: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Copies:
     """A transposed matrix is read as it lies, and what was asked for is what the kernel calls its columns."""
     check_dtypes(x=x)
     readable, transposed = _readable(x)
     if transposed and (columns or shared == ROW):
         raise Uncovered("a transposed matrix is quantised with a scale of its own or in tiles only")
-    m, k = readable.shape
+    m, k = readable.shape[0], readable.shape[1] // (2 if kind == SWIGLU else 1)
     by_row = None if transposed else _empty(m, k, dtype, shared, x.device)
     by_column = _empty(k, m, dtype, shared, x.device) if transposed or columns else None
     if shared == TENSOR and by_row and by_column:
@@ -157,6 +222,8 @@ def _launch(
         assert first is not None and last is not None
         quantize_kernel[(triton.cdiv(m, BLOCK), triton.cdiv(k, BLOCK))](
             readable,
+            inverse,
+            weight,
             None if amax is None else amax.view(torch.int32),
             first.data,
             first.scale_inv,
@@ -165,6 +232,7 @@ def _launch(
             m,
             k,
             readable.stride(0),
+            KIND=kind,
             SHARED=shared,
             ROWS=by_row is not None,
             COLUMNS=by_column is not None,

@@ -6,8 +6,10 @@ import pytest
 import torch
 from tiny.accuracy import DEVICE
 
+from prism_kernels.activation import triton as activation
 from prism_kernels.backends import Uncovered
 from prism_kernels.fp8 import E4M3, E5M2
+from prism_kernels.norm import triton as norm
 from prism_kernels.quantize import reference, triton
 
 recipes = pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
@@ -92,3 +94,59 @@ def test_columns_of_a_wider_buffer_are_read_where_they_lie(recipe):
 def test_what_is_not_covered():
     with pytest.raises(Uncovered, match="x is float64"):
         triton.fp8_quantize(torch.ones(2, 2, dtype=torch.float64, device=DEVICE), "blockwise", E4M3)
+
+
+def near(ours, theirs):
+    """A producer's last bits differ between libraries, which moves a number at most to its neighbour in FP8."""
+    assert ours.data.shape == theirs.data.shape
+    got, want = ours.dequantized(torch.float32).cpu(), theirs.dequantized(torch.float32).cpu()
+    assert ((got - want).abs() <= 0.13 * want.abs() + theirs.scale_inv.max().cpu() * 2**-9).all()
+
+
+@recipes
+@pytest.mark.parametrize("shape", [(1, 16), (130, 300)])
+@pytest.mark.parametrize("added", [False, True])
+def test_a_norm_is_quantised_where_it_is_computed(shape, recipe, added):
+    """To the bit what the kernel of the norm by itself gives, and to a last bit what plain torch does."""
+    x, branch = matrix(shape), matrix(shape).flip(0) if added else None
+    weight = (torch.rand(shape[1], generator=torch.Generator().manual_seed(1)) + 0.5).bfloat16().to(DEVICE)
+    copies, h, inverse = triton.rms_norm_quantize(x, branch, 0.5, weight, 1e-5, recipe)
+    if added:
+        normed, want_h = norm.add_rms_norm(x, branch, 0.5, weight, 1e-5)
+    else:
+        normed, want_h = norm.rms_norm(x, weight, 1e-5), x
+    assert torch.equal(h, want_h)
+    for ours, theirs in zip(copies, reference.fp8_quantize(normed, recipe, E4M3), strict=True):
+        assert_same(ours, theirs)
+    plain, _, plain_inverse = reference.rms_norm_quantize(x, branch, 0.5, weight, 1e-5, recipe)
+    torch.testing.assert_close(inverse, plain_inverse)
+    for ours, theirs in zip(copies, plain, strict=True):
+        near(ours, theirs)
+
+
+@recipes
+@pytest.mark.parametrize("shape", [(1, 16), (130, 300)])
+@pytest.mark.parametrize("op", ["swiglu", "squared_relu"])
+def test_an_activation_is_quantised_where_it_is_computed(shape, recipe, op):
+    factor = 2 if op == "swiglu" else 1
+    x = (torch.randn(shape[0], factor * shape[1], generator=torch.Generator().manual_seed(2)) * 3).bfloat16().to(DEVICE)
+    copies = getattr(triton, f"{op}_quantize")(x, recipe)
+    for ours, theirs in zip(copies, reference.fp8_quantize(getattr(activation, op)(x), recipe, E4M3), strict=True):
+        assert_same(ours, theirs)
+    for ours, theirs in zip(copies, getattr(reference, f"{op}_quantize")(x, recipe), strict=True):
+        near(ours, theirs)
+
+
+def ranks_agree(amax):
+    amax.fill_(448.0)
+
+
+def test_ranks_agree_on_an_amax_before_they_cast():
+    x = matrix((16, 64))
+    weight = torch.ones(64, dtype=torch.bfloat16, device=DEVICE)
+    for each in (triton, reference):
+        (copy, _), _, _ = each.rms_norm_quantize(
+            x, None, 0.0, weight, 1e-5, "tensorwise", lambda amax: amax.fill_(448.0)
+        )
+        assert copy.scale_inv == 1
+        assert each.squared_relu_quantize(x, "tensorwise", ranks_agree)[0].scale_inv == 1
