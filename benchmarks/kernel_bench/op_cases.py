@@ -158,6 +158,18 @@ ROWS = [
     Row("fp8_quantize blockwise", "fp8_quantize", _hidden, works.fp8_quantize("blockwise"), reduced=(128, 256)),
     Row("fp8_quantize_weight", "fp8_quantize_weight", _hidden, works.fp8_quantize_weight, reduced=(128, 256)),
     *(
+        Row(
+            f"fp8_linear {recipe} {gradient or 'forward'}",
+            "fp8_linear",
+            _hidden,
+            works.fp8_linear(recipe, gradient),
+            memory_bound=False,
+            reduced=(128, 256),
+        )
+        for recipe in ("tensorwise", "blockwise")
+        for gradient in ("", "x", "weight")
+    ),
+    *(
         Row(f"{op} {recipe}", op, shape, build(recipe), reduced=(128, 256))
         for recipe in ("tensorwise", "blockwise")
         for op, shape, build in (

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.caches import ConvCache, PagedCache, ScanCache
+from prism_kernels.fp8 import Quantized
 from prism_kernels.rope.angles import rope_table
 from prism_kernels.scan.inputs import ScanInputs
 
@@ -53,6 +54,12 @@ class Inputs:
 
     def fp32(self, *shape: int, scale: float = 1.0, gradients: bool = True) -> Tensor:
         return self._random(*shape, dtype=torch.float32, scale=scale).requires_grad_(self.gradients and gradients)
+
+    def fp8(self, m: int, k: int, dtype: torch.dtype, rows: int) -> Quantized:
+        """[m, k]; rows: how many share a scale with the 128 numbers next to each other, 0: all share one."""
+        scales = (-(-m // rows), -(-k // 128)) if rows else ()
+        data = self._random(m, k, dtype=torch.float32, scale=1.0).to(dtype)
+        return Quantized(data, torch.ones(scales, device=self.device))
 
     def columns(self, tokens: int, *widths: int) -> list[Tensor]:
         """bf16 [t, width] each, all column slices of one buffer, as a fused projection leaves them."""
@@ -152,6 +159,21 @@ def fp8_quantize_weight(make: Inputs, shape: Shape, tokens: int) -> Work:
     """A weight [tokens, d] in blocks, read across its rows as the gradient of a layer's input needs it."""
     weight = make.bf16(tokens, shape["d"]).detach()
     return _work((weight.t(), "blockwise", torch.float8_e4m3fn), (), size(weight) * 3 // 2)
+
+
+def fp8_linear(recipe: str, gradient: str = "") -> Callable[[Inputs, Shape, int], Work]:
+    """[t, d] times a square weight, or with `gradient` "x" or "weight" one of its gradients, in FP8."""
+
+    def build(make: Inputs, shape: Shape, tokens: int) -> Work:
+        d, tensorwise = shape["d"], recipe == "tensorwise"
+        m, k, n = (d, tokens, d) if gradient == "weight" else (tokens, d, d)
+        first = torch.float8_e5m2 if gradient and tensorwise else torch.float8_e4m3fn
+        a = make.fp8(m, k, first, 0 if tensorwise else 1)
+        b = make.fp8(n, k, torch.float8_e4m3fn, 0 if tensorwise else 1 if gradient == "weight" else 128)
+        moved = size(a.data, a.scale_inv, b.data, b.scale_inv) + 2 * m * n
+        return _work((a, b, torch.bfloat16), (), moved, forward_flops=2 * m * n * k)
+
+    return build
 
 
 def rms_norm_quantize(recipe: str) -> Callable[[Inputs, Shape, int], Work]:

@@ -74,7 +74,7 @@ OURS = ("triton", "reference", "exact")
 OPS: dict[str, Op] = {
     "linear": Op("linear", ("te", "megatron", "exact")),  # the column- and row-parallel linears around the mixers
     # Where precision.fp8 is on: the product of quantised matrices under those linears, and the quantising.
-    "fp8_linear": Op("fp8_linear", ("te", "torch", "reference", "exact")),
+    "fp8_linear": Op("fp8_linear", ("te", "torch", "triton", "reference", "exact")),
     "fp8_amax": Op("quantize", ("triton", "reference")),
     "fp8_quantize": Op("quantize", ("triton", "reference")),
     "fp8_quantize_weight": Op("quantize", ("triton", "reference")),

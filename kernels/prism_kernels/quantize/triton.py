@@ -242,7 +242,10 @@ def _launch(
             MULTIPLE=multiple(readable.stride(0)),
             num_warps=8,
         )
-    return (by_column, None) if transposed else (by_row, by_column)
+    if by_row is None:
+        assert by_column is not None
+        return by_column, None
+    return by_row, by_column
 
 
 def _empty(n: int, width: int, dtype: torch.dtype, shared: int, device: torch.device) -> Quantized:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from tiny.accuracy import DEVICE
 
 from prism_kernels.backends import Uncovered
-from prism_kernels.fp8 import E4M3, E5M2
-from prism_kernels.fp8_linear import exact, reference
+from prism_kernels.fp8 import E4M3, E5M2, Quantized
+from prism_kernels.fp8_linear import exact, reference, triton
 from prism_kernels.fp8_linear.peers import fp8_linear_by_torch
 from prism_kernels.quantize.reference import fp8_quantize, fp8_quantize_weight
 
@@ -46,3 +47,37 @@ def test_torch_says_what_it_does_not_cover():
         fp8_linear_by_torch(*operands(recipe="blockwise"), torch.float32)
     with pytest.raises(Uncovered, match="33 x 160 is no multiple of 16"):
         fp8_linear_by_torch(*operands(n=33), torch.float32)
+
+
+shapes = pytest.mark.parametrize("shape", [(1, 16, 16), (40, 100, 24), (130, 300, 260)])
+
+
+@shapes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("recipe", "a_format"), [("tensorwise", E4M3), ("tensorwise", E5M2), ("blockwise", E4M3), ("both rows", E4M3)]
+)
+def test_the_triton_product(shape, dtype, recipe, a_format):
+    """Forward, the gradient of x (tensorwise e5m2), and that of a weight, whose operands both have scales by row."""
+    m, k, n = shape
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(rows, k, generator=generator).to(DEVICE) for rows in (m, n))
+    if recipe == "both rows":
+        a, b = (fp8_quantize(each, "blockwise", E4M3)[0] for each in (x, w))
+    else:
+        a, b = fp8_quantize(x, recipe, a_format)[0], fp8_quantize_weight(w, recipe, E4M3)
+    got, want = triton.fp8_linear(a, b, dtype), reference.fp8_linear(a, b, torch.float32)
+    rounding = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}[dtype]
+    assert got.dtype == dtype
+    assert (got.float() - want).abs().max() <= rounding * want.abs().max()
+
+
+def test_the_triton_product_gives_a_row_the_same_bits_alone():
+    a, b = operands(m=130, recipe="blockwise")
+    alone = Quantized(a.data[77:78].contiguous(), a.scale_inv[77:78].contiguous())
+    whole, one = (triton.fp8_linear(_there(x), _there(b), torch.float32) for x in (a, alone))
+    assert torch.equal(whole[77:78], one)
+
+
+def _there(x):
+    return Quantized(x.data.to(DEVICE), x.scale_inv.to(DEVICE))
