@@ -91,7 +91,8 @@ def as_markdown(reports: Sequence[PassReport], rows: Sequence[Sequence[str]], fa
         "shared memory, products that became wgmma of those with at least 64 rows. Bytes: distinct 32-byte sectors per",
         "launch, and bytes requested, both over the fewest possible (each input read once, each result written once),",
         "torch's operations between launches included. Times: a roofline model on 3.35 TB/s (H100) and 4.8 TB/s (H200)",
-        "at 990 TFLOP/s (the peak of bf16; FP8 has twice that), **not measured**; peers' on an H100. A peer that autotunes is shown at its first",
+        "at 990 TFLOP/s (bf16's peak; FP8 has twice that), **not measured**; peers' on an H100."
+        " A peer that autotunes is shown at its first",
         "configuration.",
         "",
         "Models and layouts: " + ", ".join(sorted({user for report in reports for user in report.users})) + ".",
