@@ -1,7 +1,7 @@
 """Can these settings work? The check of a run that only generates; pure, before any process group."""
 
 from prism_mcore.config import Findings
-from prism_mcore.generate.settings import GenerateSettings, Sampling
+from prism_mcore.generate.settings import TENSORWISE_GENERATION, GenerateSettings, Sampling
 from prism_mcore.model.checks import check_build, check_one_stage
 from prism_mcore.model.settings import PrecisionSettings
 from prism_mcore.model.spec import ModelSpec
@@ -20,10 +20,7 @@ def check(settings: GenerateSettings, spec: ModelSpec, world_size: int) -> list[
 def check_fp8_of_tokens(precision: PrecisionSettings, found: Findings) -> None:
     """A token that is generated must not depend on who else is in the batch."""
     if precision.fp8 == "tensorwise":
-        found.problems.append(
-            "precision.fp8=tensorwise: with one scale for all tokens of a batch each changes the others, and decoding"
-            " has other batches than training; use blockwise, whose scales are a token's own, or off"
-        )
+        found.problems.append(f"precision.fp8=tensorwise: {TENSORWISE_GENERATION}")
 
 
 def check_stop_ids(sampling: Sampling, spec: ModelSpec, found: Findings) -> None:

@@ -101,7 +101,10 @@ class Engine:
                 context=self.context,
                 before_pass=before_pass,
             )
-            yield from stream.completions()
+            try:
+                yield from stream.completions()
+            finally:
+                self.model.release_kept_weights()
 
     def reset(self) -> None:
         """Free the caches and forget the statistics."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from prism_kernels.caches import PagedCache
 from prism_kernels.loss.exact import token_logprobs
 from prism_mcore.generate.sampler import Sampler, Vocabulary
-from prism_mcore.generate.settings import EngineSettings, Sampling
+from prism_mcore.generate.settings import TENSORWISE_GENERATION, EngineSettings, Sampling
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.model.parameters import padded_vocabulary
 from prism_mcore.model.state import Cache, MambaCache
@@ -85,6 +85,8 @@ class Replica:
     def __init__(self, model: HybridModel, settings: EngineSettings):
         if not (model.pre_process and model.post_process):
             raise ValueError("generation needs the whole model on each rank; set parallel.pp=1")
+        if model.context.fp8 and model.context.fp8.recipe == "tensorwise":
+            raise ValueError(f"precision.fp8=tensorwise: {TENSORWISE_GENERATION}")
         self.model, self.settings, self.groups = model, settings, model.context.groups
         self.device = next(model.parameters()).device
         self.costs = Costs.of(model)

@@ -8,6 +8,11 @@ from prism_mcore.config import ProgramSettings, Section
 from prism_mcore.model.settings import KernelSettings, PrecisionSettings
 from prism_mcore.parallel import ParallelSettings
 
+TENSORWISE_GENERATION = (
+    "with one scale for all tokens of a batch each changes the others, and decoding has other batches than training;"
+    " use blockwise, whose scales are a token's own, or off"
+)
+
 
 class Sampling(Section):
     """How tokens are drawn: one uniform number per token from (seed, step, prompt, sample, position)."""

@@ -2,7 +2,7 @@
 
 # t packed tokens, k columns, n rows of a weight on this rank
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prism_kernels.fp8 import E4M3, Quantized, Recipe, gradient_format
 from prism_mcore.model.ops import Ops
+from prism_mcore.model.state import Decode, Prefill
 
 
 class Fp8:
@@ -26,6 +27,8 @@ class Fp8:
         if not self.by_te:
             self.amax, self.quantize = ops["fp8_amax"], ops["fp8_quantize"]
             self.quantize_weight, self.product = ops["fp8_quantize_weight"], ops["fp8_linear"]
+        self.generating: type[Prefill] | type[Decode] | None = None
+        self.kept: dict[Fp8Product, Quantized] = {}  # weights as the newest prefill found them
         self.gradient = gradient_format(recipe)
 
     def covers(self, layer: int, num_layers: int) -> bool:
@@ -47,13 +50,14 @@ class Fp8:
             return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.group)
         return copy_to_tensor_model_parallel_region(x, group=self.group)
 
-    def linear(self, x: Tensor, weights: list[Tensor], parallel: str, replicated: int = 0) -> Tensor:
-        """x [t, 1, k] times weights of n rows together, [n, k] -> [t, 1, n]; the caller gathers and adds over ranks.
-
-        parallel: "column", where ranks hold other rows of the weight, or "row", where they hold other columns.
-        replicated: last rows of a column-parallel weight that every rank holds, and whose gradients ranks will add.
-        """
-        return _Linear.apply(x, self, parallel == "row", replicated, torch.is_grad_enabled(), *weights)
+    @contextmanager
+    def step(self, step: Prefill | Decode) -> Iterator[None]:
+        """Inside, a pass of generation: a prefill keeps the weights it quantised for the decoding steps after it."""
+        before, self.generating = self.generating, type(step)
+        try:
+            yield
+        finally:
+            self.generating = before
 
     def one_share(self, grad: Tensor, replicated: int) -> Tensor:
         """Of the last columns of a gradient [t, n], partial on every rank, the sum; each rank has its share of it.
@@ -81,33 +85,71 @@ class Fp8:
         return amax
 
 
+class Fp8Product:
+    """The product in FP8 under one linear.
+
+    parallel: "column", where ranks hold other rows of the weight, or "row", where they hold other columns. replicated:
+    last rows of a column-parallel weight that every rank holds, and whose gradients ranks will add.
+    """
+
+    def __init__(self, fp8: Fp8, parallel: str, replicated: int = 0):
+        self.fp8, self.row_parallel, self.replicated = fp8, parallel == "row", replicated
+
+    @property
+    def enabled(self) -> bool:
+        return self.fp8.enabled
+
+    def __call__(self, x: Tensor, weights: list[Tensor]) -> Tensor:
+        """x [t, 1, k] times weights of n rows together, [n, k] -> [t, 1, n]; the caller gathers and adds over ranks."""
+        return _Linear.apply(x, self, torch.is_grad_enabled(), *weights)
+
+    def weight(self, weights: Sequence[Tensor], amax: Tensor | None) -> Quantized:
+        """[n, k]. A decoding step reads what the prefill before it kept: weights do not change in between.
+
+        Kept in place, so that a captured decoding step reads it, too.
+        """
+        fp8, kept = self.fp8, self.fp8.kept.get(self)
+        if fp8.generating is Decode and kept is not None:
+            return kept
+        quantized = fp8.quantize_weight(_together(weights), fp8.recipe, E4M3, amax)
+        if fp8.generating is Prefill:
+            if kept is None:
+                with torch.inference_mode(False):  # else it could only be written in inference mode
+                    kept = Quantized(torch.empty_like(quantized.data), torch.empty_like(quantized.scale_inv))
+                fp8.kept[self] = kept
+            kept.data.copy_(quantized.data)
+            kept.scale_inv.copy_(quantized.scale_inv)
+        return quantized
+
+    def weight_amax(self, weights: Sequence[Tensor]) -> Tensor | None:
+        if self.fp8.recipe == "blockwise":
+            return None
+        return self.fp8.whole_amax(_together(weights), sharded=True)
+
+
 class _Linear(torch.autograd.Function):
     """Keeps x in FP8, scaled along the tokens that the weight's gradient sums over; weights are quantised again in
     backward instead of kept: all of them at once would be a byte a parameter.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, fp8: Fp8, row_parallel: bool, replicated: int, training: bool, *weights: Tensor
-    ) -> Tensor:
-        rows = x.flatten(0, -2)
-        amax = fp8.whole_amax(rows, sharded=row_parallel)
-        by_row, by_column = fp8.quantize(rows, fp8.recipe, E4M3, amax, columns=training and ctx.needs_input_grad[5])
-        weight = _together(weights)
-        weight_amax = fp8.whole_amax(weight, sharded=True)
-        y = fp8.product(by_row, fp8.quantize_weight(weight, fp8.recipe, E4M3, weight_amax), x.dtype)
+    def forward(ctx: Any, x: Tensor, linear: Fp8Product, training: bool, *weights: Tensor) -> Tensor:
+        fp8, rows = linear.fp8, x.flatten(0, -2)
+        amax, weight_amax = fp8.whole_amax(rows, sharded=linear.row_parallel), linear.weight_amax(weights)
+        by_row, by_column = fp8.quantize(rows, fp8.recipe, E4M3, amax, columns=training and ctx.needs_input_grad[3])
+        y = fp8.product(by_row, linear.weight(weights, weight_amax), x.dtype)
         if training:
             kept = (by_column.data, by_column.scale_inv) if by_column else (None, None)
             ctx.save_for_backward(*kept, weight_amax, *weights)
-            ctx.fp8, ctx.row_parallel, ctx.replicated = fp8, row_parallel, replicated
+            ctx.linear = linear
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         data, scale_inv, weight_amax, *weights = ctx.saved_tensors
-        fp8 = ctx.fp8
-        rows = fp8.one_share(grad.flatten(0, -2), ctx.replicated)
-        amax = fp8.whole_amax(rows, sharded=not ctx.row_parallel)
+        linear, fp8 = ctx.linear, ctx.linear.fp8
+        rows = fp8.one_share(grad.flatten(0, -2), linear.replicated)
+        amax = fp8.whole_amax(rows, sharded=not linear.row_parallel)
         by_row, by_column = fp8.quantize(rows, fp8.recipe, fp8.gradient, amax, columns=data is not None)
         grad_x, grad_weights = None, [None] * len(weights)
         if ctx.needs_input_grad[0]:
@@ -116,8 +158,8 @@ class _Linear(torch.autograd.Function):
         if data is not None:
             grad_weight = fp8.product(by_column, Quantized(data, scale_inv), weights[0].dtype)
             grad_weights = list(grad_weight.split([len(weight) for weight in weights]))
-        return grad_x, None, None, None, None, *grad_weights
+        return grad_x, None, None, *grad_weights
 
 
-def _together(weights: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+def _together(weights: Sequence[Tensor]) -> Tensor:
     return weights[0] if len(weights) == 1 else torch.cat(list(weights))

@@ -247,13 +247,19 @@ class HybridModel(MegatronModule):
         Under tensor parallelism every rank gets all tokens, and `whole_sequences` must be in force.
         """
         x, branch = self.embedding(tokens), None
-        for name, layer in self.layers.items():
-            x, branch = layer(x, seq, branch, State(step, caches[name]))
+        with self.context.fp8.step(step) if self.context.fp8 else nullcontext():
+            for name, layer in self.layers.items():
+                x, branch = layer(x, seq, branch, State(step, caches[name]))
         return add_and_norm(self.final_norm, x, branch, self.spec.residual_multiplier)[0]
 
     def next_logits(self, x: Tensor, temperature: float) -> Tensor:
         """Hidden states [n, 1, d] -> logits / temperature [n, v] fp32 of this rank's part of the vocabulary."""
         return self.output(Head.local_logits, x, self._tied_weight(), temperature)
+
+    def release_kept_weights(self) -> None:
+        """Free the weights in FP8 that decoding steps read, a byte a number; without them they are quantised again."""
+        if self.context.fp8:
+            self.context.fp8.kept.clear()
 
     def without_fp8(self) -> AbstractContextManager[None]:
         """Inside, all products are of the model's own precision."""

@@ -19,7 +19,7 @@ from prism_kernels.linear import exact as exact_linear
 from prism_kernels.matmul import mm
 from prism_kernels.norm.exact import add_scaled
 from prism_mcore.model.context import ModelContext
-from prism_mcore.model.fp8 import Fp8
+from prism_mcore.model.fp8 import Fp8, Fp8Product
 from prism_mcore.model.state import Decode, State
 
 
@@ -83,7 +83,7 @@ def project(linear: nn.Module, x: Tensor, state: State | None) -> Tensor:
             # Straight to the product: what megatron-core does around it is 4% of a step of a small model.
             y = mm(x.squeeze(1), linear.weight.t()).unsqueeze(1)
             return y if linear.bias is None else y + linear.bias
-        if isinstance(linear, ColumnLinearOfParts) and x.is_cuda and not linear.exact and linear.context.fp8 is None:
+        if isinstance(linear, ColumnLinearOfParts) and x.is_cuda and not linear.exact and linear.fp8 is None:
             return linear.separate_products(x)
     return linear(x)[0]
 
@@ -103,7 +103,8 @@ class ColumnLinearOfParts(nn.Module):
 
     def __init__(self, context: ModelContext, rows: dict[str, int], columns: int, replicated: int = 0):
         super().__init__()
-        self.context, self.exact, self.replicated = context, context.ops.uses_exact("linear"), replicated
+        self.context, self.exact = context, context.ops.uses_exact("linear")
+        self.fp8 = Fp8Product(context.fp8, "column", replicated) if context.fp8 else None
         for name, count in rows.items():
             weight = nn.Parameter(torch.empty(count, columns, dtype=context.config.params_dtype))
             self.register_parameter(f"{name}_weight", weight)
@@ -112,10 +113,9 @@ class ColumnLinearOfParts(nn.Module):
         """The weights are put together for the product and again for its backward, not kept: 76 MB a layer in
         Nemotron-H at TP 2.
         """
-        weights, fp8 = list(self.parameters()), self.context.fp8
-        if fp8 is not None and fp8.enabled:
-            sequence_parallel = self.context.config.sequence_parallel
-            return fp8_column_product(fp8, x, weights, sequence_parallel, self.replicated), None
+        weights = list(self.parameters())
+        if self.fp8 is not None and self.fp8.enabled:
+            return fp8_column_product(self.fp8, x, weights, self.context.config.sequence_parallel), None
         weight = torch.cat(weights)
         place = weight.data_ptr()
 
@@ -154,17 +154,15 @@ class ColumnLinearOfParts(nn.Module):
 # --- FP8 --------------------------------------------------------------------------------------------------------------
 
 
-def fp8_column_product(
-    fp8: Fp8, x: Tensor, weights: list[Tensor], sequence_parallel: bool, replicated: int = 0
-) -> Tensor:
+def fp8_column_product(product: Fp8Product, x: Tensor, weights: list[Tensor], sequence_parallel: bool) -> Tensor:
     """[t, 1, d] -> [t, 1, rows]; gathers sequence-parallel input."""
-    return fp8.linear(fp8.all_tokens(x, sequence_parallel), weights, "column", replicated)
+    return product(product.fp8.all_tokens(x, sequence_parallel), weights)
 
 
 class Fp8ColumnLinear(ColumnParallelLinear):
     def __init__(self, fp8: Fp8, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.fp8 = fp8
+        self.fp8 = Fp8Product(fp8, "column")
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         if not self.fp8.enabled:
@@ -176,12 +174,12 @@ class Fp8ColumnLinear(ColumnParallelLinear):
 class Fp8RowLinear(RowParallelLinear):
     def __init__(self, fp8: Fp8, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.fp8 = fp8
+        self.fp8 = Fp8Product(fp8, "row")
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         if not self.fp8.enabled:
             return super().forward(x)
-        y = self.fp8.linear(x, [self.weight], "row")
+        y = self.fp8(x, [self.weight])
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(y, group=self.tp_group), None

@@ -12,7 +12,10 @@ from tiny.models import SPECS, packed_batch
 from prism_kernels import fp8
 from prism_kernels.quantize import reference
 from prism_kernels.table import OPS
-from prism_mcore.model.build import build_chunks
+from prism_mcore.config import SettingsError
+from prism_mcore.generate import Engine, EngineSettings
+from prism_mcore.generate.settings import GenerateSettings
+from prism_mcore.model.build import build_chunks, fp8_of
 from prism_mcore.model.fp8 import Fp8
 from prism_mcore.model.ops import Ops
 
@@ -152,6 +155,69 @@ def test_blockwise_gives_a_token_the_same_bits_alone_and_in_a_batch(name):
     labelled = torch.ones(tokens, dtype=torch.bool)
     labelled[torch.tensor([5, 2, 11, 1, 3]).cumsum(0) - 1] = False
     assert torch.equal(together[labelled], apart[labelled])
+
+
+def generated(groups, name):
+    """Twice with other weights: quantised weights, prefills, and log-probs beside those of a training pass."""
+    model, _ = model_in_fp8(SPECS[name], groups, kernels=EXACT)
+    quantize, calls = model.context.fp8.quantize_weight, []
+    model.context.fp8.quantize_weight = lambda *arguments: calls.append(0) or quantize(*arguments)
+    engine, prompts = Engine(model, settings=EngineSettings(prefill_tokens=8)), [[7, 3, 5], [11] * 7, [2]]
+    seen = []
+    for _ in range(2):
+        calls.clear()
+        engine.reset()
+        responses = engine.generate(prompts, samples=2, max_tokens=6, seed=3)
+        counted, gaps = len(calls), []
+        for prompt, samples in zip(prompts, responses, strict=True):
+            for response in samples:
+                text = torch.tensor(prompt + list(response.completion.tokens))
+                with torch.no_grad():
+                    logprobs, _ = model(packed_batch([text], len(text)), temperature=1.0)
+                trained = logprobs[len(prompt) - 1 : -1]
+                gaps.append(float((trained - torch.tensor(response.completion.logprobs)).abs().max()))
+        seen.append((counted, engine.statistics.steps, max(gaps), len(model.context.fp8.kept)))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["dense", "hybrid"])
+def test_decoding_reads_the_weights_that_its_prefill_quantised_and_no_older_ones(name):
+    """A token has the log-prob of training to the bit, also after the weights have changed."""
+    (seen,) = run_ranks(1, generated, name)
+    for quantised, steps, gap, kept in seen:
+        assert steps >= 5 and gap == 0 and kept == 0
+        assert quantised == 2 * 2 * len(SPECS[name].pattern)  # two prefills, two products a sub-layer
+
+
+def refusals(groups):
+    """What building a model says: on a CPU without a word on emulation, and with CUDA 12.8 and 12.9."""
+    cpu, gpu, said = torch.device("cpu"), torch.device("cuda"), []
+    for device, cuda, kernels in (
+        (cpu, None, {}),
+        (gpu, "12.8", {"fp8_linear": "torch"}),
+        (gpu, "12.9", {"fp8_linear": "torch"}),
+    ):
+        settings = GenerateSettings(precision={"fp8": "blockwise"}, kernels=kernels)
+        version, torch.version.cuda = torch.version.cuda, cuda
+        try:
+            said.append(fp8_of(settings, groups, Ops(kernels, cpu), device).recipe)
+        except SettingsError as error:
+            said.append(str(error))
+        finally:
+            torch.version.cuda = version
+    with pytest.raises(ValueError, match="one scale for all tokens"):
+        Engine(model_in_fp8(SPECS["dense"], groups, recipe="tensorwise")[0])
+    return said
+
+
+def test_a_device_without_these_products_is_refused_with_what_there_is_instead():
+    ((cpu, old_cuda, new_cuda),) = run_ranks(1, refusals)
+    assert "cpu has no FP8 products" in cpu and "kernels.fp8_linear=reference to emulate them" in cpu
+    assert "need CUDA 12.9 or later, torch was built with 12.8; use precision.fp8=tensorwise" in old_cuda
+    assert new_cuda == "blockwise"
 
 
 def losses_of_odd_weights(groups, recipe):

@@ -130,6 +130,22 @@ def test_two_and_two_steps_equal_four_bit_for_bit(files, tmp_path, layout, dtype
         assert all(r["rl/logprob_gap_max"] == 0 and r["importance/mean"] == 1 for r in records(first))
 
 
+def test_rl_in_fp8_blocks_resumes_to_the_bit_and_decodes_as_it_trains(files, tmp_path):
+    """Its micro-batches are filled up to multiples of 16 tokens; the gate measures what products' rounding leaves."""
+    sections = {
+        "precision": {"dtype": "fp32", "fp8": "blockwise"},
+        "kernels": {"fp8_linear": "reference"},
+        "rl": {"parity": "tolerance", "parity_tolerance": 1e-6},
+        "train": {"steps": 2},
+    }
+    want, got = both(files, tmp_path, sections, sections, stops=((None,), (1, None)))
+    assert untimed(tmp_path / "first") == untimed(tmp_path / "second")
+    assert_same_state(want[0][1:], got[0][1:])
+    run_ranks(1, train, settings(files, tmp_path / "off", train={"steps": 1}))
+    without, within = (records(tmp_path / name)[0]["loss"] for name in ("off", "first"))
+    assert within != pytest.approx(without, rel=1e-2)
+
+
 def test_layouts_take_the_same_steps(files, tmp_path):
     runs = {}
     for name, (ranks, degrees) in {"alone": (1, {}), **LAYOUTS}.items():
@@ -449,6 +465,14 @@ def test_how_a_run_ends_that_cannot_go_on(files, tmp_path):
         ({"sampling": {"temperature": 0}}, "sampling.temperature=0 gives a group of equal rollouts"),
         ({"sampling": {"stop_ids": [3, 999]}}, "sampling.stop_ids holds 999; needed: ids from 0 to"),
         ({"guards": {"spike_threshold": 2.0}}, "guards.spike_threshold=2.0"),
+        (
+            {"precision": {"fp8": "tensorwise"}, "spec": "dense"},
+            "with one scale for all tokens of a batch each changes",
+        ),
+        (
+            {"precision": {"fp8": "blockwise"}, "rl": {"parity": "exact"}, "spec": "dense"},
+            "rl.parity=exact and precision.fp8=blockwise: exact promises the bits of the model's own precision",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_starts(files, tmp_path, sections, message):

@@ -56,7 +56,33 @@ REFUSED = {
     ),
     "positions": ((["data.seq_len=8192"], {"spec": "demo-dense"}), "longer than the model's 4096 positions"),
     "context parallelism": ((["parallel.cp=2"], {"ranks": 2}), "context parallelism is not supported yet"),
-    "fp8": ((["precision.fp8=tensorwise"], {}), "precision.fp8=tensorwise is not supported yet"),
+    "fp8 with state": (
+        (["precision.fp8=delayed"], {}),
+        "delayed is not offered: its scales are those of earlier steps",
+    ),
+    "fp8 of others": (
+        (["precision.fp8=mxfp8"], {}),
+        "mxfp8 is not offered: its blocks of 32 need compute capability 10",
+    ),
+    "fp8 rows": (
+        (["precision.fp8=blockwise", "parallel.tp=8"], {"spec": "granite-4.0-h-micro", "ranks": 8}),
+        "at parallel.tp=8 a rank has 1288 rows of mamba's in_proj; use parallel.tp=4, or precision.fp8=off",
+    ),
+    "fp8 tokens": (
+        (["precision.fp8=tensorwise", "data.seq_len=250"], {"spec": "demo-dense"}),
+        "train.micro_batch is 250 tokens; precision.fp8=tensorwise needs a multiple of 16; try 240 or 256",
+    ),
+    "fp8 tokens of ranks": (
+        (
+            ["precision.fp8=blockwise", "data.seq_len=272", "parallel.tp=2", "parallel.sequence_parallel=true"],
+            {"spec": "demo-dense", "ranks": 2},
+        ),
+        "is 272 tokens; precision.fp8=blockwise needs a multiple of 32; try 256 or 288",
+    ),
+    "fp8 nowhere": (
+        (["precision.fp8=blockwise", "precision.fp8_bf16_ends=4"], {"spec": "demo-dense"}),
+        "leaves none of the 8 sub-layers in FP8; use at most 3",
+    ),
     "an op": ((["kernels.ssd_scann=triton"], {}), "kernels.ssd_scann: no such op (did you mean kernels.ssd_scan?)"),
     "a backend": (
         (["kernels.ssd_scan=tritn"], {}),
@@ -77,7 +103,7 @@ def test_a_layout_that_cannot_work_is_refused_with_one_that_can(case):
 
 def test_all_problems_are_listed_at_once():
     with pytest.raises(SettingsError) as error:
-        check("parallel.tp=3", "precision.fp8=x", "parallel.vpp=2", ranks=3)
+        check("parallel.tp=3", "precision.fp8=tensorwise", "parallel.vpp=2", ranks=3)
     lines = str(error.value).splitlines()
     assert len(lines) == len(set(lines)) == 6  # query and key heads, Mamba heads, SSM groups, FP8, interleaving
 

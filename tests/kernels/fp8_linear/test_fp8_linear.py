@@ -7,7 +7,7 @@ from tiny.accuracy import DEVICE
 from prism_kernels.backends import Uncovered
 from prism_kernels.fp8 import E4M3, E5M2, Quantized
 from prism_kernels.fp8_linear import exact, reference, triton
-from prism_kernels.fp8_linear.peers import fp8_linear_by_torch
+from prism_kernels.fp8_linear.peers import fp8_linear_by_torch, padded, scales
 from prism_kernels.quantize.reference import fp8_quantize, fp8_quantize_weight
 
 
@@ -81,3 +81,18 @@ def test_the_triton_product_gives_a_row_the_same_bits_alone():
 
 def _there(x):
     return Quantized(x.data.to(DEVICE), x.scale_inv.to(DEVICE))
+
+
+def test_scales_lie_as_cublas_reads_them():
+    """torch's own check of them: (1, m) strides; whole columns of squares, filled up to four."""
+    a, b = operands(m=48, k=160, n=288, recipe="blockwise")
+    assert scales(a).shape == (48, 2) and scales(a).stride() == (1, 48) and torch.equal(scales(a), a.scale_inv)
+    assert scales(b).shape == (4, 3) and scales(b).stride() == (1, 4) and torch.equal(scales(b)[:2], b.scale_inv.t())
+
+
+def test_more_rows_change_no_product():
+    a, b = operands(m=5, k=160, recipe="blockwise")
+    more = padded(a, 11)
+    assert more.data.shape == (16, 160)
+    want = reference.fp8_linear(a, b, torch.float32)
+    torch.testing.assert_close(reference.fp8_linear(more, b, torch.float32)[:5], want, rtol=1e-6, atol=1e-6)
