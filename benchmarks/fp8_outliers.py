@@ -75,18 +75,19 @@ def model_losses(run: Path, corpus: Path) -> dict[str, list[float]]:
     ops = Ops({"fp8_linear": "reference"}, device)
     layers, batches = [list(range(len(spec.pattern)))], batches_of(corpus)
     losses: dict[str, list[float]] = {}
-    for recipe in ("off", *RECIPES):
-        fp8 = None if recipe == "off" else Fp8(recipe, ops, groups.tp)
+    kinds: dict[str, Fp8 | None] = {"off": None}
+    kinds.update({recipe: Fp8(recipe, ops, groups.tp) for recipe in RECIPES})
+    for name, fp8 in kinds.items():
         (model,) = build_chunks(spec, layers, groups, ops, dtype=torch.bfloat16, device=device, fp8=fp8)
         load_weights(checkpoint_in(run), [model], groups)
         mixer, before = model.layers["3"].mixer, 0
-        losses[recipe] = []
+        losses[name] = []
         for power in POWERS:
             with torch.no_grad():
                 mixer.gate_up.weight[spec.ffn_size + 7] *= 2.0 ** (power - before)
                 mixer.down.weight[:, 7] /= 2.0 ** (power - before)
                 sums = [model(batch)[0] for batch in batches]
-            losses[recipe].append(float(sum(sums)) / sum(batch.num_tokens for batch in batches))
+            losses[name].append(float(sum(sums)) / sum(batch.num_tokens for batch in batches))
             before = power
     platform.shutdown()
     return losses

@@ -322,3 +322,21 @@ def _places_without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
     paddings = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
     before = [0, *accumulate(paddings)]
     return {p: (start - before[b], end - before[b], b) for p, (start, end, b) in buffer.param_index_map.items()}
+
+
+def restore_gradient_reduction() -> None:
+    """Gradients are sent in fp32 but where the next wrapped model asks for bf16.
+
+    megatron-core 0.16.1 rounds what it adds up over micro-batches where it sends bf16; here buffers stay fp32, are sent
+    in bf16 and added in fp32. Its choice, once made, also lasts for the process. Goes when it keeps the two apart.
+    """
+    from megatron.core.distributed import param_and_grad_buffer
+
+    param_and_grad_buffer.dist_reduce_scatter_func = dist.reduce_scatter_tensor
+    param_and_grad_buffer.reduce_scatter_with_fp32_accumulation = _reduce_scatter_in_bf16
+
+
+def _reduce_scatter_in_bf16(output: torch.Tensor, gradients: torch.Tensor, op: Any, group: Any, async_op: bool) -> Any:
+    from megatron.core.distributed.reduce_scatter_with_fp32_accumulation import reduce_scatter_with_fp32_accumulation
+
+    return reduce_scatter_with_fp32_accumulation(output, gradients.bfloat16(), op, group, async_op)

@@ -10,7 +10,9 @@ program=$1
 shift
 (
   trap '' USR1
-  exec torchrun \
+  # Each rank on the cores beside its GPU.
+  [ "${SLURM_GPUS_ON_NODE:-0}" = 0 ] || numa=--numa-binding=node
+  exec torchrun ${numa:-} \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$RANKS_PER_NODE" --max-restarts=0 \
     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID-$ATTEMPT" --rdzv-endpoint="$RENDEZVOUS" \
     "launch/$program.py" "$@"

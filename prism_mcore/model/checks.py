@@ -88,7 +88,7 @@ def _fp8_misfits(spec: ModelSpec, tp: int) -> list[str]:
         misfits += [
             f"{size:g} {side} of {matrix}"
             for side, size in (("rows", rows), ("columns", columns))
-            if size % FP8_MULTIPLE
+            if size % FP8_MULTIPLE and size % 1 == 0  # what tp does not divide is said already
         ]
     return misfits
 

@@ -39,6 +39,7 @@ def check_loop(settings: LoopSettings, spec: ModelSpec, world_size: int, found: 
     check_initial_weights(settings.model, spec, found)
     check_recompute(settings.train.recompute, spec, found)
     _check_schedule(settings, found)
+    _check_reduction(settings, found)
     return dp
 
 
@@ -49,6 +50,15 @@ def _check_schedule(settings: LoopSettings, found: Findings) -> None:
     decay = round(optimizer.decay_fraction * steps)
     if optimizer.schedule == "wsd" and optimizer.warmup_steps + decay > steps:
         found.notes.append(f"wsd decays over the last {decay} steps, which start inside the warm-up: lr is never held")
+
+
+def _check_reduction(settings: LoopSettings, found: Findings) -> None:
+    instances = settings.parallel.optimizer_instances
+    if settings.optimizer.grad_reduce == "bf16" and instances > 1:
+        found.problems.append(
+            f"optimizer.grad_reduce=bf16 needs parallel.optimizer_instances=1, got {instances}: replicas add their"
+            " shards in one more reduction, which would round again; use 1, or optimizer.grad_reduce=fp32"
+        )
 
 
 def _check_batches(settings: MidtrainSettings, dp: int, found: Findings) -> None:

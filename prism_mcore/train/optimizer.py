@@ -18,24 +18,39 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
 from prism_mcore.config import SettingsError
+from prism_mcore.megatron_patches import restore_gradient_reduction
 from prism_mcore.model.hybrid import HybridModel
 from prism_mcore.parallel import Groups
 from prism_mcore.train.settings import OptimizerSettings
 
+PADDED_FROM = 64  # data-parallel ranks, from which on gradient buckets are padded
+
 
 def wrap(
-    chunks: list[HybridModel], groups: Groups, *, optimizer_instances: int = 1, overlap: bool = False
+    chunks: list[HybridModel],
+    groups: Groups,
+    *,
+    optimizer_instances: int = 1,
+    overlap: bool = False,
+    grad_reduce: str = "fp32",
+    bucket_size: int = 0,
 ) -> list[DistributedDataParallel]:
     """Give each chunk flat parameter and fp32 gradient buffers, reduced over data-parallel ranks.
 
-    overlap: reduce gradients while backward goes on, and gather updated parameters while forward does.
+    overlap: reduce gradients while backward goes on, and gather updated parameters while forward does. grad_reduce,
+    bucket_size: as the optimizer's settings.
     """
+    restore_gradient_reduction()
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
+        reduce_scatter_with_fp32_accumulation=grad_reduce == "bf16",
         use_distributed_optimizer=True,
         num_distributed_optimizer_instances=optimizer_instances,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
+        bucket_size=bucket_size or None,
+        # NCCL's rings are fast for messages that divide by a large power of two, which matters where they are many.
+        pad_buckets_for_high_nccl_busbw=groups.dp_cp.size() >= PADDED_FROM,
     )
     # Without `disable_bucketing`, by which Megatron-LM gathers bf16 and fp32 weights of an interleaved schedule's later
     # chunks in one collective: gloo then returns garbage (torch 2.13).

@@ -138,6 +138,8 @@ def build_run(
         chunks,
         groups,
         optimizer_instances=settings.parallel.optimizer_instances,
+        grad_reduce=settings.optimizer.grad_reduce,
+        bucket_size=settings.optimizer.bucket_size,
         # On one data-parallel rank, too: megatron-core splits its buffers into buckets only then, and a save holds two
         # copies of a bucket in fp32 on the GPU.
         overlap=device.type == "cuda",

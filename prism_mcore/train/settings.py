@@ -65,6 +65,17 @@ class OptimizerSettings(Section):
     )
     eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment")
     clip_grad: float = Field(default=1.0, ge=0, description="Largest L2 norm of the whole gradient; 0 is no clipping")
+    grad_reduce: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="Format in which data-parallel ranks send each other gradients; they are summed in fp32 in either,"
+        " but bf16 rounds each rank's, so that layouts differ by that",
+    )
+    bucket_size: int = Field(
+        default=0,
+        ge=0,
+        description="Parameters whose gradients are reduced at once, while backward goes on; 0 is 40 million, or a"
+        " million for each data-parallel rank where that is more",
+    )
 
 
 class GuardSettings(Section):

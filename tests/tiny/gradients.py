@@ -26,6 +26,7 @@ def losses_and_gradients(
     fp8="off",
     kernels=None,
     seed=0,
+    **reduction,
 ):
     """Loss and whole gradients by global name, from micro-batches of eight rows, dealt to data-parallel ranks."""
     spec = SPECS[spec_name]
@@ -45,7 +46,7 @@ def losses_and_gradients(
     for chunk in chunks:
         chunk.initialise(SEED)
     instances = dist.get_world_size() // 2 if groups.dp_size == 4 else 1
-    wrapped = wrap(chunks, groups, optimizer_instances=instances, overlap=overlap)
+    wrapped = wrap(chunks, groups, optimizer_instances=instances, overlap=overlap, **reduction)
     batches = packed_batches(spec, micro_batches, b=8 // micro_batches, seed=seed)[groups.dp_rank :: groups.dp_size]
     for ddp in wrapped:
         ddp.zero_grad_buffer()

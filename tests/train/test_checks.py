@@ -83,6 +83,10 @@ REFUSED = {
         (["precision.fp8=blockwise", "precision.fp8_bf16_ends=4"], {"spec": "demo-dense"}),
         "leaves none of the 8 sub-layers in FP8; use at most 3",
     ),
+    "bf16 reduction of replicas": (
+        (["optimizer.grad_reduce=bf16", "parallel.optimizer_instances=2"], {"ranks": 4}),
+        "optimizer.grad_reduce=bf16 needs parallel.optimizer_instances=1, got 2",
+    ),
     "an op": ((["kernels.ssd_scann=triton"], {}), "kernels.ssd_scann: no such op (did you mean kernels.ssd_scan?)"),
     "a backend": (
         (["kernels.ssd_scan=tritn"], {}),
