@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     # Verifiable rewards.
-    "rl": ["math-verify", "reasoning-gym"],
+    "rl": ["math-verify", "reasoning-gym", "pyseccomp"],
     # What the demo corpus is made of.
     "demo": ["reasoning-gym", "periodictable"],
     "dev": ["triton", "pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-psutil"],
@@ -28,6 +28,7 @@ setup(
         "prism_mcore.generate",
         "prism_mcore.evaluate",
         "prism_mcore.rewards",
+        "prism_mcore.rewards.sandbox",
         "prism_mcore.plan",
         "prism_mcore.rl",
         "prism_kernels",

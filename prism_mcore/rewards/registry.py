@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prism_mcore.json_lines import shown
-from prism_mcore.rewards import choice, gym, math
+from prism_mcore.rewards import choice, code, gym, math
 
 Record = Mapping[str, Any]
 
@@ -24,12 +24,14 @@ class Reward:
     needs: tuple[str, ...] = ()  # keys of the record, none of which may be missing, null or blank
     package: str = ""  # what it imports, of the `rl` extra
     check: Callable[[Record], None] | None = None
+    runs_programs: bool = False  # in the sandbox, with time of their own
 
 
 REWARDS: dict[str, Reward] = {
     "math": Reward(math.mathematics, ("answer",), "math_verify", math.check),
     "gym": Reward(gym.gym, ("metadata",), "reasoning_gym", gym.check),
     "choice": Reward(choice.choice, ("answer",), check=choice.check),
+    "code": Reward(code.code, ("tests",), "pyseccomp", code.check, runs_programs=True),
 }
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import queue
 import selectors
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 from prism_mcore import program
+from prism_mcore.rewards.code import Limits
 from prism_mcore.rewards.format import is_formatted, repeated_fraction
 from prism_mcore.rewards.registry import REWARDS
 from prism_mcore.rewards.settings import RewardSettings
@@ -36,6 +38,12 @@ class Verdict:
     parts: Mapping[str, float] = field(default_factory=dict)
 
 
+class _Task(NamedTuple):
+    ticket: int
+    seconds: float  # that it may take
+    line: bytes
+
+
 @dataclass
 class _Worker:
     process: subprocess.Popen
@@ -50,17 +58,22 @@ class Verifier:
 
     A thread hands out work and keeps the time, so that verification goes on while the caller generates. A response
     whose verification takes longer than timeout_s, or ends its process, gets a verdict that says so.
-    rewards: the names that prompts use, whose packages the processes import before any work.
+    rewards: the names that prompts use, whose packages the processes import before any work. A response that is a
+    program has the time of `programs` on top; no more of them run at once than there are workers, the others wait.
     """
 
-    def __init__(self, workers: int, timeout_s: float, rewards: Iterable[str] = ()):
-        self.timeout_s = timeout_s
-        self.packages = sorted({REWARDS[name].package for name in rewards} - {""})
+    def __init__(self, workers: int, timeout_s: float, rewards: Iterable[str] = (), programs: Limits | None = None):
+        self.timeout_s, self.programs = timeout_s, programs or Limits()
+        names = list(rewards)
+        self.packages = sorted({REWARDS[name].package for name in names} - {""})
+        self._arguments = list(self.packages)
+        if any(REWARDS[name].runs_programs for name in names):
+            self._arguments += ["--programs", json.dumps(asdict(self.programs))]
         self.outstanding = 0
         self._failure: BaseException | None = None
         self._started, self._failed_starts = False, 0
-        self._waiting: deque[tuple[int, bytes]] = deque()
-        self._submitted: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
+        self._waiting: deque[_Task] = deque()
+        self._submitted: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._verdicts: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
         self._wake_out, self._wake_in = os.pipe()
         self._selector = selectors.DefaultSelector()
@@ -81,7 +94,8 @@ class Verifier:
         if self._failure is not None:
             raise RuntimeError("the verifier has stopped") from self._failure
         self.outstanding += 1
-        self._submitted.put((ticket, json.dumps(task).encode() + b"\n"))
+        seconds = self.timeout_s + (self.programs.program_s if REWARDS[record["reward"]].runs_programs else 0.0)
+        self._submitted.put(_Task(ticket, seconds, json.dumps(task).encode() + b"\n"))
         self._wake()
 
     def results(self, block: bool = False, on_wait: Callable[[], object] = lambda: None) -> list[Verdict]:
@@ -148,8 +162,8 @@ class Verifier:
     def _hand_out(self) -> None:
         for worker in self._workers:
             if worker.ready and worker.ticket is None and self._waiting:
-                worker.ticket, line = self._waiting.popleft()
-                worker.deadline = time.monotonic() + self.timeout_s
+                worker.ticket, seconds, line = self._waiting.popleft()
+                worker.deadline = time.monotonic() + seconds
                 assert worker.process.stdin is not None
                 with contextlib.suppress(BrokenPipeError):  # its end shows when it is read from
                     worker.process.stdin.write(line)
@@ -193,15 +207,15 @@ class Verifier:
     def _count_failed_start(self) -> None:
         self._failed_starts += 1
         if not self._started or self._failed_starts > MOST_FAILED_STARTS:
-            packages = " ".join(self.packages)
+            packages, arguments = " ".join(self.packages), shlex.join(self._arguments)
             raise RuntimeError(
                 f"a verifier process was not ready after {START_S:.0f} s, or ended before; to see why, run `python -m"
-                f" prism_mcore.rewards.worker {packages}`; to install {packages}: pip install 'prism_mcore[rl]'"
+                f" prism_mcore.rewards.worker {arguments}`; to install {packages}: pip install 'prism_mcore[rl]'"
             )
 
     def _start(self) -> _Worker:
         process = subprocess.Popen(
-            [sys.executable, "-m", "prism_mcore.rewards.worker", *self.packages],
+            [sys.executable, "-m", "prism_mcore.rewards.worker", *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -48,7 +48,8 @@ def build(settings: RLSettings, prompts: Prompts, groups: Groups, device: torch.
     verifier = None
     if groups.tp_rank == 0:
         rewards = prompts.training.rewards | (prompts.held_out.rewards if prompts.held_out else frozenset())
-        verifier = opened.enter_context(Verifier(settings.rewards.workers, settings.rewards.timeout_s, rewards))
+        rules = settings.rewards
+        verifier = opened.enter_context(Verifier(rules.workers, rules.timeout_s, rewards, rules.code_limits()))
     engine = Engine(
         every.models[0], prompts.tokenizer, settings=settings.generate, eos=prompts.eos, context=settings.rl.context
     )
