@@ -5,11 +5,13 @@
 #     benchmarks/gpu_suite.sh tests [folder]      the kernels' tests: gpu_tests.txt, gpu_tests.xml
 #     benchmarks/gpu_suite.sh measure [folder]    every op of three models beside its peers: kernels_<gpu>.json and .md,
 #                                                 and what the kernels compile to here: compiled.json and .md
+#     benchmarks/gpu_suite.sh features [folder]   each feature of the training step on and off (needs megatron-core):
+#                                                 features_<gpu>.json
 #
 # Each part ends within 9 minutes, the first call's compiling included, and writes as it goes: what ends it early leaves
 # what it had. The folder is benchmarks/results unless given, the interpreter python3 unless PYTHON names another.
 set -uo pipefail
-[ $# -ge 1 ] && [ $# -le 2 ] && { [ "$1" = tests ] || [ "$1" = measure ]; } || { sed -n 2,10p "$0"; exit 2; }
+[ $# -ge 1 ] && [ $# -le 2 ] && [[ $1 =~ ^(tests|measure|features)$ ]] || { sed -n 2,12p "$0"; exit 2; }
 mkdir -p "${2:-$(dirname "$0")/results}" && RESULTS=$(cd "${2:-$(dirname "$0")/results}" && pwd) || exit 2
 PYTHON=${PYTHON:-python3}
 cd "$(dirname "$0")/.."
@@ -33,7 +35,8 @@ run_tests() {
     "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 10 --dist loadfile)
     local pytest=("$PYTHON" -m pytest -p no:cacheprovider -vv -rfE --tb=short "${parallel[@]}")
     timeout -s INT -k 30 420 "${pytest[@]}" --junitxml "$RESULTS/gpu_tests.xml" \
-        tests/kernels/*/test_triton.py tests/kernels/norm/test_gated.py tests/kernels/scan/test_step.py
+        tests/kernels/*/test_triton.py tests/kernels/norm/test_gated.py tests/kernels/scan/test_step.py \
+        tests/kernels/fp8_linear/test_fp8_linear.py
     local status=$?
     # The other tests marked gpu need megatron-core as well.
     if "$PYTHON" -c 'import megatron.core' 2>/dev/null; then
@@ -53,4 +56,12 @@ measure() {
         --tests "$RESULTS"/gpu_tests*.xml
 }
 
-if [ "$1" = tests ]; then run_tests 2>&1 | tee "$RESULTS/gpu_tests.txt"; else measure; fi
+features() {
+    "$PYTHON" benchmarks/features.py --nproc "$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')" \
+        --minutes 8 --out "$RESULTS/features_$GPU.json"
+}
+
+case $1 in
+    tests) run_tests 2>&1 | tee "$RESULTS/gpu_tests.txt" ;;
+    *) "$1" ;;
+esac

@@ -32,7 +32,8 @@ from prism_mcore.parallel import Groups, init_groups
 from prism_mcore.plan.throughput import peak_flops
 from prism_mcore.train.checks import check
 from prism_mcore.train.metrics import peak_memory_gb
-from prism_mcore.train.optimizer import build_optimizer, update, wrap
+from prism_mcore.train.optimizer import build_optimizer, update
+from prism_mcore.train.run import wrap_chunks
 from prism_mcore.train.settings import MidtrainSettings
 from prism_mcore.train.step import backward
 
@@ -74,6 +75,11 @@ def synthetic_batches(settings: MidtrainSettings, spec: ModelSpec, groups: Group
     return batches
 
 
+def wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class Step:
     """A training step at the settings' shape, on the same synthetic batch every time."""
 
@@ -86,12 +92,7 @@ class Step:
                 for tensor in chunk.parameters():
                     tensor.normal_(std=0.02)
         self.groups, self.lr = groups, settings.optimizer.lr
-        self.chunks = wrap(
-            chunks,
-            groups,
-            optimizer_instances=settings.parallel.optimizer_instances,
-            overlap=device.type == "cuda" and groups.dp_size > 1,
-        )
+        self.chunks = wrap_chunks(settings, chunks, groups, device)
         self.optimizer = build_optimizer(self.chunks, settings.optimizer, groups)
         self.batches = synthetic_batches(settings, spec, groups)
 
@@ -104,10 +105,10 @@ class Step:
         seconds = []
         for _ in range(steps):
             dist.barrier()
-            torch.cuda.synchronize()
+            wait_for_device()
             begun = perf_counter()
             self()
-            torch.cuda.synchronize()
+            wait_for_device()
             seconds.append(perf_counter() - begun)
         slowest = torch.tensor(seconds, dtype=torch.float64, device=next(self.chunks[0].parameters()).device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
@@ -143,7 +144,7 @@ def report(settings: MidtrainSettings, spec: ModelSpec, groups: Groups, step: St
         "world_size": groups.world_size,
         "layout": settings.parallel.model_dump(),
         "sublayers": spec.pattern,
-        "dtype": settings.precision.dtype,
+        "precision": settings.precision.model_dump(),
         "tokens_per_step": tokens,
         "step_s": {"min": best, "median": sorted(seconds)[len(seconds) // 2], "max": max(seconds)},
         "tokens_per_s": tokens / best,

@@ -134,7 +134,17 @@ def build_run(
     resume_from = newest_undamaged(checkpoints.folder) if settings.checkpoint.resume else None
     if resume_from is None:
         set_initial_weights(settings, chunks, groups)
-    wrapped = wrap(
+    wrapped = wrap_chunks(settings, chunks, groups, device)
+    optimizer = build_optimizer(wrapped, settings.optimizer, groups)
+    guard = Guard(settings.guards, settings.run_dir, groups, suspects)
+    return Run(settings, spec, groups, wrapped, optimizer, checkpoints, guard, resume_from)
+
+
+def wrap_chunks(
+    settings: LoopSettings, chunks: list[HybridModel], groups: Groups, device: torch.device
+) -> list[DistributedDataParallel]:
+    """The chunks with gradient buffers, reduced as the settings say."""
+    return wrap(
         chunks,
         groups,
         optimizer_instances=settings.parallel.optimizer_instances,
@@ -144,9 +154,6 @@ def build_run(
         # copies of a bucket in fp32 on the GPU.
         overlap=device.type == "cuda",
     )
-    optimizer = build_optimizer(wrapped, settings.optimizer, groups)
-    guard = Guard(settings.guards, settings.run_dir, groups, suspects)
-    return Run(settings, spec, groups, wrapped, optimizer, checkpoints, guard, resume_from)
 
 
 def require_shared(folder: Path, groups: Groups) -> None:
