@@ -64,6 +64,18 @@ class Quantized:
         return data.mul_(scale.repeat_interleave(BLOCK, 1)[:, :k])
 
 
+@dataclass(frozen=True)
+class Fp8Activation:
+    """What a linear layer reads, quantised where it was computed; a kernel has written it in FP8 only.
+
+    Fp8Activation(x=bf16 [4096, 1, 2048], rows=Quantized [4096, 2048], columns=Quantized [2048, 4096])
+    """
+
+    x: Tensor  # stands for it in autograd: its shape, format and gradient. Its numbers are not to be read
+    rows: Quantized
+    columns: Quantized | None  # the transpose, for the gradient of a weight
+
+
 Copies = tuple[Quantized, Quantized | None]  # a matrix, and its transpose where that is wanted
 ReduceAmax = Callable[[Tensor], None] | None  # takes the largest amax over ranks, in place
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from prism_kernels.boundaries import document_ends
 from prism_kernels.caches import PagedCache
 from prism_mcore.model.context import ModelContext
-from prism_mcore.model.linear import column_linear, norm, project, row_linear
+from prism_mcore.model.linear import Input, column_linear, norm, project, row_linear
 from prism_mcore.model.state import Decode, PackedTokens, State
 
 
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         """Room for the keys and values of blocks * block_len tokens."""
         return PagedCache.allocate(blocks, block_len, self.kv_heads, self.spec.head_dim, dtype, device)
 
-    def forward(self, x: Tensor, seq: PackedTokens, state: State | None = None) -> Tensor:
+    def forward(self, x: Input, seq: PackedTokens, state: State | None = None) -> Tensor:
         """[t, 1, d] -> [t, 1, d]."""
         qkv = project(self.qkv, x, state)
         tokens, p = qkv.shape[0], self.spec.head_dim

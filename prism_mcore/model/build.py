@@ -64,7 +64,7 @@ def fp8_of(settings: BuildSettings, groups: Groups, ops: Ops, device: torch.devi
     if precision.fp8 == "blockwise" and device.type == "cuda" and backend in ("te", "torch") and cuda < (12, 9):
         raise SettingsError(
             f"precision.fp8=blockwise: products of blocks need CUDA 12.9 or later, torch was built with"
-            f" {torch.version.cuda}; use precision.fp8=tensorwise, or kernels.fp8_linear=reference to emulate them"
+            f" {torch.version.cuda}; use precision.fp8=tensorwise, or kernels.fp8_linear=triton"
         )
     return Fp8(precision.fp8, ops, groups.tp, precision.fp8_bf16_ends)
 

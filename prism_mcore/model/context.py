@@ -21,6 +21,11 @@ class ModelContext:
     ops: Ops  # the op table, decided once at start
     fp8: Fp8 | None = None  # the FP8 recipe of the large linears' products; None where they are of config.params_dtype
 
+    def fusing(self, quantize_op: str, *ops: str) -> Fp8 | None:
+        """The FP8 recipe, where what these ops give can be quantised as it is computed: by the same backend."""
+        backends = {self.ops.backends[op].name for op in (quantize_op, *ops)}
+        return None if self.fp8 is None or self.fp8.by_te or len(backends) > 1 else self.fp8
+
     def of_layer(self, layer: int) -> "ModelContext":
         """That of a sub-layer, some of which may be kept out of FP8."""
         return self if self.fp8 is None or self.fp8.covers(layer, len(self.spec.pattern)) else replace(self, fp8=None)

@@ -4,6 +4,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
-from prism_kernels.fp8 import E4M3, Quantized, Recipe, gradient_format
+from prism_kernels.fp8 import E4M3, Copies, Fp8Activation, Quantized, Recipe, gradient_format
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.state import Decode, Prefill
 
@@ -27,6 +28,8 @@ class Fp8:
         if not self.by_te:
             self.amax, self.quantize = ops["fp8_amax"], ops["fp8_quantize"]
             self.quantize_weight, self.product = ops["fp8_quantize_weight"], ops["fp8_linear"]
+            self.norm_quantize = ops["rms_norm_quantize"]
+            self.activations = {op: ops[f"{op}_quantize"] for op in ("swiglu", "squared_relu")}
         self.generating: type[Prefill] | type[Decode] | None = None
         self.kept: dict[Fp8Product, Quantized] = {}  # weights as the newest prefill found them
         self.gradient = gradient_format(recipe)
@@ -44,8 +47,21 @@ class Fp8:
         finally:
             self.enabled = before
 
-    def all_tokens(self, x: Tensor, sequence_parallel: bool) -> Tensor:
+    def norm(
+        self, x: Tensor, branch: Tensor | None, alpha: float, weight: Tensor, eps: float
+    ) -> tuple[Fp8Activation, Tensor]:
+        """(rms_norm(h) in FP8, h) for h = x + alpha * branch, or x; every rank has all tokens."""
+        return self.norm_quantize(x, branch, alpha, weight, eps, self.recipe, None, torch.is_grad_enabled())
+
+    def activation(self, op: str, x: Tensor) -> Fp8Activation:
+        """swiglu(x) or squared_relu(x) in FP8; ranks have a part of its columns each."""
+        return self.activations[op](x, self.recipe, self.reduce_amax, torch.is_grad_enabled())
+
+    def all_tokens(self, x: Tensor | Fp8Activation, sequence_parallel: bool) -> Any:
         """What a column-parallel product reads, [t, 1, k] on every rank; its gradients are summed over ranks."""
+        if isinstance(x, Fp8Activation):
+            assert not sequence_parallel, "it is quantised after it was gathered"
+            return replace(x, x=copy_to_tensor_model_parallel_region(x.x, group=self.group))
         if sequence_parallel:
             return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.group)
         return copy_to_tensor_model_parallel_region(x, group=self.group)
@@ -80,9 +96,14 @@ class Fp8:
         if self.recipe == "blockwise":
             return None
         amax = self.amax(x)
-        if sharded and self.group.size() > 1:
-            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.group)
+        if sharded:
+            self.reduce_amax(amax)
         return amax
+
+    def reduce_amax(self, amax: Tensor) -> None:
+        """The largest over ranks, in place."""
+        if self.group.size() > 1:
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.group)
 
 
 class Fp8Product:
@@ -99,9 +120,17 @@ class Fp8Product:
     def enabled(self) -> bool:
         return self.fp8.enabled
 
-    def __call__(self, x: Tensor, weights: list[Tensor]) -> Tensor:
+    def __call__(self, x: Tensor | Fp8Activation, weights: list[Tensor]) -> Tensor:
         """x [t, 1, k] times weights of n rows together, [n, k] -> [t, 1, n]; the caller gathers and adds over ranks."""
-        return _Linear.apply(x, self, torch.is_grad_enabled(), *weights)
+        made = (x.rows, x.columns) if isinstance(x, Fp8Activation) else None
+        x = x.x if isinstance(x, Fp8Activation) else x
+        return _Linear.apply(x, self, made, torch.is_grad_enabled(), *weights)
+
+    def quantized(self, x: Tensor, columns: bool) -> Copies:
+        """x [t, 1, k] and, with `columns`, its transpose."""
+        rows = x.flatten(0, -2)
+        amax = self.fp8.whole_amax(rows, sharded=self.row_parallel)
+        return self.fp8.quantize(rows, self.fp8.recipe, E4M3, amax, columns=columns)
 
     def weight(self, weights: Sequence[Tensor], amax: Tensor | None) -> Quantized:
         """[n, k]. A decoding step reads what the prefill before it kept: weights do not change in between.
@@ -133,10 +162,11 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: Fp8Product, training: bool, *weights: Tensor) -> Tensor:
-        fp8, rows = linear.fp8, x.flatten(0, -2)
-        amax, weight_amax = fp8.whole_amax(rows, sharded=linear.row_parallel), linear.weight_amax(weights)
-        by_row, by_column = fp8.quantize(rows, fp8.recipe, E4M3, amax, columns=training and ctx.needs_input_grad[3])
+    def forward(
+        ctx: Any, x: Tensor, linear: Fp8Product, made: Copies | None, training: bool, *weights: Tensor
+    ) -> Tensor:
+        fp8, weight_amax = linear.fp8, linear.weight_amax(weights)
+        by_row, by_column = made or linear.quantized(x, columns=training and ctx.needs_input_grad[4])
         y = fp8.product(by_row, linear.weight(weights, weight_amax), x.dtype)
         if training:
             kept = (by_column.data, by_column.scale_inv) if by_column else (None, None)
@@ -158,7 +188,7 @@ class _Linear(torch.autograd.Function):
         if data is not None:
             grad_weight = fp8.product(by_column, Quantized(data, scale_inv), weights[0].dtype)
             grad_weights = list(grad_weight.split([len(weight) for weight in weights]))
-        return grad_x, None, None, *grad_weights
+        return grad_x, None, None, None, *grad_weights
 
 
 def _together(weights: Sequence[Tensor]) -> Tensor:

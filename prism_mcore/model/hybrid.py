@@ -25,7 +25,7 @@ from prism_kernels.rope.angles import rope_table
 from prism_mcore.batch import PackedBatch
 from prism_mcore.model.attention import Attention
 from prism_mcore.model.context import ModelContext
-from prism_mcore.model.linear import add_and_norm, norm, residual_sum
+from prism_mcore.model.linear import Input, add_and_norm, norm, residual_sum
 from prism_mcore.model.mamba import GLOBAL_NAMES, Mamba
 from prism_mcore.model.mlp import MLP
 from prism_mcore.model.parameters import Parameter, padded_vocabulary, parameters
@@ -46,6 +46,7 @@ class Block(nn.Module):
         self.norm, self.mixer = norm(context, context.spec.hidden_size), MIXERS[kind](context)
         self.residual_multiplier, self.recompute = context.spec.residual_multiplier, recompute
         self.exact = context.ops.uses_exact("add_rms_norm")
+        self.config, self.fp8 = context.config, context.fusing("rms_norm_quantize", "rms_norm", "add_rms_norm")
 
     def forward(
         self, x: Tensor, seq: PackedTokens, branch: Tensor | None = None, state: State | None = None
@@ -55,11 +56,16 @@ class Block(nn.Module):
             x = self.total(x, branch)  # one tensor to keep instead of two
             # Nothing here draws random numbers, so there is no state to restore.
             return x, checkpoint(self.branch, x, seq, use_reentrant=False, preserve_rng_state=False)
-        normed, x = add_and_norm(self.norm, x, branch, self.residual_multiplier)
+        normed, x = self.normed(x, branch)
         return x, self.mixer(normed, seq, state)
 
     def branch(self, x: Tensor, seq: PackedTokens) -> Tensor:
-        return self.mixer(self.norm(x), seq)
+        return self.mixer(self.normed(x, None)[0], seq)
+
+    def normed(self, x: Tensor, branch: Tensor | None) -> tuple[Input, Tensor]:
+        """(norm(h), h) of the hidden states h; in FP8 where a kernel does both, and no tokens are to be gathered."""
+        fused = self.fp8 is not None and self.fp8.enabled and not self.config.sequence_parallel
+        return add_and_norm(self.norm, x, branch, self.residual_multiplier, self.fp8 if fused else None)
 
     def total(self, x: Tensor, branch: Tensor | None) -> Tensor:
         """The hidden states that (x, branch) stands for."""

@@ -2,6 +2,8 @@
 
 # t packed tokens (t / tp of them where activations are sequence-parallel), d hidden
 
+from typing import Any, TypeAlias
+
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import (
@@ -15,12 +17,17 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor, nn
 
+from prism_kernels.fp8 import Fp8Activation
 from prism_kernels.linear import exact as exact_linear
 from prism_kernels.matmul import mm
 from prism_kernels.norm.exact import add_scaled
 from prism_mcore.model.context import ModelContext
 from prism_mcore.model.fp8 import Fp8, Fp8Product
 from prism_mcore.model.state import Decode, State
+
+Input: TypeAlias = (
+    Tensor | Fp8Activation
+)  # of a mixer and of a linear: quantised already where a kernel does both in one
 
 
 def column_linear(context: ModelContext, rows: int, columns: int, bias: bool = False) -> nn.Module:
@@ -73,12 +80,12 @@ def column_linear_of_parts(context: ModelContext, rows: dict[str, int], columns:
     return ColumnLinearOfParts(context, rows, columns, replicated)
 
 
-def project(linear: nn.Module, x: Tensor, state: State | None) -> Tensor:
+def project(linear: nn.Module, x: Input, state: State | None) -> Tensor:
     """The product of a linear of this file, [t, 1, columns] -> [t, 1, rows]; the one place that knows of decoding.
 
     A decoding step need not wait for an overlapped gather of the weight: a prefill comes first.
     """
-    if state is not None and isinstance(state.step, Decode):
+    if state is not None and isinstance(state.step, Decode) and isinstance(x, Tensor):
         if type(linear) in (ColumnParallelLinear, RowParallelLinear) and linear.tp_group.size() == 1:
             # Straight to the product: what megatron-core does around it is 4% of a step of a small model.
             y = mm(x.squeeze(1), linear.weight.t()).unsqueeze(1)
@@ -109,7 +116,7 @@ class ColumnLinearOfParts(nn.Module):
             weight = nn.Parameter(torch.empty(count, columns, dtype=context.config.params_dtype))
             self.register_parameter(f"{name}_weight", weight)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Input) -> tuple[Tensor, None]:
         """The weights are put together for the product and again for its backward, not kept: 76 MB a layer in
         Nemotron-H at TP 2.
         """
@@ -154,7 +161,7 @@ class ColumnLinearOfParts(nn.Module):
 # --- FP8 --------------------------------------------------------------------------------------------------------------
 
 
-def fp8_column_product(product: Fp8Product, x: Tensor, weights: list[Tensor], sequence_parallel: bool) -> Tensor:
+def fp8_column_product(product: Fp8Product, x: Input, weights: list[Tensor], sequence_parallel: bool) -> Tensor:
     """[t, 1, d] -> [t, 1, rows]; gathers sequence-parallel input."""
     return product(product.fp8.all_tokens(x, sequence_parallel), weights)
 
@@ -164,7 +171,7 @@ class Fp8ColumnLinear(ColumnParallelLinear):
         super().__init__(*args, **kwargs)
         self.fp8 = Fp8Product(fp8, "column")
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Input) -> tuple[Tensor, None]:
         if not self.fp8.enabled:
             return super().forward(x)
         y = fp8_column_product(self.fp8, x, [self.weight], self.sequence_parallel)
@@ -176,7 +183,7 @@ class Fp8RowLinear(RowParallelLinear):
         super().__init__(*args, **kwargs)
         self.fp8 = Fp8Product(fp8, "row")
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Input) -> tuple[Tensor, None]:
         if not self.fp8.enabled:
             return super().forward(x)
         y = self.fp8(x, [self.weight])
@@ -240,8 +247,15 @@ class RMSNorm(nn.Module):
         self.rms_norm, self.add_rms_norm = context.ops["rms_norm"], context.ops["add_rms_norm"]
         self.weight = nn.Parameter(torch.empty(size, dtype=context.config.params_dtype))
 
-    def forward(self, x: Tensor, branch: Tensor | None = None, alpha: float = 1.0) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of x; with a branch (the norm of h, h) for h = x + alpha * branch, in one pass."""
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, alpha: float = 1.0, fp8: Fp8 | None = None
+    ) -> Tensor | tuple[Input, Tensor]:
+        """The norm of x; with a branch (the norm of h, h) for h = x + alpha * branch, in one pass.
+
+        With `fp8` (the norm in FP8, h or x).
+        """
+        if fp8 is not None:
+            return fp8.norm(x, branch, alpha, self.weight, self.eps)
         if branch is None:
             return self.rms_norm(x, self.weight, self.eps)
         return self.add_rms_norm(x, branch, alpha, self.weight, self.eps)
@@ -256,10 +270,12 @@ def norm(context: ModelContext, size: int) -> nn.Module:
     return RMSNorm(context, size)
 
 
-def add_and_norm(norm: nn.Module, x: Tensor, branch: Tensor | None, alpha: float) -> tuple[Tensor, Tensor]:
-    """(norm(h), h) for h = x + alpha * branch, or x where there is no branch."""
-    if branch is not None and isinstance(norm, RMSNorm):
-        return norm(x, branch, alpha)
+def add_and_norm(
+    norm: nn.Module, x: Tensor, branch: Tensor | None, alpha: float, fp8: Fp8 | None = None
+) -> tuple[Any, Tensor]:
+    """(norm(h), h) for h = x + alpha * branch, or x where there is no branch; with `fp8` norm(h) is in FP8."""
+    if isinstance(norm, RMSNorm) and (branch is not None or fp8 is not None):
+        return norm(x, branch, alpha, fp8)
     h = residual_sum(x, branch, alpha)
     return norm(h), h
 

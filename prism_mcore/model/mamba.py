@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from prism_kernels.caches import ConvCache
 from prism_kernels.scan.inputs import ScanInputs
 from prism_mcore.model.context import ModelContext
-from prism_mcore.model.linear import Weight, column_linear_of_parts, project, row_linear
+from prism_mcore.model.linear import Input, Weight, column_linear_of_parts, project, row_linear
 from prism_mcore.model.state import Decode, MambaCache, PackedTokens, State
 
 # Parameters of the table whose names here follow from the module that computes with both.
@@ -58,7 +58,7 @@ class Mamba(nn.Module):
         conv = ConvCache.allocate(slots, self.inner + 2 * self.state, spec.conv_kernel, dtype, device)
         return MambaCache(conv, self.ops["ssd_cache"](*shape, dtype, device))
 
-    def forward(self, x: Tensor, seq: PackedTokens, state: State | None = None) -> Tensor:
+    def forward(self, x: Input, seq: PackedTokens, state: State | None = None) -> Tensor:
         """[t, 1, d] -> [t, 1, d]."""
         spec = self.spec
         projected = project(self.in_proj, x, state).squeeze(1)

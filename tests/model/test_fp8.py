@@ -120,6 +120,36 @@ def test_fp8_is_in_force_in_every_large_linear_but_at_the_ends(name):
         assert run_ranks(1, counted_products, name, ends) == [[2 * (layers - 2 * ends), 0]]
 
 
+PRODUCERS = {"rms_norm": ("rms_norm", "add_rms_norm"), "swiglu": ("swiglu",), "squared_relu": ("squared_relu",)}
+FUSED = REFERENCE | {op: "triton" for ops in PRODUCERS.values() for op in (*ops, f"{ops[0]}_quantize")}
+APART = FUSED | {f"{op}_quantize": "reference" for op in PRODUCERS}  # another backend than the producer's
+
+
+@pytest.mark.parametrize(("name", "recipe", "tp"), [("dense", "tensorwise", 2), ("hybrid", "blockwise", 1)])
+def test_what_is_quantised_where_it_is_computed_changes_no_bit(name, recipe, tp):
+    fused, apart = (in_fp8(tp, {"tp": tp}, name, recipe, kernels=k, micro_batches=1) for k in (FUSED, APART))
+    assert fused[0].loss == apart[0].loss
+    assert all(torch.equal(fused[1][gradient], want) for gradient, want in apart[1].items())
+
+
+def counted_casts(groups, name, kernels):
+    """Activations that were written in the model's format and then quantised, in a forward pass."""
+    model, _ = model_in_fp8(SPECS[name], groups, kernels=kernels)
+    shared, counts = model.context.fp8, []
+    quantize = shared.quantize
+    shared.quantize = lambda *arguments, **options: counts.append(0) or quantize(*arguments, **options)
+    with torch.no_grad():
+        model(batch_of(SPECS[name]))
+    return len(counts)
+
+
+@pytest.mark.parametrize(("name", "of_mixers"), [("dense", 2), ("hybrid", 4)])
+def test_norms_and_activations_are_not_written_before_they_are_quantised(name, of_mixers):
+    """What attention and the scan give is; every linear has another input."""
+    assert run_ranks(1, counted_casts, name, FUSED) == [of_mixers]
+    assert run_ranks(1, counted_casts, name, APART) == [2 * len(SPECS[name].pattern)]
+
+
 def model_in_fp8(spec, groups, ends=0, kernels=REFERENCE, recipe="blockwise"):
     """A model whose FP8 products are written down."""
     cpu = torch.device("cpu")

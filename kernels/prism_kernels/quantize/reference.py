@@ -7,7 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prism_kernels.activation import reference as activation
-from prism_kernels.fp8 import BLOCK, E4M3, LARGEST, Copies, Quantized, Recipe, ReduceAmax, blocks_of, power_of_two_scale
+from prism_kernels.fp8 import (
+    BLOCK,
+    E4M3,
+    LARGEST,
+    Copies,
+    Fp8Activation,
+    Quantized,
+    Recipe,
+    ReduceAmax,
+    blocks_of,
+    power_of_two_scale,
+)
 from prism_kernels.norm import reference as norm
 
 
@@ -52,32 +63,35 @@ def rms_norm_quantize(
     recipe: Recipe,
     reduce_amax: ReduceAmax = None,
     columns: bool = True,
-) -> tuple[Copies, Tensor, Tensor]:
-    """(copies of rms_norm(h), h, 1 / rms of h) for h = x + alpha * branch, or x; [t, d], in e4m3.
+) -> tuple[Fp8Activation, Tensor]:
+    """(rms_norm(h) in e4m3, h) for h = x + alpha * branch, or x; x, branch [..., d].
 
     reduce_amax: takes the largest of a tensorwise amax over ranks, in place.
     """
     h = x if branch is None else torch.add(x, branch, alpha=alpha)
-    inverse = (h.float().square().mean(-1) + eps).rsqrt().flatten()
-    return _reduced(norm.rms_norm(h, weight, eps), recipe, reduce_amax, columns), h, inverse
+    return _quantized(norm.rms_norm(h, weight, eps), recipe, reduce_amax, columns), h
 
 
-def swiglu_quantize(gate_up: Tensor, recipe: Recipe, reduce_amax: ReduceAmax = None, columns: bool = True) -> Copies:
-    """Copies of swiglu(gate_up), [t, 2 f] -> [t, f] and [f, t], in e4m3."""
-    return _reduced(activation.swiglu(gate_up), recipe, reduce_amax, columns)
+def swiglu_quantize(
+    gate_up: Tensor, recipe: Recipe, reduce_amax: ReduceAmax = None, columns: bool = True
+) -> Fp8Activation:
+    """swiglu(gate_up) in e4m3, [..., 2 f] -> [..., f]."""
+    return _quantized(activation.swiglu(gate_up), recipe, reduce_amax, columns)
 
 
-def squared_relu_quantize(x: Tensor, recipe: Recipe, reduce_amax: ReduceAmax = None, columns: bool = True) -> Copies:
-    """Copies of squared_relu(x), [t, f] and [f, t], in e4m3."""
-    return _reduced(activation.squared_relu(x), recipe, reduce_amax, columns)
+def squared_relu_quantize(
+    x: Tensor, recipe: Recipe, reduce_amax: ReduceAmax = None, columns: bool = True
+) -> Fp8Activation:
+    """squared_relu(x) in e4m3, [..., f]."""
+    return _quantized(activation.squared_relu(x), recipe, reduce_amax, columns)
 
 
-def _reduced(y: Tensor, recipe: Recipe, reduce_amax: ReduceAmax, columns: bool) -> Copies:
-    rows = y.flatten(0, -2)
+def _quantized(y: Tensor, recipe: Recipe, reduce_amax: ReduceAmax, columns: bool) -> Fp8Activation:
+    rows = y.detach().flatten(0, -2)
     amax = fp8_amax(rows) if recipe == "tensorwise" else None
     if amax is not None and reduce_amax is not None:
         reduce_amax(amax)
-    return fp8_quantize(rows, recipe, E4M3, amax, columns)
+    return Fp8Activation(y, *fp8_quantize(rows, recipe, E4M3, amax, columns))
 
 
 def cast(scaled: Tensor, dtype: torch.dtype) -> Tensor:

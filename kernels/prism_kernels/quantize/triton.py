@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prism_kernels.activation import triton as activation
 from prism_kernels.backends import Uncovered
-from prism_kernels.fp8 import BLOCK, E4M3, LARGEST, Copies, Quantized, Recipe, ReduceAmax
-from prism_kernels.norm.triton import checked, norm_forward
+from prism_kernels.fp8 import BLOCK, E4M3, LARGEST, Copies, Fp8Activation, Quantized, Recipe, ReduceAmax
+from prism_kernels.norm import triton as norm
 from prism_kernels.quantize.scales import magnitude, narrowed, scale_of
 from prism_kernels.rows import as_rows, check_dtypes, multiple
 
@@ -161,29 +162,92 @@ def rms_norm_quantize(
     recipe: Recipe,
     reduce_amax: ReduceAmax = None,
     columns: bool = True,
+) -> tuple[Fp8Activation, Tensor]:
+    """(rms_norm(h) in e4m3, h) for h = x + alpha * branch, or x; see reference.py."""
+    with torch.no_grad():
+        copies, h, inverse = _norm(x, branch, alpha, weight, eps, recipe, reduce_amax, columns)
+    if branch is None:
+        return Fp8Activation(_NormHandle.apply(x, weight, inverse), *copies), x
+    handle, h = _AddNormHandle.apply(x, branch, alpha, weight, (h, inverse))
+    return Fp8Activation(handle, *copies), h
+
+
+def _norm(
+    x: Tensor,
+    branch: Tensor | None,
+    alpha: float,
+    weight: Tensor,
+    eps: float,
+    recipe: Recipe,
+    reduce_amax: ReduceAmax,
+    columns: bool,
 ) -> tuple[Copies, Tensor, Tensor]:
-    """(copies of rms_norm(h), h, 1 / rms of h) for h = x + alpha * branch, or x; see reference.py."""
-    rows, weight = as_rows(x), checked(x, weight)
+    """(copies of rms_norm(h), rows of h, 1 / rms of h)."""
+    rows, weight = as_rows(x), norm.checked(x, weight)
     if weight.dtype != x.dtype:
         raise Uncovered(f"x is {x.dtype} and weight {weight.dtype}: needs one format")
     amax = torch.zeros((), dtype=torch.int32, device=x.device) if recipe == "tensorwise" else None
     added = None if branch is None else as_rows(branch)
-    _, h, inverse = norm_forward(rows, added, alpha, weight, eps, store=False, amax=amax)
+    _, h, inverse = norm.norm_forward(rows, added, alpha, weight, eps, store=False, amax=amax)
     if amax is not None and reduce_amax is not None:
         reduce_amax(amax.view(torch.float32))
     shared = ROW if amax is None else TENSOR
     copies = _launch(h, E4M3, shared, kind=NORM, amax=amax, inverse=inverse, weight=weight, columns=columns)
-    return copies, h.view(x.shape), inverse
+    return copies, h, inverse
 
 
-def swiglu_quantize(gate_up: Tensor, recipe: Recipe, reduce_amax: ReduceAmax = None, columns: bool = True) -> Copies:
-    """Copies of swiglu(gate_up); see reference.py."""
-    return _activation(gate_up, SWIGLU, recipe, reduce_amax, columns)
+def swiglu_quantize(
+    gate_up: Tensor, recipe: Recipe, reduce_amax: ReduceAmax = None, columns: bool = True
+) -> Fp8Activation:
+    """swiglu(gate_up) in e4m3; see reference.py."""
+    with torch.no_grad():
+        copies = _activation(gate_up, SWIGLU, recipe, reduce_amax, columns)
+    return Fp8Activation(_SwiGLUHandle.apply(gate_up), *copies)
 
 
-def squared_relu_quantize(x: Tensor, recipe: Recipe, reduce_amax: ReduceAmax = None, columns: bool = True) -> Copies:
-    """Copies of squared_relu(x); see reference.py."""
-    return _activation(x, SQUARED_RELU, recipe, reduce_amax, columns)
+def squared_relu_quantize(
+    x: Tensor, recipe: Recipe, reduce_amax: ReduceAmax = None, columns: bool = True
+) -> Fp8Activation:
+    """squared_relu(x) in e4m3; see reference.py."""
+    with torch.no_grad():
+        copies = _activation(x, SQUARED_RELU, recipe, reduce_amax, columns)
+    return Fp8Activation(_SquaredReLUHandle.apply(x), *copies)
+
+
+def _handle(x: Tensor, *shape: int) -> Tensor:
+    """One element, to stand for a tensor of this shape in autograd."""
+    return x.new_zeros(1).expand(shape)
+
+
+class _NormHandle(norm._RMSNorm):
+    """What stands for a norm's result; backward is the norm's."""
+
+    @staticmethod
+    def forward(ctx, x, weight, inverse):
+        ctx.save_for_backward(x, weight, inverse)
+        return _handle(x, *x.shape)
+
+
+class _AddNormHandle(norm._AddRMSNorm):
+    @staticmethod
+    def forward(ctx, x, branch, alpha, weight, made):
+        ctx.save_for_backward(made[0], weight, made[1])
+        ctx.alpha, ctx.shape = alpha, x.shape
+        return _handle(x, *x.shape), made[0].view(x.shape)
+
+
+class _SwiGLUHandle(activation._SwiGLU):
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        return _handle(gate_up, *gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+class _SquaredReLUHandle(activation._SquaredReLU):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return _handle(x, *x.shape)
 
 
 def _activation(x: Tensor, kind: int, recipe: Recipe, reduce_amax: ReduceAmax, columns: bool) -> Copies:

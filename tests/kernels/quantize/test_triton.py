@@ -103,25 +103,33 @@ def near(ours, theirs):
     assert ((got - want).abs() <= 0.13 * want.abs() + theirs.scale_inv.max().cpu() * 2**-9).all()
 
 
+def both(made):
+    return made.rows, made.columns
+
+
 @recipes
 @pytest.mark.parametrize("shape", [(1, 16), (130, 300)])
 @pytest.mark.parametrize("added", [False, True])
 def test_a_norm_is_quantised_where_it_is_computed(shape, recipe, added):
-    """To the bit what the kernel of the norm by itself gives, and to a last bit what plain torch does."""
-    x, branch = matrix(shape), matrix(shape).flip(0) if added else None
+    """To the bit what the kernel of the norm by itself gives, and nearly what torch does; its gradients, too."""
     weight = (torch.rand(shape[1], generator=torch.Generator().manual_seed(1)) + 0.5).bfloat16().to(DEVICE)
-    copies, h, inverse = triton.rms_norm_quantize(x, branch, 0.5, weight, 1e-5, recipe)
-    if added:
-        normed, want_h = norm.add_rms_norm(x, branch, 0.5, weight, 1e-5)
-    else:
-        normed, want_h = norm.rms_norm(x, weight, 1e-5), x
-    assert torch.equal(h, want_h)
-    for ours, theirs in zip(copies, reference.fp8_quantize(normed, recipe, E4M3), strict=True):
+    x, branch = matrix(shape), matrix(shape).flip(0) if added else None
+    inputs = [each.requires_grad_() for each in (x, branch, weight) if each is not None]
+    made, h = triton.rms_norm_quantize(x, branch, 0.5, weight, 1e-5, recipe)
+    normed, want_h = norm.add_rms_norm(x, branch, 0.5, weight, 1e-5) if added else (norm.rms_norm(x, weight, 1e-5), x)
+    assert torch.equal(h, want_h) and made.x.shape == normed.shape
+    for ours, theirs in zip(both(made), reference.fp8_quantize(normed.detach(), recipe, E4M3), strict=True):
         assert_same(ours, theirs)
-    plain, _, plain_inverse = reference.rms_norm_quantize(x, branch, 0.5, weight, 1e-5, recipe)
-    torch.testing.assert_close(inverse, plain_inverse)
-    for ours, theirs in zip(copies, plain, strict=True):
+    plain, _ = reference.rms_norm_quantize(x, branch, 0.5, weight, 1e-5, recipe)
+    for ours, theirs in zip(both(made), both(plain), strict=True):
         near(ours, theirs)
+    upstream = [matrix(shape).flip(1), matrix(shape)][: 1 + added]
+    for ours, theirs in zip(
+        torch.autograd.grad([made.x, h][: 1 + added], inputs, upstream),
+        torch.autograd.grad([normed, want_h][: 1 + added], inputs, upstream),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
 
 
 @recipes
@@ -130,11 +138,15 @@ def test_a_norm_is_quantised_where_it_is_computed(shape, recipe, added):
 def test_an_activation_is_quantised_where_it_is_computed(shape, recipe, op):
     factor = 2 if op == "swiglu" else 1
     x = (torch.randn(shape[0], factor * shape[1], generator=torch.Generator().manual_seed(2)) * 3).bfloat16().to(DEVICE)
-    copies = getattr(triton, f"{op}_quantize")(x, recipe)
-    for ours, theirs in zip(copies, reference.fp8_quantize(getattr(activation, op)(x), recipe, E4M3), strict=True):
+    x.requires_grad_()
+    made, by_itself = getattr(triton, f"{op}_quantize")(x, recipe), getattr(activation, op)(x)
+    assert made.x.shape == by_itself.shape
+    for ours, theirs in zip(both(made), reference.fp8_quantize(by_itself.detach(), recipe, E4M3), strict=True):
         assert_same(ours, theirs)
-    for ours, theirs in zip(copies, getattr(reference, f"{op}_quantize")(x, recipe), strict=True):
+    for ours, theirs in zip(both(made), both(getattr(reference, f"{op}_quantize")(x, recipe)), strict=True):
         near(ours, theirs)
+    ours, theirs = (torch.autograd.grad(y, x, matrix(shape))[0] for y in (made.x, by_itself))
+    assert torch.equal(ours, theirs)
 
 
 def ranks_agree(amax):
@@ -145,8 +157,6 @@ def test_ranks_agree_on_an_amax_before_they_cast():
     x = matrix((16, 64))
     weight = torch.ones(64, dtype=torch.bfloat16, device=DEVICE)
     for each in (triton, reference):
-        (copy, _), _, _ = each.rms_norm_quantize(
-            x, None, 0.0, weight, 1e-5, "tensorwise", lambda amax: amax.fill_(448.0)
-        )
-        assert copy.scale_inv == 1
-        assert each.squared_relu_quantize(x, "tensorwise", ranks_agree)[0].scale_inv == 1
+        normed, _ = each.rms_norm_quantize(x, None, 0.0, weight, 1e-5, "tensorwise", ranks_agree)
+        activated = each.squared_relu_quantize(x, "tensorwise", ranks_agree)
+        assert normed.rows.scale_inv == activated.rows.scale_inv == 1
