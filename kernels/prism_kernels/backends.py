@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from typing import Any
 
 import torch
@@ -76,17 +77,15 @@ def missing_module(backend: str) -> str | None:
 
 def _is_installed(module: str) -> bool:
     """Can this module be imported, as far as files tell? Nothing is: a package of the same name may be anyone's."""
-    name, path = "", None
-    for i, part in enumerate(module.split(".")):
-        name = f"{name}.{part}" if name else part
-        if i and path is None:
-            return False  # what should hold it is a module, no package
-        found = (finder.find_spec(name, path) for finder in sys.meta_path)
-        spec = next((spec for spec in found if spec is not None), None)
-        if spec is None:
-            return False
-        path = spec.submodule_search_locations
-    return True
+    first, *rest = module.split(".")
+    found = (finder.find_spec(first, None) for finder in sys.meta_path)
+    spec = next((spec for spec in found if spec is not None), None)
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return False  # not there, or what should hold it is a module, no package
+        # By its last name: of a folder without an __init__ Python would look up the parent among imported modules.
+        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations))
+    return spec is not None
 
 
 def function(op: str, backend: str) -> Callable[..., Any]:

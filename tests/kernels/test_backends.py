@@ -112,6 +112,14 @@ def test_flash_attn_4_in_a_namespace_without_an_init_is_not_flash_attn_2(tmp_pat
     assert select({}, "cuda")["attention"].name == "triton"
 
 
+def test_a_module_in_a_folder_without_an_init_is_found(install, tmp_path):
+    """where the wheel of Transformer Engine's torch extension puts it"""
+    install(*LIBRARIES["te"])
+    (tmp_path / "transformer_engine" / "wheel_lib" / "__init__.py").unlink()
+    importlib.invalidate_caches()
+    assert why_not("te", GPU) is None
+
+
 def test_every_function_in_the_table_exists_and_takes_what_its_reference_takes():
     """kernels of packages that are not here are imported when they are called"""
     for name, op in OPS.items():
