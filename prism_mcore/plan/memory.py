@@ -139,29 +139,35 @@ def _local_elements(parameter: Parameter, tp: int) -> int:
     return rows * math.prod(rest) // (1 if parameter.tp_axis is None else tp)
 
 
-def kept_bytes_per_token(spec: ModelSpec, kind: str, tp: int, sequence_parallel: bool, element: int) -> tuple[int, int]:
+def kept_bytes_per_token(
+    spec: ModelSpec, kind: str, tp: int, sequence_parallel: bool, element: int, fp8: bool = False
+) -> tuple[int, int]:
     """(input, everything) that one sub-layer keeps for its backward pass, bytes per token on one rank.
 
     Everything, in elements: input and normed input 2d; attention (h+2k)p queries, keys and values, (h+k)p of them again
     where they are rotated, hp, and in fp32 a log-sum-exp and, where queries and keys are normed, a statistic of each;
     MLP 3f with a gate, 2f without; Mamba-2 [z|x|dt] and [B|C] before the convolution, [x|B|C] after it, the scan's and
     the norm's output, and in fp32 the state at each chunk's start. Divided by tp, the d terms only under sequence
-    parallelism.
+    parallelism. With FP8 what a product reads is kept in it: of a normed input all tokens, attention's output as well.
     """
     outer = spec.hidden_size / (tp if sequence_parallel else 1)
+    read = 1 if fp8 else element  # bytes of what a product reads, an MLP's, norm's or gated norm's output
     if kind == ATTENTION:
         copies = 3 if spec.position == "rope" else 2
         statistics = spec.num_heads + (spec.num_heads + spec.num_kv_heads if spec.qk_norm else 0)
         inside: float = copies * (spec.num_heads + spec.num_kv_heads) * spec.head_dim * element + 4 * statistics
+        inside += spec.num_heads * spec.head_dim * fp8
     elif kind == MLP:
-        inside = (3 if spec.activation == "swiglu" else 2) * spec.ffn_size * element
+        inside = ((2 if spec.activation == "swiglu" else 1) * element + read) * spec.ffn_size
     else:
         assert kind == MAMBA, kind
         inner, groups = spec.mamba_inner_size, spec.ssm_groups * spec.ssm_state_size
         groups *= tp if spec.ssm_groups == 1 else 1  # one group is on every rank
         states = 4 * inner * spec.ssm_state_size / spec.chunk_len
-        inside = (5 * inner + spec.mamba_num_heads + 4 * groups) * element + 4 * spec.mamba_num_heads + states
-    return math.ceil(outer * element), math.ceil(2 * outer * element + inside / tp)
+        inside = (4 * inner + spec.mamba_num_heads + 4 * groups) * element + 4 * spec.mamba_num_heads + states
+        inside += inner * read
+    normed = spec.hidden_size if fp8 else outer * element
+    return math.ceil(outer * element), math.ceil(outer * element + normed + inside / tp)
 
 
 def _activations(
@@ -173,11 +179,12 @@ def _activations(
     recompute: Collection[str],
 ) -> float:
     """Bytes per token of a micro-batch that a rank of this stage keeps for its backward passes."""
-    parallel, element = settings.parallel, 2 if settings.precision.dtype == "bf16" else 4
+    parallel, precision = settings.parallel, settings.precision
+    element, ends = 2 if precision.dtype == "bf16" else 4, precision.fp8_bf16_ends
     kept, working = 0, 0
     for index in layers:
-        kind = spec.pattern[index]
-        own, everything = kept_bytes_per_token(spec, kind, parallel.tp, parallel.sequence_parallel, element)
+        kind, fp8 = spec.pattern[index], precision.fp8 != "off" and ends <= index < len(spec.pattern) - ends
+        own, everything = kept_bytes_per_token(spec, kind, parallel.tp, parallel.sequence_parallel, element, fp8)
         kept += own if LAYER_NAMES[kind] in recompute else everything
         working = max(working, everything)
     return kept * _micro_batches_in_flight(parallel.pp, parallel.vpp, stage, micro_batches) + working

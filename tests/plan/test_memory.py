@@ -7,6 +7,7 @@ from tiny.models import SPECS, packed_batch
 
 from prism_mcore.evaluate.settings import ScoreSettings
 from prism_mcore.model.build import build_chunks
+from prism_mcore.model.fp8 import Fp8
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.spec import read_spec
 from prism_mcore.model.split import split_layers
@@ -20,9 +21,13 @@ def settings(**sections) -> ScoreSettings:
     return ScoreSettings.model_validate(sections)
 
 
-def chunks_of(groups, spec, dtype, seq_len, sequence_parallel=False):
+def chunks_of(groups, spec, dtype, seq_len, sequence_parallel=False, fp8="off"):
     split = split_layers(spec, groups.pp_size, groups.vpp, seq_len)
-    return build_chunks(spec, split, groups, Ops({}, CPU), dtype=dtype, device=CPU, sequence_parallel=sequence_parallel)
+    ops = Ops({"fp8_linear": "reference"}, CPU)
+    shared = None if fp8 == "off" else Fp8(fp8, ops, groups.tp)
+    return build_chunks(
+        spec, split, groups, ops, dtype=dtype, device=CPU, sequence_parallel=sequence_parallel, fp8=shared
+    )
 
 
 def count_parameters(groups, name):
@@ -40,10 +45,10 @@ def test_parameters_per_rank_are_those_of_the_model(name, layout):
         assert plan[stage].parameters == count
 
 
-def bytes_kept(groups, name, dtype, sequence_parallel):
+def bytes_kept(groups, name, dtype, sequence_parallel, fp8="off"):
     """Bytes per token that each kind of sub-layer saves for its backward pass, weights aside."""
     spec, seq_len = read_spec(name), 256
-    (chunk,) = chunks_of(groups, spec, dtype, seq_len, sequence_parallel)
+    (chunk,) = chunks_of(groups, spec, dtype, seq_len, sequence_parallel, fp8)
     chunk.initialise(0)
     seq = chunk._sequence(packed_batch([torch.arange(seq_len)], seq_len))
     weights = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
@@ -62,7 +67,7 @@ def bytes_kept(groups, name, dtype, sequence_parallel):
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             chunk.layers[str(index)](x, seq)
         # Mamba's projection has hooks of its own (`ColumnLinearOfParts`), so that these do not see its input.
-        unseen = x.nbytes if kind == "M" else 0
+        unseen = x.nbytes if kind == "M" and fp8 == "off" else 0
         kept[kind] = (sum(storages.values()) + unseen) / seq_len
     return kept
 
@@ -78,6 +83,18 @@ def test_sub_layers_keep_what_is_planned(name, dtype, ranks, sequence_parallel):
         assert planned["*"] < kept["*"] < 1.6 * planned["*"]
         if "M" in kept:
             assert planned["M"] < kept["M"] < 3 * planned["M"]
+
+
+@pytest.mark.parametrize(("ranks", "sequence_parallel"), [(1, False), (2, True)])
+@pytest.mark.parametrize("name", ["demo-dense", "demo-hybrid"])
+def test_sub_layers_in_fp8_keep_what_is_planned(name, ranks, sequence_parallel):
+    spec, dtype = read_spec(name), torch.float32
+    for kept in run_ranks(ranks, bytes_kept, name, dtype, sequence_parallel, "tensorwise", tp=ranks):
+        planned = {kind: kept_bytes_per_token(spec, kind, ranks, sequence_parallel, 4, True)[1] for kind in kept}
+        assert kept["-"] == pytest.approx(planned["-"], rel=0.01)
+        assert all(planned[kind] < kept[kind] < 3 * planned[kind] for kind in kept if kind != "-")
+    more, less = (plan_memory(settings(precision={"fp8": fp8}), spec, 1, seq_len=256) for fp8 in ("off", "blockwise"))
+    assert less[0].activations < more[0].activations
 
 
 def test_sizes_follow_from_precision_and_layout():
