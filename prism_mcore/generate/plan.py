@@ -9,7 +9,7 @@ from prism_mcore.generate.settings import GenerateSettings
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.plan import report
 from prism_mcore.plan.host import free_memory
-from prism_mcore.plan.memory import cache_bytes, inference_bytes, num_parameters
+from prism_mcore.plan.memory import cache_bytes, inference_bytes, kept_weight_bytes, num_parameters
 
 
 def plan(settings: GenerateSettings, spec: ModelSpec, lengths: Sequence[int], done: int) -> list[Table]:
@@ -36,4 +36,4 @@ def memory_of(settings: GenerateSettings, spec: ModelSpec, lengths: Sequence[int
     asked = settings.generate.cache_gb
     caches = fixed + longest * per_token if asked is None else asked * report.GB
     prefill = max(max(lengths), min(sum(lengths), settings.generate.prefill_tokens))
-    return math.ceil(inference_bytes(settings, spec, prefill) + caches)
+    return math.ceil(inference_bytes(settings, spec, prefill) + kept_weight_bytes(settings, spec) + caches)

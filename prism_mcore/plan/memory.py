@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from prism_kernels.loss import CHUNK_BYTES, MOST_ROUNDED_SUMS
-from prism_mcore.model.parameters import Parameter, padded_vocabulary, parameters
+from prism_mcore.model.parameters import Parameter, large_matrices, padded_vocabulary, parameters
 from prism_mcore.model.settings import BuildSettings
 from prism_mcore.model.spec import ATTENTION, LAYER_NAMES, MAMBA, MLP, ModelSpec
 from prism_mcore.model.split import split_layers
@@ -114,6 +114,19 @@ def cache_bytes(spec: ModelSpec, tp: int, element: int) -> tuple[int, int]:
     channels = spec.mamba_inner_size + 2 * groups
     state = 4 * spec.mamba_inner_size * spec.ssm_state_size + channels * (spec.conv_kernel - 1) * element
     return math.ceil(mamba * state / tp), math.ceil(per_token)
+
+
+def kept_weight_bytes(settings: BuildSettings, spec: ModelSpec) -> int:
+    """The large linears' weights in FP8, a byte a number, which decoding steps read; 0 without FP8."""
+    if settings.precision.fp8 == "off":
+        return 0
+    ends, sizes = settings.precision.fp8_bf16_ends, large_matrices(spec, settings.parallel.tp)
+    inside = spec.pattern[ends : len(spec.pattern) - ends]
+    of_kind = {
+        kind: sum(rows * columns for name, (rows, columns) in sizes.items() if name.startswith(LAYER_NAMES[kind]))
+        for kind in set(inside)
+    }
+    return math.ceil(sum(of_kind[kind] for kind in inside))
 
 
 def _stage_parameters(spec: ModelSpec, tp: int, pp: int, stage: int, layers: list[int]) -> list[tuple[Parameter, int]]:

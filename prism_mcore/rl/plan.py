@@ -6,7 +6,7 @@ from prism_mcore.model.flops import flops_per_token
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import data_parallel_size
 from prism_mcore.plan import report
-from prism_mcore.plan.memory import StageMemory, cache_bytes, num_parameters, plan_memory
+from prism_mcore.plan.memory import StageMemory, cache_bytes, kept_weight_bytes, num_parameters, plan_memory
 from prism_mcore.rl.settings import RLSettings
 
 
@@ -35,6 +35,8 @@ def _rollout_memory(settings: RLSettings, spec: ModelSpec, world_size: int) -> T
     if settings.rl.kl_coefficient:
         shards = data_parallel_size(settings.parallel, world_size) // settings.parallel.optimizer_instances
         rows.append(("reference policy", f"{4 * num_parameters(spec) / tp / shards / report.GB:.3g} GB"))
+    if kept := kept_weight_bytes(settings, spec):
+        rows.append(("weights in FP8", f"{kept / report.GB:.3g} GB while rollouts are generated"))
     whole = per_sequence + context * per_token
     rows += [
         ("cache of a sequence", f"{per_sequence / 2**20:.3g} MiB + {per_token / 2**10:.3g} KiB a token"),

@@ -11,7 +11,7 @@ from prism_mcore.model.fp8 import Fp8
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.spec import read_spec
 from prism_mcore.model.split import split_layers
-from prism_mcore.plan.memory import kept_bytes_per_token, plan_memory
+from prism_mcore.plan.memory import kept_bytes_per_token, kept_weight_bytes, plan_memory
 
 CPU = torch.device("cpu")
 
@@ -109,6 +109,13 @@ def test_sizes_follow_from_precision_and_layout():
     assert replicated.optimizer == 12 * count / 4
     (full,) = plan_memory(settings(precision={"dtype": "fp32"}), spec, 1, seq_len=seq_len)
     assert (full.weights, full.optimizer) == (4 * count, 8 * count)  # no second copy of fp32 weights
+
+
+def test_weights_that_decoding_keeps_in_fp8_are_those_of_the_large_linears():
+    spec = read_spec("llama-3.1-8b")
+    mine = 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
+    assert kept_weight_bytes(settings(), spec) == 0
+    assert kept_weight_bytes(settings(precision={"fp8": "blockwise"}, parallel={"tp": 2}), spec) == mine // 2
 
 
 def test_recompute_and_pipeline_change_activations_as_they_should():

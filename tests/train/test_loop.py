@@ -120,6 +120,8 @@ def test_fp8_resumes_bit_for_bit_and_leaves_no_trace_in_a_checkpoint(corpus, tmp
         for runs in ("through", "without")
     ]
     assert keys[0].keys() == keys[1].keys()
+    run_ranks(1, train, settings(corpus, tmp_path / "without", train={"steps": 7}, **precision), None)
+    assert [r["step"] for r in records(tmp_path / "without")] == list(range(1, 8))  # goes on with or without
     losses = records(tmp_path / "through", "validation.jsonl")[-1]
     assert losses["validation/loss/text"] != losses["validation/loss_without_fp8/text"]
     assert losses["validation/loss/text"] == pytest.approx(losses["validation/loss_without_fp8/text"], rel=0.05)
