@@ -11,6 +11,7 @@ from prism_kernels.boundaries import Boundaries
 from prism_mcore.generate import Engine, EngineSettings, Sampling
 from prism_mcore.model.attention import Attention
 from prism_mcore.model.build import build_chunks
+from prism_mcore.model.fp8 import Fp8
 from prism_mcore.model.ops import Ops
 from prism_mcore.model.spec import spec_from_config
 from prism_mcore.model.state import Decode, PackedTokens
@@ -31,11 +32,13 @@ class CopiesFromTheCPU(TorchDispatchMode):
         return out
 
 
-def copies_in_a_second_pass(groups, name):
+def copies_in_a_second_pass(groups, name, fp8=False):
     """A decoding pass on tensors without values, all but the attention, which is a kernel of its own."""
     spec, device = SPECS[name], torch.device("meta")
     layers = [list(range(len(spec.pattern)))]
-    (model,) = build_chunks(spec, layers, groups, Ops({}, CPU), dtype=torch.bfloat16, device=device)
+    ops = Ops({"fp8_linear": "reference"}, CPU)
+    recipe = Fp8("blockwise", ops, groups.tp) if fp8 else None
+    (model,) = build_chunks(spec, layers, groups, ops, dtype=torch.bfloat16, device=device, fp8=recipe)
     for layer in model.layers.values():
         if isinstance(layer.mixer, Attention):
             layer.mixer.attention_decode = lambda q, *_: torch.empty_like(q)
@@ -53,6 +56,7 @@ def copies_in_a_second_pass(groups, name):
 def test_a_decoding_pass_neither_copies_from_the_cpu_nor_asks_the_device(name):
     """A graph can hold neither; tensors without values raise an error where one is asked for."""
     assert run_ranks(1, copies_in_a_second_pass, name) == [[]]
+    assert run_ranks(1, copies_in_a_second_pass, name, True) == [[]]
 
 
 # Widths that the kernels cover.
