@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 
 OPEN, CLOSE = "<think>", "</think>"
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"(?<!\\)[{}]")
 
 
 def is_formatted(response: str) -> bool:
@@ -23,16 +25,30 @@ def final_answer(response: str) -> str:
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...}, braces matched, or None."""
-    starts = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
-    if not starts:
-        return None
-    depth, start = 1, starts[-1]
-    for place in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[start:place]
-    return None
+    r"""The content of the last \boxed{...} or \fbox{...}, braces matched, of the innermost where they nest, or None."""
+    found = boxes(text)
+    return found[-1][1] if found else None
+
+
+def boxes(text: str) -> list[tuple[int, str, int]]:
+    """(start, content, end) of every outermost box, the content of the last inside it; without matching braces none."""
+    closing, opened = {}, []
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            closing[opened.pop()] = brace.start()
+    found: list[tuple[int, str, int]] = []
+    for match in _BOX.finditer(text):
+        end = closing.get(match.end() - 1)
+        if end is None:
+            continue
+        content = text[match.end() : end] if not _BOX.search(text, match.end(), end) else ""
+        if found and match.start() < found[-1][2]:
+            found[-1] = (found[-1][0], content, found[-1][2])  # inside the one before
+        else:
+            found.append((match.start(), content, end + 1))
+    return found
 
 
 def repeated_fraction(tokens: Sequence[int], ngram: int) -> float:
