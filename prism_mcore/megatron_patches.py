@@ -55,6 +55,7 @@ def patch_megatron() -> None:
     _patch_jit_fuser()
     _patch_tensor_types()
     _patch_linear_products()
+    _patch_collectives_of_one_rank()
 
 
 def _is_cuda(device: object) -> bool:
@@ -237,6 +238,26 @@ def _gathered(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     whole = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
     dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
     return whole
+
+
+def _patch_collectives_of_one_rank() -> None:
+    """Upstream reduces gradients into their own buffer, and gathers parameters in theirs, over one data-parallel rank,
+    too. NCCL then does nothing; gloo copies the buffer away and back. Goes when gloo does not, or upstream asks nobody.
+    """
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    def unless_alone(collective: Callable) -> Callable:
+        @functools.wraps(collective)
+        def run(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            alone = kwargs["group"].size() == 1 and not kwargs["async_op"]
+            if alone and output.data_ptr() == input.data_ptr() and output.numel() == input.numel():
+                return None
+            return collective(output, input, *args, **kwargs)
+
+        return run
+
+    buffers.dist_reduce_scatter_func = unless_alone(buffers.dist_reduce_scatter_func)
+    buffers.dist_all_gather_func = unless_alone(buffers.dist_all_gather_func)
 
 
 def _patch_tensor_types() -> None:

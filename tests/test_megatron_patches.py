@@ -81,3 +81,21 @@ def test_gpu_packages_are_not_imported_on_a_cpu(tmp_path):
     code = "from prism_mcore.megatron_patches import patch_megatron; patch_megatron(); import megatron.core.optimizer"
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+
+
+def reduced_and_gathered(groups):
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    group, whole = groups.collection.dp_cp, torch.arange(4.0)
+    mine = whole.chunk(group.size())[group.rank()]
+    buffers.dist_reduce_scatter_func(mine, whole, op=torch.distributed.ReduceOp.SUM, group=group, async_op=False)
+    in_place, elsewhere = whole.clone(), torch.empty(4)
+    buffers.dist_all_gather_func(whole, mine, group=group, async_op=False)
+    buffers.dist_all_gather_func(elsewhere, mine, group=group, async_op=False)
+    return in_place[2 * groups.rank :][:2].tolist(), whole.tolist(), elsewhere.tolist()
+
+
+def test_collectives_into_their_own_buffer_are_left_out_on_one_rank_only():
+    assert run_ranks(1, reduced_and_gathered) == [([0, 1], [0, 1, 2, 3], [0, 1, 2, 3])]
+    summed = [0, 2, 4, 6]
+    assert run_ranks(2, reduced_and_gathered) == [(summed[:2], summed, summed), (summed[2:], summed, summed)]

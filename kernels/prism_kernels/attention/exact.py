@@ -106,9 +106,10 @@ class _Attention(reference._BlockAttention):
                 total = _in_order(_products(weights.to(q.dtype), blocks))
                 out[batch, rows] = total.div_(sums).to(q.dtype)
                 lse[batch, rows] = highest.mul_(scale * LOG2_E).add_(sums.log2_())[..., 0]
+        out, lse = reference._tokens(out, q), reference._tokens(lse[..., None], q[..., :1])[..., 0]
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale, ctx.window = scale, window
-        return reference._tokens(out, q)
+        return out
 
 
 def _scores(queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Causal attention within documents in plain torch, in blocks of queries, with an explicit backward.
+"""Causal attention within documents in plain torch, with an explicit backward in blocks of queries.
 
-torch's own CPU kernel computes the half above the diagonal too and multiplies bf16 at fp32's speed; here each block of
-queries meets only the keys it may see, in batched products, with all query heads of one key head in the same product.
+Forward without a window is torch's own CPU kernel. Its backward takes half as long again as this one in bf16, and it
+knows no window: there, each block of queries meets only the keys it may see, in batched products, with all query heads
+of one key head in the same product.
 """
 
 # t packed tokens, b documents of equal length, s tokens of each, h query heads, k key heads, m = h / k, p head_dim;
@@ -29,7 +30,7 @@ def attention(
     """Causal attention within each document: q [t, h, p], k and v [t, hk, p] with h % hk == 0; returns [t, h, p].
 
     window w: query i sees keys j with i - w < j <= i, itself included (Mistral's convention).
-    Softmax in fp32 (fp64 for fp64); for bf16 inputs the scores are a bf16 product. On a GPU this is torch's SDPA.
+    Scores and softmax in fp32 (fp64 for fp64). On a GPU this is torch's SDPA.
     """
     boundaries.check(q=q, k=k, v=v)
     if q.shape[1] % k.shape[1]:
@@ -64,42 +65,73 @@ def _hidden(start: int, end: int, first_key: int, window: int | None, device: to
 
 
 class _BlockAttention(torch.autograd.Function):
-    """q [b, s, h, p], k and v [b, s, hk, p] -> [b, s, h, p]; inside, rows are [b * hk, s * m, p]."""
+    """q [b, s, h, p], k and v [b, s, hk, p] -> [b, s, h, p]; kept for backward: lse [b, s, h], base 2."""
 
     @staticmethod
     def forward(ctx, q, k, v, scale, window):
-        queries, keys, values = _rows(q, k.shape[2]), _rows(k, k.shape[2]), _rows(v, k.shape[2])
-        out = torch.empty_like(queries)
-        lse = torch.empty(queries.shape[:2], dtype=accumulate_dtype(q.dtype))  # base 2
-        for batch, rows, cols, hidden in _blocks(q, k, window):
-            scores = _scores(queries[batch, rows], keys[batch, cols], hidden)
-            highest = scores.amax(-1, keepdim=True).mul_(scale * LOG2_E)
-            torch.sub(scores.mul_(scale * LOG2_E), highest, out=scores).exp2_()
-            sums = scores.sum(-1, keepdim=True)
-            out[batch, rows] = torch.bmm(scores.to(q.dtype), values[batch, cols]).to(sums.dtype).div_(sums)
-            lse[batch, rows] = highest.add_(sums.log2_())[..., 0]
+        whole = window is None or window >= q.shape[1]
+        out, lse = (_flash if whole else _windowed)(q, k, v, scale, window)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale, ctx.window = scale, window
-        return _tokens(out, q)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
+        """Each block of queries is laid out once, for all of its products; they are fp32 for bf16 inputs, too: from and
+        to bf16, scores and their gradients take as long to cast as to multiply.
+        """
         q, k, v, out, lse = ctx.saved_tensors
-        scale, acc = ctx.scale, lse.dtype
-        queries, keys, values, grads = (_rows(x, k.shape[2]) for x in (q, k, v, grad))
-        delta = (grads.to(acc) * out).sum(-1, keepdim=True)
-        grad_q = torch.empty_like(queries)
-        grad_k, grad_v = (torch.zeros_like(x, dtype=acc) for x in (keys, values))
-        for batch, rows, cols, hidden in _blocks(q, k, ctx.window):
-            scores = _scores(queries[batch, rows], keys[batch, cols], hidden)
-            torch.sub(scores.mul_(scale * LOG2_E), lse[batch, rows, None], out=scores).exp2_()
-            grad_v[batch, cols] += torch.bmm(scores.to(q.dtype).transpose(1, 2), grads[batch, rows])
-            grad_scores = torch.bmm(grads[batch, rows], values[batch, cols].transpose(1, 2)).to(acc)
-            grad_scores = grad_scores.sub_(delta[batch, rows]).mul_(scores).mul_(scale).to(q.dtype)
-            grad_q[batch, rows] = torch.bmm(grad_scores, keys[batch, cols])
-            grad_k[batch, cols] += torch.bmm(grad_scores.transpose(1, 2), queries[batch, rows])
-        grad_k, grad_v = (_tokens(x.to(q.dtype), k) for x in (grad_k, grad_v))
-        return _tokens(grad_q, q), grad_k, grad_v, None, None
+        scale, dtype, heads = ctx.scale, q.dtype, k.shape[2]
+        q, k, v, grad = (x.to(lse.dtype) for x in (q, k, v, grad))
+        keys, values = _rows(k, heads), _rows(v, heads)
+        # Weights come out times `scale`, which the gradient of the scores needs; that of the values takes it off again.
+        level = lse.neg().add_(math.log2(scale))[..., None]
+        delta = (grad * out).sum(-1, keepdim=True)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
+        for block, cols, batches, hidden in _blocks(q, k, ctx.window):
+            rows, grads, levels, means = (_rows(x[:, block], heads) for x in (q, grad, level, delta))
+            grad_rows = torch.empty_like(rows)
+            for batch in batches:
+                key, value = keys[batch, cols], values[batch, cols]
+                scores = _scores(rows[batch], key, hidden)
+                weights = torch.add(levels[batch], scores, alpha=scale * LOG2_E, out=scores).exp2_()
+                grad_v[batch, cols] += torch.bmm(weights.transpose(1, 2), grads[batch])
+                grad_scores = torch.bmm(grads[batch], value.transpose(1, 2)).sub_(means[batch]).mul_(weights)
+                torch.bmm(grad_scores, key, out=grad_rows[batch])
+                grad_k[batch, cols] += torch.bmm(grad_scores.transpose(1, 2), rows[batch])
+            grad_q[:, block] = _tokens(grad_rows, grad_q[:, block])
+        grad_k, grad_v = _tokens(grad_k, k), _tokens(grad_v.div_(scale), v)
+        return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), None, None
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+    """(out, lse) by torch's own kernel, which skips the keys above the diagonal and multiplies bf16 as such."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (x if group == 1 else x.repeat_interleave(group, 2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True, scale=scale)
+    return out.transpose(1, 2), lse.transpose(1, 2) * LOG2_E
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+    """(out, lse), visiting only the keys that a block of queries sees."""
+    dtype, heads = q.dtype, k.shape[2]
+    q, k, v = (x.to(accumulate_dtype(dtype)) for x in (q, k, v))
+    keys, values = _rows(k, heads), _rows(v, heads)
+    out, lse = torch.empty(q.shape, dtype=dtype), torch.empty(q.shape[:3], dtype=q.dtype)
+    for block, cols, batches, hidden in _blocks(q, k, window):
+        rows = _rows(q[:, block], heads)
+        out_rows, lse_rows = torch.empty_like(rows), torch.empty_like(rows[..., :1])
+        for batch in batches:
+            scores = _scores(rows[batch], keys[batch, cols], hidden)
+            highest = scores.amax(-1, keepdim=True).mul_(scale * LOG2_E)
+            torch.sub(scores.mul_(scale * LOG2_E), highest, out=scores).exp2_()
+            sums = scores.sum(-1, keepdim=True)
+            out_rows[batch] = torch.bmm(scores, values[batch, cols]).div_(sums)
+            lse_rows[batch] = highest.add_(sums.log2_())
+        out[:, block] = _tokens(out_rows, out[:, block])
+        lse[:, block] = _tokens(lse_rows, lse[:, block, :, None])[..., 0]
+    return out, lse
 
 
 def _rows(x: Tensor, key_heads: int) -> Tensor:
@@ -114,23 +146,23 @@ def _tokens(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(b, len(rows) // b, s, -1, p).transpose(1, 2).reshape(b, s, h, p)
 
 
-def _blocks(q: Tensor, k: Tensor, window: int | None) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """(documents x key heads, query rows, keys, which of the last keys each query does not see)."""
+def _blocks(q: Tensor, k: Tensor, window: int | None) -> Iterator[tuple[slice, slice, list[slice], Tensor]]:
+    """(queries, their keys, documents x key heads taken at a time, which of the last keys each query does not see)."""
     length, group = q.shape[1], q.shape[2] // k.shape[2]
     batch = q.shape[0] * k.shape[2]
     size = max(1, BLOCK_ELEMENTS // (QUERIES * group * length))
+    batches = [slice(i, i + size) for i in range(0, batch, size)]
     for start in range(0, length, QUERIES):
         end = min(start + QUERIES, length)
         first_key = 0 if window is None else max(0, start - window + 1)
         # Without a window only the square on the diagonal has hidden keys.
         hidden = _hidden(start, end, start if window is None else first_key, window, q.device)
-        for i in range(0, batch, size):
-            yield slice(i, i + size), slice(start * group, end * group), slice(first_key, end), hidden
+        yield slice(start, end), slice(first_key, end), batches, hidden
 
 
 def _scores(queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
-    """[b * hk, rows, keys] unscaled, -inf where hidden, in the accumulation dtype."""
-    scores = torch.bmm(queries, keys.transpose(1, 2)).to(accumulate_dtype(queries.dtype))
+    """[b * hk, rows, keys] unscaled, -inf where hidden."""
+    scores = torch.bmm(queries, keys.transpose(1, 2))
     last = scores[..., scores.shape[-1] - hidden.shape[1] :]
     last.unflatten(1, (len(hidden), -1)).masked_fill_(hidden[:, None], -math.inf)
     return scores
