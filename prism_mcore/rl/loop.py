@@ -11,7 +11,7 @@ from prism_mcore.rl.run import PolicyRun, build, resume, save, with_parity
 from prism_mcore.rl.settings import RLSettings
 from prism_mcore.rl.update import update_policy, version
 from prism_mcore.train.optimizer import gathered_parameters
-from prism_mcore.train.run import carry_out, due
+from prism_mcore.train.run import carry_out, collection_between_steps, due
 from prism_mcore.train.schedule import learning_rate
 from prism_mcore.train.signals import SharedSignals
 
@@ -33,7 +33,11 @@ def train(run: PolicyRun) -> int:
     settings, steps = run.settings, run.settings.train.steps
     start = done = saved = resume(run)
     code = DONE
-    with RLMetrics(run, start, run.rollouts.clock) as metrics, SharedSignals() as signals:
+    with (
+        RLMetrics(run, start, run.rollouts.clock) as metrics,
+        SharedSignals() as signals,
+        collection_between_steps() as collect,
+    ):
         run.rollouts.stopping = lambda: signals.anywhere
         try:
             if due(start, settings.train.validate_every, steps) and metrics.lacks_validation(start):
@@ -53,6 +57,7 @@ def train(run: PolicyRun) -> int:
                     save(run, step)
                     saved = step
                 run.checkpoints.poll()
+                collect()
         except Interrupted:
             code = STOPPED_BY_SIGNAL
             if done > saved:

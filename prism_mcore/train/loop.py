@@ -7,7 +7,7 @@ from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
 from prism_mcore.train.metrics import Metrics
 from prism_mcore.train.midtrain import MidtrainRun, build, resume, save
 from prism_mcore.train.optimizer import update
-from prism_mcore.train.run import carry_out, due
+from prism_mcore.train.run import carry_out, collection_between_steps, due
 from prism_mcore.train.schedule import learning_rate
 from prism_mcore.train.settings import MidtrainSettings
 from prism_mcore.train.signals import Signals
@@ -31,7 +31,12 @@ def train(run: MidtrainRun) -> int:
     settings, steps = run.settings, run.settings.train.steps
     start = resume(run)
     batches = run.loader.steps(start)
-    with Metrics(run, start) as metrics, Signals() as signals, contextlib.closing(batches):
+    with (
+        Metrics(run, start) as metrics,
+        Signals() as signals,
+        collection_between_steps() as collect,
+        contextlib.closing(batches),
+    ):
         if due(start, settings.train.validate_every, steps) and metrics.lacks_validation(start):
             metrics.log_validation(start, held_out_losses(run))
         for step in range(start + 1, steps + 1):
@@ -53,6 +58,7 @@ def train(run: MidtrainRun) -> int:
             if stats.stop or due(step, settings.checkpoint.every, steps):
                 save(run, step)
             run.checkpoints.poll()
+            collect()
             if stats.stop and step < steps:
                 log.info("stopped by a signal after step %d; the same command resumes from here", step)
                 break

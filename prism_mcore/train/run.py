@@ -1,9 +1,11 @@
 """What every training run is made of: start and finish, its folder, model and optimizer, saving and resuming."""
 
+import gc
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -92,6 +94,34 @@ def carry_out(
 def due(step: int, every: int, steps: int) -> bool:
     """Is it time for something done every so many steps, at the start and the end in any case?"""
     return step in (0, steps) or (every > 0 and step % every == 0)
+
+
+COLLECT_EVERY = 10  # steps
+
+
+@contextmanager
+def collection_between_steps() -> Iterator[Callable[[], None]]:
+    """What to call after each step: Python then collects garbage, every so many steps, and nowhere else.
+
+    Otherwise it does so wherever an allocation happens to be one too many, on each rank in another place of another
+    step, and the others wait. What lives after the first step, modules and megatron-core's maps of buffers, is not
+    looked through again.
+    """
+    counter = count(1)
+
+    def collect() -> None:
+        step = next(counter)
+        if step == 1 or step % COLLECT_EVERY == 0:
+            gc.collect()
+        if step == 1:
+            gc.freeze()
+
+    gc.disable()
+    try:
+        yield collect
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 def hold_folder(settings: LoopSettings, groups: Groups, opened: ExitStack) -> None:

@@ -1,6 +1,8 @@
 """What both loops are made of: a changed schedule is named, a folder is one run's alone."""
 
+import gc
 import os
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -88,3 +90,25 @@ def test_a_folder_that_cannot_be_made_is_refused_on_every_rank(tmp_path):
     ) as error:
         run_ranks(2, hold, MidtrainSettings(run={"dir": str(tmp_path / "taken"), "name": "run"}))
     assert set(error.value.reports) == {0, 1}
+
+
+class Cycle:
+    def __init__(self):
+        self.itself = self
+
+
+def test_garbage_is_collected_between_steps_and_nowhere_else():
+    from prism_mcore.train.run import COLLECT_EVERY, collection_between_steps
+
+    alive = []
+    with pytest.raises(KeyError), collection_between_steps() as collect:
+        collect()
+        frozen = gc.get_freeze_count()
+        cycle = weakref.ref(Cycle())
+        for _ in range(2, COLLECT_EVERY + 1):
+            [[] for _ in range(10_000)]  # would start a collection
+            alive.append(cycle() is not None)
+            collect()
+        raise KeyError
+    assert all(alive) and cycle() is None
+    assert frozen > 0 and gc.get_freeze_count() == 0 and gc.isenabled()
