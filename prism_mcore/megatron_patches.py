@@ -3,7 +3,7 @@
 megatron-core names "cuda" in some 250 places. `patch_megatron()` lets all of them mean the CPU where there is no CUDA,
 and does nothing where there is; all of that can go when megatron-core takes its device from its caller.
 `torch.cuda.is_available()` goes on returning False, so that other libraries in the process (transformers, torch itself)
-keep their own CPU paths. `patch_optimizer_checkpoint()` is for every device.
+keep their own CPU paths.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,7 +33,6 @@ _FACTORIES = [
 _NEW_METHODS = ["new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"]
 
 _patched = False  # for the CPU
-_optimizer_checkpoint_patched = False
 
 
 def patch_megatron() -> None:
@@ -299,50 +297,6 @@ def _cuda_types() -> Iterator[None]:
         yield
     finally:
         torch.Tensor.type = plain
-
-
-def patch_optimizer_checkpoint() -> None:
-    """Let the distributed optimizer save what it has in several buckets, and load a state for torch's Adam.
-
-    Upstream (0.16.1, optimizer/distrib_optimizer.py): `sharded_param_state_fully_reshardable` looks parameters up at
-    their places in a buffer whose buckets are padded (to multiples of 128 and of the data-parallel ranks), but in
-    tensors put together without the padding: after the first padded bucket every weight and moment is saved shifted.
-    And `_set_main_param_and_optimizer_states` copies every key of Adam's state from the checkpoint, which has no "step"
-    (KeyError); idle with Transformer Engine's. Goes when a checkpoint of several padded buckets loads without it.
-    """
-    global _optimizer_checkpoint_patched
-    if _optimizer_checkpoint_patched:
-        return
-    _optimizer_checkpoint_patched = True
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    sharded_state = DistributedOptimizer.sharded_param_state_fully_reshardable
-    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    def sharded_state_of_padded_buckets(self: Any, *args: Any, **kwargs: Any) -> Any:
-        padded = [buffer.param_index_map for buffer in self.buffers]
-        for buffer in self.buffers:
-            buffer.param_index_map = _places_without_padding(buffer)
-        try:
-            return sharded_state(self, *args, **kwargs)
-        finally:
-            for buffer, places in zip(self.buffers, padded, strict=True):
-                buffer.param_index_map = places
-
-    def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        set_states(self, model_param, {**{key: state[key] for key in ("step",) if key in state}, **tensors})
-
-    DistributedOptimizer.sharded_param_state_fully_reshardable = sharded_state_of_padded_buckets
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
-
-
-def _places_without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
-    """(first element, end, bucket) of each parameter of a megatron-core buffer, its buckets put together unpadded."""
-    paddings = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
-    before = [0, *accumulate(paddings)]
-    return {p: (start - before[b], end - before[b], b) for p, (start, end, b) in buffer.param_index_map.items()}
 
 
 def restore_gradient_reduction() -> None:

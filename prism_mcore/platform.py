@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from prism_mcore.megatron_patches import CPU, patch_megatron, patch_optimizer_checkpoint
+from prism_mcore.megatron_patches import CPU, patch_megatron
 
 # A collective that waits longer than this ends the run. A killed peer is noticed at once (its sockets close); this
 # bound is for a peer that hangs. Who may work longer alone meets the others through `meeting.Meeting`.
@@ -33,7 +33,6 @@ def start(
     if deterministic and torch.cuda.is_available():
         _be_deterministic()
     device = _cuda_device() if torch.cuda.is_available() else _cpu_device(threads)
-    patch_optimizer_checkpoint()
     if not dist.is_initialized():
         _init_process_group(device, timeout)
     return device

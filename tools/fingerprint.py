@@ -83,7 +83,7 @@ def fingerprints(work: Path) -> dict[str, str]:
         found |= {f"{folder.name}/{name}": records(folder / f"{name}.jsonl") for name in ("metrics", "validation")}
     found |= {f"rl/{path.stem}": records(path) for path in sorted((rl / "rollouts").glob("*.jsonl"))}
     found |= {f"export/{path.name}": digest(path) for path in sorted(hf.iterdir()) if path.suffix == ".safetensors"}
-    found["import"] = digests(path for path in sorted(imported.rglob("*.distcp")))
+    found["import"] = digests(path for path in sorted(imported.rglob("*.safetensors")))
     found["scores"] = digest(work / "scores.safetensors")
     found["samples"] = lines(work / "samples.jsonl")
     return found

@@ -22,6 +22,7 @@ BLOCK_BYTES = 8 * 2**20  # read, hashed and written at once
 BLOCKS_WAITING = 4  # for their hash or for the disk: what bounds memory
 
 T = TypeVar("T")
+OnBytes = Callable[[int], None]  # told of bytes that were read or written
 
 
 class Buffers:

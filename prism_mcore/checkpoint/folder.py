@@ -2,10 +2,8 @@
 
 <run>/checkpoints/
     step_00000100/           written as .tmp_step_00000100, synced, renamed when complete
-        __0_0.distcp ...     tensors under their global names, megatron-core's torch_dist format
-        .metadata            where each tensor is (torch's index, a pickle: read as data by index.py)
-        metadata.json        megatron-core's name of the format
-        common.pt            empty, and never opened; megatron-core wants it
+        __0_0.safetensors .. what each rank has of every tensor
+        tensors.json         the index: each tensor's dtype and shape, and where its pieces are
         state.json           everything that is not a tensor
         manifest.json        size and SHA-256 of every file above
     latest                   the name of the newest complete one
@@ -16,14 +14,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
 from prism_mcore.agree import gather_failures
 from prism_mcore.checkpoint.durable import FileRecord, damage, read_object, write_manifest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, FORMAT_VERSION)  # 1 is read by old_format.py
 STATE = "state.json"
 LATEST = "latest"
 
@@ -105,9 +102,9 @@ def read_state(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     version = record.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version not in READ_VERSIONS:
         raise CheckpointError(
-            f"{path} has format version {version}; this program reads version {FORMAT_VERSION}."
+            f"{path} has format version {version}; this program reads versions 1 and {FORMAT_VERSION}."
             " Load it with the version of prism_mcore that wrote it"
         )
     for key, kind in {"step": int, "layout": dict, "optimizer_step": int, "state": dict}.items():
@@ -135,7 +132,5 @@ def complete(path: Path, state: str, records: dict[str, FileRecord]) -> None:
 
     records: of the files that are hashed already.
     """
-    save_config(CheckpointingConfig("torch_dist", 1), str(path))
-    torch.save({}, path / "common.pt")
     (path / STATE).write_text(state, encoding="utf-8")
     write_manifest(path, records)

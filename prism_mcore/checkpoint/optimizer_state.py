@@ -1,20 +1,38 @@
-"""The optimizer in a checkpoint: moments and fp32 weights by global name, and the number of updates."""
+"""The optimizer's state as a rank has it: fp32 masters and moments of its own ranges, and the number of updates."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from torch import Tensor
 
 
-def sharded_optimizer(
-    optimizer: MegatronOptimizer, model: ShardedStateDict, is_loading: bool, metadata: dict[str, Any]
-) -> ShardedStateDict:
-    """megatron-core's description of the optimizer's tensors; `model` is that of its parameters."""
+def own_ranges(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, range, Tensor]]:
+    """(parameter, this rank's elements of it flattened, their fp32 master) of all that this rank updates.
+
+    From megatron-core's distributed optimizer, which knows its ranges as `gbuf_ranges`.
+    """
+    distributed = _only(optimizer)
+    for by_dtype in distributed.gbuf_ranges:
+        for buckets in by_dtype.values():
+            for bucket in buckets:
+                for parameter, ranges in bucket["param_map"].items():
+                    group, order = distributed.model_param_group_index_map[parameter]
+                    master = distributed.optimizer.param_groups[group]["params"][order]
+                    yield parameter, range(ranges["param"].start, ranges["param"].end), master
+
+
+def own_state(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, range, dict[str, Tensor]]]:
+    """(parameter, this rank's elements, {"param": master, "exp_avg": ..., "exp_avg_sq": ...}), each fp32 [elements].
+
+    Zero moments where no step was taken yet. What is written to these tensors is the optimizer's.
+    """
     initialise_state(optimizer)
-    state = _only(optimizer).sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-    # The rest of it is hyper-parameters, which come from the settings, and the step, which is in state.json.
-    return state["param_state"]
+    inner = _only(optimizer).optimizer
+    for parameter, mine, master in own_ranges(optimizer):
+        moments = {name: inner.state[master][name].view(-1) for name in ("exp_avg", "exp_avg_sq")}
+        yield parameter, mine, {"param": master.detach().view(-1), **moments}
 
 
 def initialise_state(optimizer: MegatronOptimizer) -> None:
@@ -39,18 +57,16 @@ def optimizer_step(optimizer: MegatronOptimizer) -> int:
     return max((int(count) for count in counts), default=0)
 
 
-def load_optimizer(optimizer: MegatronOptimizer, param_state: dict[int, Any], step: int) -> None:
-    """Give the optimizer what was loaded under `sharded_optimizer`, after `step` updates."""
-    distributed = _only(optimizer)
-    state = distributed.state_dict()
-    for group in state["optimizer"]["param_groups"]:
-        group["step"] = step
-    state["param_state"], state["param_state_sharding_type"] = param_state, "fully_reshardable"
-    distributed.load_state_dict(state)
-    # megatron-core gives all parameters one tensor, and none where Transformer Engine or apex is installed.
-    for own in distributed.optimizer.state.values():
-        if "step" in own:
-            own["step"] = torch.full_like(own["step"], step)
+def set_optimizer_step(optimizer: MegatronOptimizer, step: int) -> None:
+    """Go on as after `step` updates."""
+    inner = _only(optimizer).optimizer
+    counts = [state["step"] for state in inner.state.values() if "step" in state]
+    for state in inner.state.values():
+        if "step" in state:  # megatron-core gives all parameters one tensor
+            state["step"] = torch.full_like(state["step"], step)
+    if not counts:
+        for group in inner.param_groups:
+            group["step"] = step
 
 
 def _only(optimizer: MegatronOptimizer) -> Any:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
@@ -32,12 +31,6 @@ def set_random_state(state: RandomState) -> None:
     prefix = "tracker."
     tracked = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     get_cuda_rng_tracker().set_states(tracked)
-
-
-def sharded_random_state(rank: int) -> dict[str, ShardedTensor]:
-    """The states of this rank, under names of its own."""
-    state = get_random_state()
-    return {name: ShardedTensor.from_rank_offsets(f"random.{rank}.{name}", value) for name, value in state.items()}
 
 
 def _pack(words: list[int], flag: int, number: float | None) -> Tensor:

@@ -1,7 +1,7 @@
-"""Saving a checkpoint: every rank writes its own tensors, rank 0 the rest, and what is not whole gets no name.
+"""Saving a checkpoint: every rank writes its own ranges as they lie, rank 0 the rest; what is not whole gets no name.
 
-Tensors are written by the rank's own process, or by a thread of it: megatron-core's writer processes need an unspoilt
-__main__, and wait for ever when one of them dies.
+Nothing is gathered, and replicas write nothing: a save takes some blocks of memory or, where training goes on
+meanwhile, a copy of what this rank writes, which a thread of its own process writes.
 """
 
 import contextlib
@@ -10,30 +10,18 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
 from prism_mcore.agree import all_ranks, deadline, end_process, gather_failures
-from prism_mcore.checkpoint.durable import FileRecord, describe, sync_folder, write_atomically
+from prism_mcore.checkpoint.durable import FileRecord, sync_folder, write_atomically
+from prism_mcore.checkpoint.files import Workers
 from prism_mcore.checkpoint.folder import (
     LATEST,
     CheckpointError,
@@ -42,10 +30,12 @@ from prism_mcore.checkpoint.folder import (
     state_text,
     step_name,
 )
+from prism_mcore.checkpoint.index import INDEX, index_of, index_text
 from prism_mcore.checkpoint.optimizer_state import optimizer_step
-from prism_mcore.checkpoint.random_state import sharded_random_state
+from prism_mcore.checkpoint.places import Piece
 from prism_mcore.checkpoint.settings import CheckpointSettings
-from prism_mcore.checkpoint.sharded import layout, sharded_tensors
+from prism_mcore.checkpoint.sharded import Owned, describe_model, layout, own_tensors
+from prism_mcore.checkpoint.stored import write_pieces
 from prism_mcore.meeting import Meeting
 from prism_mcore.parallel import Groups
 
@@ -71,11 +61,11 @@ class Checkpoints:
         chunks: Sequence[torch.nn.Module],
         optimizer: MegatronOptimizer,
         state: dict[str, Any],
-        more: ShardedStateDict | None = None,
+        more: dict[str, Iterable[Owned]] | None = None,
     ) -> None:
         """Write weights, optimizer, random numbers and `state` (JSON) as the checkpoint after `step` steps.
 
-        more: other sharded tensors by name, such as those of RL's reference policy.
+        more: other tensors over parameters, such as those of RL's reference policy, by what is before their keys.
         With checkpoint.async_save it returns once everything is copied, and `poll` completes it.
         Raises CheckpointError on all ranks where one cannot write; older checkpoints are untouched. A save that is not
         done after checkpoint.save_deadline_s ends the process.
@@ -130,27 +120,17 @@ class _Save:
         chunks: Sequence[torch.nn.Module],
         optimizer: MegatronOptimizer,
         state: dict[str, Any],
-        more: ShardedStateDict,
+        more: dict[str, Iterable[Owned]],
         copy: bool,
     ) -> None:
         with self._agreed():
             if self.groups.rank == 0:
                 self.text = state_text(self.step, layout(self.groups), optimizer_step(optimizer), state)
                 self._prepare_folder()
-        tensors = sharded_tensors(chunks, optimizer, self.groups, is_loading=False)
-        tensors["random"], tensors["more"] = sharded_random_state(self.groups.rank), more
-        sharded, _ = save_preprocess(tensors)
-        # Data-parallel replicas share the writing.
-        FullyParallelSaveStrategyWrapper(
-            TorchDistSaveShardedStrategy("torch_dist", 1), self.groups.dp_cp
-        ).apply_saving_parallelization(sharded)
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
-        self.writer = _Writer(self.temporary, copy)
-        (_, self.index, _), *_ = save_state_dict_async_plan(
-            mcore_to_pyt_state_dict(by_key),
-            self.writer,
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+        with self._agreed():
+            self.writer = _Writer(self.temporary / f"__{self.groups.rank}_0.safetensors")
+            own = own_tensors(describe_model(chunks, self.groups), optimizer, self.groups, more)
+            self.writer.take(own, copy)
 
     def start(self) -> None:
         self.thread = threading.Thread(target=self.write, name=f"save {self.path.name}", daemon=True)
@@ -168,13 +148,11 @@ class _Save:
         with self._agreed():
             if self.error is not None:
                 raise self.error
-        written: list[tuple[list, dict[str, FileRecord]]] = [([], {})] * self.groups.world_size
-        dist.all_gather_object(written, (self.writer.results, self.writer.records))
+        written: list[Any] = [None] * self.groups.world_size
+        dist.all_gather_object(written, (self.writer.path.name, self.writer.pieces, self.writer.record))
         with self._agreed():
             if self.groups.rank == 0:
-                self._complete(
-                    [results for results, _ in written], dict(r for _, records in written for r in records.items())
-                )
+                self._complete(written)
         if self.groups.rank == 0:
             log.info("saved %s in %.1f s", self.path, self.age_s)
 
@@ -184,11 +162,11 @@ class _Save:
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         self.temporary.mkdir()
 
-    def _complete(self, results: list[list], records: dict[str, FileRecord]) -> None:
-        """On rank 0, when every rank's tensors are on the disk: the small files, the manifest, the rename."""
-        del self.index.all_local_plans  # megatron-core's cache of plans; not part of the index
-        self.writer.finish(self.index, results)
-        complete(self.temporary, self.text, records)
+    def _complete(self, written: list[tuple[str, list[tuple[Piece, torch.dtype]], FileRecord]]) -> None:
+        """On rank 0, when every rank's tensors are on the disk: the index, the manifest, the rename."""
+        index = index_of((piece, dtype, file) for file, pieces, _ in written for piece, dtype in pieces)
+        (self.temporary / INDEX).write_text(index_text(index), encoding="utf-8")
+        complete(self.temporary, self.text, {file: record for file, _, record in written})
         if self.path.exists():  # the run went back to an earlier step, and has come here again
             _discard(self.path)
         os.replace(self.temporary, self.path)
@@ -226,79 +204,25 @@ def _discard(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-class _Writer(FileSystemWriterAsync):
-    """megatron-core's writer without its processes: one file per rank, written by whoever calls `write`.
-
-    copy: copy tensors that training goes on to change, so that `write` may run meanwhile.
-    """
-
-    def __init__(self, folder: Path, copy: bool):
-        super().__init__(folder, thread_count=1)
-        self.copy = copy
-        self.results: list[Any] = []
-        self.records: dict[str, FileRecord] = {}
-        self.items: list[tuple[WriteItem, torch.Tensor]] = []
-
-    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        self.file_name = f"{plan.storage_data.prefix}0.distcp"
-        self.items = [(item, self._staged(item, planner.resolve_data(item))) for item in plan.items]
-
-    def _staged(self, item: WriteItem, tensor: torch.Tensor) -> torch.Tensor:
-        # The optimizer's tensors and the reference's were gathered for this save; weights are what training changes.
-        copy = self.copy and not item.index.fqn.startswith(("optimizer.", "reference."))
-        return tensor.detach().to("cpu", copy=True) if copy else tensor.detach()
-
-    def write(self) -> None:
-        if not self.items:
-            return
-        path = Path(self.path) / self.file_name
-        with _ErrorKeepingFile(path) as stream:
-            for item, tensor in self.items:
-                self.results.append(self._write_one(stream, item, tensor.cpu()))
-            stream.flush()
-            os.fsync(stream.fileno())
-        self.items = []
-        self.records[self.file_name] = describe(path)
-
-    def _write_one(self, stream: "_ErrorKeepingFile", item: WriteItem, tensor: torch.Tensor) -> Any:
-        if tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize:
-            tensor = tensor.clone()  # torch.save would write the whole buffer that this is a view of
-        try:
-            return _write_item(
-                self.transforms,
-                stream,
-                tensor,
-                item,
-                self.file_name,
-                serialization_format=SerializationFormat.TORCH_SAVE,
-            )
-        except RuntimeError as error:
-            raise stream.error or error from error
-
-
-class _ErrorKeepingFile:
-    """A file for torch.save, which turns "No space left on device" into an assertion about positions."""
+class _Writer:
+    """What one rank writes, in one file, by whoever calls `write`."""
 
     def __init__(self, path: Path):
-        self.file = open(path, "wb")  # noqa: SIM115
-        self.error: OSError | None = None
+        self.path = path
+        self.pieces: list[tuple[Piece, torch.dtype]] = []
+        self.tensors: list[torch.Tensor] = []
+        self.record: FileRecord = {}
 
-    def write(self, data: Any) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
+    def take(self, tensors: Iterable[tuple[Piece, torch.Tensor]], copy: bool) -> None:
+        """copy: to host memory, so that training may change the tensors before they are written."""
+        for piece, tensor in tensors:
+            self.pieces.append((piece, tensor.dtype))
+            self.tensors.append(tensor.detach().to("cpu", copy=True) if copy else tensor.detach())
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-    def __enter__(self) -> "_ErrorKeepingFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(OSError) if error[0] else contextlib.nullcontext():
-            self.file.close()
+    def write(self) -> None:
+        with Workers() as workers:
+            self.record = write_pieces(self.path, self.pieces, self.tensors, workers)
+        self.tensors = []
 
 
 def _free_space(folder: Path) -> str:

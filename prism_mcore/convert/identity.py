@@ -6,6 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from prism_mcore.checkpoint import old_format
 from prism_mcore.checkpoint.durable import MANIFEST, FileRecord, describe, read_manifest
 from prism_mcore.checkpoint.folder import STATE
 from prism_mcore.checkpoint.index import INDEX
@@ -22,7 +23,8 @@ def identity(folder: Path) -> str:
     next time. Raises ValueError, naming the file, for a directory that no program here would read.
     """
     if (folder / STATE).is_file():
-        names = {path.name for path in folder.glob("*.distcp")} | {INDEX}
+        names = {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".distcp")}
+        names |= {name for name in (INDEX, old_format.INDEX) if (folder / name).is_file()}
     else:
         directory = read_directory(folder)
         names = set(directory.shards) | {path.name for path in directory.side_files if path.suffix in TEXT}

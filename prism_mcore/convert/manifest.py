@@ -22,7 +22,8 @@ from prism_mcore.checkpoint.durable import (
     sync_file,
     write_atomically,
 )
-from prism_mcore.convert.read import Entry, Shard, read_directory
+from prism_mcore.checkpoint.safetensors import Entry, Shard
+from prism_mcore.convert.read import read_directory
 
 TensorRecord = dict[str, Any]  # {"dtype": "BF16", "shape": [...], "sha256": hex}
 CHUNK_BYTES = 32 * 2**20

@@ -17,7 +17,8 @@ from torch import Tensor
 from prism_mcore.checkpoint.durable import damage, write_atomically
 from prism_mcore.checkpoint.files import Buffers, read_ahead
 from prism_mcore.checkpoint.folder import LATEST, CheckpointError, checkpoint_in, read_state, step_name
-from prism_mcore.checkpoint.stored import MASTER, Piece, StoredTensors, write_weights
+from prism_mcore.checkpoint.places import Piece
+from prism_mcore.checkpoint.stored import MASTER, StoredTensors, write_weights
 from prism_mcore.convert.names import ExchangeError, HFTensor, RowRange, hf_tensors, keys, parts
 from prism_mcore.convert.read import (
     LAYOUT,
@@ -208,19 +209,20 @@ def import_hf(plan: Import, out: Path, *, tp: int = 1, pp: int = 1, on_bytes: On
     tp, pp: write the files that so many ranks would; every layout can read them, but in this one a rank opens
     hardly more than its own, and they are verified in parallel. Memory stays at a few pieces of at most 64 MiB.
     """
-    pieces = sorted(_pieces(plan, tp, pp), key=lambda piece: piece.file)
+    pieces = sorted(_pieces(plan, tp, pp), key=lambda each: each[1])
     buffers, places = Buffers(3), Places(plan.tensors)  # one is read, one is waiting, one is written
     with new_directory(out) as folder, HFTensors(plan.source) as reader:
         reader.check_tied(plan.tensors, 0, plan.spec.vocab_size)
         path = folder / step_name(0)
         keep_directory(plan.source, folder / SOURCE)
         write_atomically(folder / LATEST, path.name)
-        reads = (functools.partial(_read_piece, piece, reader, places, buffers) for piece in pieces)
+        reads = (functools.partial(_read_piece, piece, reader, places, buffers) for piece, _ in pieces)
         with contextlib.closing(read_ahead(reads)) as tensors:
-            write_weights(path, pieces, tensors, {"tp": tp, "pp": pp, "vpp": 1, "dp": 1, "cp": 1}, on_bytes)
+            described = [(piece, _dtype_of(piece, reader, places), file) for piece, file in pieces]
+            write_weights(path, described, tensors, {"tp": tp, "pp": pp, "vpp": 1, "dp": 1, "cp": 1}, on_bytes)
 
 
-def _pieces(plan: Import, tp: int, pp: int) -> Iterator[Piece]:
+def _pieces(plan: Import, tp: int, pp: int) -> Iterator[tuple[Piece, str]]:
     """What `tp` x `pp` ranks would hold of every key, in runs of rows of PIECE_BYTES; a rank without rows has none."""
     stage_of = _stages(plan.spec, pp)
     written: Counter[int] = Counter()  # bytes of fp32 by rank
@@ -235,9 +237,9 @@ def _pieces(plan: Import, tp: int, pp: int) -> Iterator[Piece]:
                 for row in range(begin[0], end[0], rows):
                     sizes = (min(rows, end[0] - row), *(e - b for b, e in zip(begin[1:], end[1:], strict=True)))
                     writer = stage_of(name) * tp + rank
-                    file = f"__{writer}_{written[writer] // FILE_BYTES}.distcp"
+                    file = f"__{writer}_{written[writer] // FILE_BYTES}.safetensors"
                     written[writer] += 4 * math.prod(sizes)
-                    yield Piece(key, shape, (row, *begin[1:]), sizes, file)
+                    yield Piece.of_box(key, shape, (row, *begin[1:]), sizes), file
 
 
 def _read_piece(piece: Piece, reader: HFTensors, places: Places, buffers: Buffers) -> Tensor:

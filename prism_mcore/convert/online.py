@@ -11,8 +11,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from prism_mcore.checkpoint.safetensors import Entry
 from prism_mcore.convert.names import ExchangeError, HFTensor, parts
-from prism_mcore.convert.read import Entry, HFDirectory, HFTensors, read_directory
+from prism_mcore.convert.read import HFDirectory, HFTensors, read_directory
 from prism_mcore.convert.rows import Places, held_columns, held_rows, overlap, runs_within
 from prism_mcore.convert.write import blocks, is_wider, rounding, write_directory
 from prism_mcore.model.build import chunks_of

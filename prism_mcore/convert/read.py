@@ -7,69 +7,35 @@ same files again when the directory itself is gone.
 import contextlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from prism_mcore.checkpoint import safetensors
 from prism_mcore.checkpoint.durable import MANIFEST, read_object, sync_file, sync_folder
 from prism_mcore.checkpoint.files import read_exactly
-from prism_mcore.convert.names import ExchangeError, HFTensor, Shape, hf_tensors
+from prism_mcore.checkpoint.safetensors import Entry, NotSafetensors, Shard, some, unambiguous
+from prism_mcore.convert.names import ExchangeError, HFTensor, hf_tensors
 from prism_mcore.model.spec import ModelSpec, UnsupportedModel, read_spec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LAYOUT = "layout.json"
 LAYOUT_VERSION = 1
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPES = ("BF16", "F16", "F32")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")  # what an index names
 ADAPTER = "adapter_config.json"
 # Tensors that follow from config.json, which earlier versions of transformers saved and later ones read past.
 BUFFER = re.compile(r"(.+\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 TIED_ROWS = 4096  # compared at once
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a shard."""
-
-    dtype: str  # "BF16", "F16" or "F32"
-    shape: Shape
-    start: int  # bytes, after the header
-    end: int
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One safetensors file: its header as it is on the disk, and what that says."""
-
-    header: str  # JSON, padded with spaces
-    entries: dict[str, Entry] = field(compare=False)  # in the order of their bytes
-
-    @property
-    def data_start(self) -> int:
-        """Where in the file the bytes of the first tensor begin."""
-        return 8 + len(self.header.encode())
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self.data_start + max((entry.end for entry in self.entries.values()), default=0)
 
 
 @dataclass(frozen=True)
@@ -126,7 +92,7 @@ class HFDirectory:
         names = self.names
         missing = [name for name, tensor in tensors.items() if name not in names and not tensor.optional]
         if missing:
-            raise ExchangeError(f"{self.folder} has no {_some(missing)}, which the model needs")
+            raise ExchangeError(f"{self.folder} has no {some(missing)}, which the model needs")
 
 
 def read_directory(folder: Path) -> HFDirectory:
@@ -143,14 +109,14 @@ def read_directory(folder: Path) -> HFDirectory:
     _refuse_ambiguity(folder, files.keys())
     for file, listed in files.items():
         if not (folder / file).is_file():
-            raise ExchangeError(f"{index} names {file}, with {_some(listed or [])}; it is missing from {folder}")
+            raise ExchangeError(f"{index} names {file}, with {some(listed or [])}; it is missing from {folder}")
     shards = {file: _read_shard(folder / file) for file in files}
     for file, listed in files.items():
         if listed is not None:
             _check_listed(index, folder / file, set(listed), set(shards[file].entries))
     directory = HFDirectory(folder, shards, tuple(side_files(folder)))
     if directory.buffers:
-        log.warning("note: %s of %s is read past: it follows from config.json", _some(directory.buffers), folder)
+        log.warning("note: %s of %s is read past: it follows from config.json", some(directory.buffers), folder)
     return directory
 
 
@@ -163,12 +129,12 @@ def _refuse_ambiguity(folder: Path, files: Collection[str]) -> None:
     if single.is_file() and set(files) != {SINGLE}:
         raise ExchangeError(
             f"{folder} holds two sets of weights: {single}, which transformers takes, and {index}, which names"
-            f" {_some(sorted(set(files) - {SINGLE}))}; remove the one that is not meant"
+            f" {some(sorted(set(files) - {SINGLE}))}; remove the one that is not meant"
         )
     unnamed = sorted(path.name for path in folder.iterdir() if SHARD.fullmatch(path.name) and path.name not in files)
     if unnamed:
         named = f"{index} does not name" if index.is_file() else f"lies beside {single} without an index"
-        what = f"{named} {_some(unnamed)}" if index.is_file() else f"{folder / unnamed[0]} {named}"
+        what = f"{named} {some(unnamed)}" if index.is_file() else f"{folder / unnamed[0]} {named}"
         raise ExchangeError(f"{what}; remove what is left of other weights, or take the whole directory again")
     if (folder / ADAPTER).is_file():
         raise ExchangeError(
@@ -249,47 +215,11 @@ class HFTensors(contextlib.ExitStack):
         return rows
 
 
-def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object that says nothing twice: readers differ in which they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
-    return found
-
-
-def parse_header(header: str, file: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors header in the order of their bytes; `file` is what messages call it."""
-    try:
-        raw = json.loads(header, object_pairs_hook=_unambiguous)
-        described = {name: value for name, value in raw.items() if name != "__metadata__"}
-        entries = {
-            name: _entry(value) for name, value in sorted(described.items(), key=lambda item: item[1]["data_offsets"])
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ExchangeError(f"{file} is not a safetensors file: its header cannot be read ({error!r})") from error
-    end = 0
-    for name, entry in entries.items():
-        if entry.dtype not in DTYPES:
-            raise ExchangeError(f"{file}: {name} is {entry.dtype}; only {', '.join(DTYPES)} can be read")
-        if entry.start != end or entry.end - entry.start != math.prod(entry.shape) * entry.torch_dtype.itemsize:
-            raise ExchangeError(f"{file}: the bytes of {name} are not where they should be: the header is damaged")
-        end = entry.end
-    return entries
-
-
-def _entry(described: dict[str, Any]) -> Entry:
-    shape, (start, end) = described["shape"], described["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
-        raise ValueError(f"the shape {shape} and the place {[start, end]} are not whole numbers")
-    return Entry(described["dtype"], tuple(shape), start, end)
-
-
 def _read_index(index: Path) -> dict[str, list[str] | None]:
     """The files that the index names, sorted, and the tensors it puts in each."""
     try:
         text = index.read_bytes().decode("utf-8")
-        weight_map = json.loads(text, object_pairs_hook=_unambiguous)["weight_map"]
+        weight_map = json.loads(text, object_pairs_hook=unambiguous)["weight_map"]
         files: dict[str, list[str]] = {}
         for name, file in weight_map.items():
             if Path(file).name != file or not file.endswith(".safetensors"):
@@ -302,30 +232,30 @@ def _read_index(index: Path) -> dict[str, list[str] | None]:
     return dict(sorted(files.items()))
 
 
+def parse_header(header: str, file: Path) -> dict[str, Entry]:
+    """The tensors of a shard's header in the order of their bytes; `file` is what messages call it."""
+    with _as_exchange_error():
+        return safetensors.parse_header(header, file, DTYPES)
+
+
 def _read_shard(path: Path) -> Shard:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise ExchangeError(f"{path} is truncated or not a safetensors file: {size} bytes do not hold its header")
-        header = file.read(length)
+    with _as_exchange_error():
+        return safetensors.read_shard(path, DTYPES)
+
+
+@contextlib.contextmanager
+def _as_exchange_error() -> Iterator[None]:
     try:
-        text = header.decode()
-    except UnicodeDecodeError as error:
-        raise ExchangeError(f"{path} is not a safetensors file: its header is not text") from error
-    shard = Shard(text, parse_header(text, path))
-    if shard.size != size:
-        cut = [name for name, entry in shard.entries.items() if 8 + length + entry.end > size]
-        what = f"truncated: {_some(cut)} cut off" if cut else "damaged: too long"
-        raise ExchangeError(f"{path} has {size} bytes, its header needs {shard.size}; it is {what}")
-    return shard
+        yield
+    except NotSafetensors as error:
+        raise ExchangeError(str(error)) from error
 
 
 def _check_listed(index: Path, path: Path, listed: set[str], found: set[str]) -> None:
     if lacking := sorted(listed - found):
-        raise ExchangeError(f"{index} says that {path.name} has {_some(lacking)}; it has not")
+        raise ExchangeError(f"{index} says that {path.name} has {some(lacking)}; it has not")
     if extra := sorted(name for name in found - listed if not BUFFER.fullmatch(name)):
-        raise ExchangeError(f"{path} has {_some(extra)}, of which {index.name} says nothing")
+        raise ExchangeError(f"{path} has {some(extra)}, of which {index.name} says nothing")
 
 
 def side_files(folder: Path) -> Iterable[Path]:
@@ -346,7 +276,3 @@ def _no_safetensors(folder: Path) -> str:
         " python -c 'from transformers import AutoModelForCausalLM as M;"
         f' M.from_pretrained("{folder}", dtype="auto").save_pretrained("{folder}-safetensors")\''
     )
-
-
-def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -8,16 +8,16 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from prism_mcore.checkpoint.durable import FileRecord, sync_folder
 from prism_mcore.checkpoint.files import BLOCK_BYTES, BLOCKS_WAITING, Buffers, HashedFile, Workers, as_bytes
+from prism_mcore.checkpoint.safetensors import Entry, Shard, make_shard
 from prism_mcore.convert.manifest import TensorRecord, tensor_record, write_export_manifest
 from prism_mcore.convert.names import ExchangeError, hf_tensors
-from prism_mcore.convert.read import BUFFER, DTYPE_NAMES, INDEX, SINGLE, Entry, HFDirectory, Shard, parse_header
+from prism_mcore.convert.read import BUFFER, INDEX, SINGLE, HFDirectory
 from prism_mcore.model.spec import ModelSpec
 
 SHARD_BYTES = 5 * 10**9  # of a model that did not come from Hugging Face
@@ -175,20 +175,6 @@ def without_buffers(source: HFDirectory) -> HFDirectory:
         shards[file] = make_shard(tensors, file, json.loads(shard.header).get("__metadata__"))
     shards = {file: shard for file, shard in shards.items() if shard.entries}
     return replace(source, shards=shards, side_files=tuple(path for path in source.side_files if path.name != INDEX))
-
-
-def make_shard(
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], file: str, metadata: dict[str, str] | None = None
-) -> Shard:
-    """A shard of these tensors, (dtype, shape) by name, one after the other."""
-    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in tensors.items():
-        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
-    text += " " * (-len(text.encode()) % 8)  # data starts at a multiple of 8
-    return Shard(text, parse_header(text, Path(file)))
 
 
 def index_text(source: HFDirectory) -> str | None:

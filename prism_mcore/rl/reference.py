@@ -1,17 +1,17 @@
 """The reference policy: an fp32 shard per rank like the optimizer's masters, scored in the model's own buffers."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from prism_mcore.checkpoint.sharded import ShardedTensor, ShardedTensorFactory
+from prism_mcore.checkpoint.optimizer_state import own_ranges
+from prism_mcore.checkpoint.sharded import Owned
 from prism_mcore.parallel import Groups
-from prism_mcore.train.optimizer import DistributedDataParallel, MegatronOptimizer, gather_parameters, own_ranges
+from prism_mcore.train.optimizer import DistributedDataParallel, MegatronOptimizer, gather_parameters
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Reference:
 
     def __init__(self, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, groups: Groups):
         self.chunks, self.groups = chunks, groups
-        self._shards = [_Shard.of(*own) for own in own_ranges(optimizer)]
+        self._shards = [
+            _Shard.of(parameter, mine, master.detach()) for parameter, mine, master in own_ranges(optimizer)
+        ]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -84,42 +86,12 @@ class Reference:
                 digest.update(_fold(buffer.param_data).numpy().tobytes())
         return digest.hexdigest()
 
-    # Checkpoints: whole tensors under the model's global names, so that they load in any layout.
-
-    def sharded_state(self) -> dict[str, ShardedTensor | ShardedTensorFactory]:
-        """The reference for a checkpoint, whole and on the CPU, under the names `reference.<global name>`.
-
-        Every rank calls it. `load` takes the same back, filled.
-        """
-        described = {
-            sharded.data: sharded for chunk in self.chunks for sharded in chunk.module.sharded_state_dict().values()
-        }
-        mine = {shard.parameter: shard for shard in self._shards}
-        state = {}
-        for parameter, sharded in described.items():
-            whole = self._whole(parameter, mine.get(parameter))
-            changes = {"key": f"reference.{sharded.key}", "data": whole}
-            if isinstance(sharded, ShardedTensor):
-                changes["dtype"] = whole.dtype
-            state[f"reference.{sharded.key}"] = replace(sharded, **changes)
-        return state
-
-    def load(self, state: Mapping[str, ShardedTensor | ShardedTensorFactory]) -> None:
-        """Take this rank's shards from what `sharded_state` described and a checkpoint filled."""
-        whole = {key.removeprefix("reference."): sharded.data for key, sharded in state.items()}
-        names = {tensor: name for chunk in self.chunks for name, tensor, _ in chunk.module.table()}
-        for shard in self._shards:
-            flat = whole[names[shard.parameter]].flatten()
-            shard.reference.copy_(flat[shard.start : shard.start + len(shard.reference)])
-
-    def _whole(self, parameter: Tensor, shard: _Shard | None) -> Tensor:
-        """All of a parameter's reference, from the ranks that hold parts of it."""
-        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if shard is not None:
-            whole[shard.start : shard.start + len(shard.reference)] = shard.reference
-        # Added as integers: the others' zeros then change no bit, not even that of -0.
-        dist.all_reduce(whole.view(torch.int32), group=self.chunks[0].intra_dp_cp_group)
-        return whole.view(parameter.shape).cpu()
+    def owned(self) -> list[Owned]:
+        """This rank's shards, for a checkpoint to write under `reference.<global name>`, and to fill."""
+        return [
+            Owned(shard.parameter, range(shard.start, shard.start + len(shard.reference)), shard.reference)
+            for shard in self._shards
+        ]
 
 
 def _fold(data: Tensor, width: int = 1 << 20) -> Tensor:

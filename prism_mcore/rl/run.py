@@ -1,7 +1,7 @@
 """An RL run on one rank: what it is built of, what is saved of it, and how it resumes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from prism_mcore.agree import gather_failures
 from prism_mcore.batch import PackedBatch, PolicyBatch
 from prism_mcore.checkpoint.optimizer_state import initialise_state
+from prism_mcore.checkpoint.sharded import Owned
 from prism_mcore.config import SettingsError
 from prism_mcore.generate.engine import Engine
 from prism_mcore.meeting import Meeting
@@ -79,9 +80,12 @@ def save(run: PolicyRun, step: int) -> None:
     """A checkpoint after `step` steps, with the reference policy and what was asked of each prompt file."""
     prompts = step * run.settings.rl.prompts_per_step
     asked = {"data": run.prompts.training.history.record(prompts), "beside": run.prompts.beside}
-    reference = run.reference.sharded_state() if run.reference is not None else {}
     state = {"prompts": prompts, "tokens": run.tokens, **asked}
-    save_run(run, step, state, fixed_settings(run.settings), reference)
+    save_run(run, step, state, fixed_settings(run.settings), _more(run))
+
+
+def _more(run: PolicyRun) -> dict[str, Iterable[Owned]]:
+    return {"reference.": run.reference.owned()} if run.reference is not None else {}
 
 
 def resume(run: PolicyRun) -> int:
@@ -92,10 +96,7 @@ def resume(run: PolicyRun) -> int:
     training, before = run.prompts.training, state.get("beside", run.prompts.beside)
     others = [f"{name} is another" for name, now in run.prompts.beside.items() if before.get(name) != now]
     training.follow(resumed_history(run, state, training.history, state["prompts"], "rl.prompts", others))
-    reference = run.reference.sharded_state() if run.reference is not None else {}
-    loaded = load_run(run, state, reference)
-    if run.reference is not None:
-        run.reference.load(reference)
+    loaded = load_run(run, state, _more(run))
     run.tokens = state["tokens"]
     return loaded.step
 

@@ -170,21 +170,6 @@ def update(optimizer: MegatronOptimizer, grad_norm: float, lr: float) -> None:
     optimizer.step_with_ready_grads()
 
 
-def own_ranges(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, range, Tensor]]:
-    """(parameter, this rank's elements of it flattened, their fp32 master) of all that this rank updates.
-
-    From megatron-core's distributed optimizer, which knows its ranges as `gbuf_ranges`.
-    """
-    (distributed,) = optimizer.chained_optimizers
-    for by_dtype in distributed.gbuf_ranges:
-        for buckets in by_dtype.values():
-            for bucket in buckets:
-                for parameter, ranges in bucket["param_map"].items():
-                    group, order = distributed.model_param_group_index_map[parameter]
-                    master = distributed.optimizer.param_groups[group]["params"][order].detach()
-                    yield parameter, range(ranges["param"].start, ranges["param"].end), master
-
-
 def finish_parameter_gather(chunks: list[DistributedDataParallel]) -> None:
     """Wait until every parameter is the updated one: overlapped gathering is otherwise finished by the next forward."""
     with gathered_parameters(chunks):

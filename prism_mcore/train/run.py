@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import count
@@ -13,7 +13,6 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 import yaml
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -23,6 +22,7 @@ from prism_mcore.checkpoint.folder import CheckpointError, checkpoint_in, newest
 from prism_mcore.checkpoint.load import Loaded, load, load_weights
 from prism_mcore.checkpoint.lock import InUse, exclusive
 from prism_mcore.checkpoint.save import Checkpoints
+from prism_mcore.checkpoint.sharded import Owned
 from prism_mcore.config import SettingsError, dump
 from prism_mcore.convert.offline import remember_source
 from prism_mcore.convert.online import load_hf
@@ -247,7 +247,7 @@ def set_initial_weights(settings: LoopSettings, chunks: list[HybridModel], group
 
 
 def save_run(
-    run: Run, step: int, state: dict[str, Any], fixed: dict[str, Any], more: ShardedStateDict | None = None
+    run: Run, step: int, state: dict[str, Any], fixed: dict[str, Any], more: dict[str, Iterable[Owned]] | None = None
 ) -> None:
     """A checkpoint after `step` steps: weights, optimizer, random numbers, and what `state_to_resume` reads.
 
@@ -316,7 +316,7 @@ def resumed_history(
     return history
 
 
-def load_run(run: Run, state: dict[str, Any], more: ShardedStateDict | None = None) -> Loaded:
+def load_run(run: Run, state: dict[str, Any], more: dict[str, Iterable[Owned]] | None = None) -> Loaded:
     """Load the checkpoint whose `state_to_resume` this is: weights, optimizer, random numbers, the guard's state."""
     assert run.resume_from is not None
     loaded = load(run.resume_from, run.models, run.optimizer, run.groups, more)

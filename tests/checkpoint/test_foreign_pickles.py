@@ -16,11 +16,12 @@ import yaml
 from ranks import run_ranks
 from tiny.hf_models import save_hf
 from tiny.models import HYBRID
+from tiny.version_1 import make_version_1
 from torch.distributed.checkpoint import metadata as torch_metadata
 
 from prism_mcore.checkpoint.durable import write_manifest
 from prism_mcore.checkpoint.folder import CheckpointError
-from prism_mcore.checkpoint.index import read_index
+from prism_mcore.checkpoint.old_format import read_old_index
 from prism_mcore.data.token_file import TokenFileWriter
 from prism_mcore.exit_codes import DONE
 
@@ -179,6 +180,7 @@ def imported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imported")
     save_hf("llama-3.1", folder / "in", dtype=torch.bfloat16)
     import_hf(plan_import(folder / "in"), folder / "ckpt")
+    make_version_1(folder / "ckpt" / "step_00000000")
     return folder
 
 
@@ -242,7 +244,7 @@ def test_a_gadget_is_refused_at_every_door_and_runs_nothing(poisoned, imported, 
     folder = poisoned(_dot_metadata=GADGETS[gadget](marker))
     index = str(folder / "step_00000000" / ".metadata")
     with pytest.raises(CheckpointError, match=r"\.metadata is not an index of tensors: "):
-        read_index(folder / "step_00000000")
+        read_old_index(folder / "step_00000000")
     assert to_hf(folder, tmp_path / "out") == 1
     assert index in capsys.readouterr().err
     (said,) = run_ranks(1, start_and_resume, folder, imported / "in")
@@ -272,7 +274,7 @@ def transformed(index, marker):
 
 
 def beyond(index, marker):
-    next(iter(index.state_dict_metadata.values())).chunks[0].offsets = torch.Size([1, 0])
+    next(iter(index.state_dict_metadata.values())).chunks[0].offsets = torch.Size([1000, 0])
 
 
 def nowhere(index, marker):
@@ -294,7 +296,7 @@ MALFORMED = {
     transformed: "transformed",
     beyond: "is not part of",
     nowhere: "does not say where",
-    missing: "are not the whole",
+    missing: "not the whole",
     negative: "where sizes belong",
 }
 
@@ -305,7 +307,7 @@ def test_a_real_index_with_something_wrong_in_it_is_refused(poisoned, imported, 
     change(index, tmp_path / "ran")
     folder = poisoned(_dot_metadata=pickle.dumps(index))
     with pytest.raises(CheckpointError, match=MALFORMED[change]):
-        read_index(folder / "step_00000000")
+        read_old_index(folder / "step_00000000")
     assert not (tmp_path / "ran").exists()
 
 
@@ -332,14 +334,26 @@ def test_pickles_beside_the_index_are_not_opened_or_not_trusted(poisoned, import
     assert not marker.exists()
 
 
+def same_as(read, real):
+    index, places = read
+    assert {key: (s.dtype, s.shape) for key, s in index.items()} == {
+        key: (entry.properties.dtype, tuple(entry.size)) for key, entry in real.state_dict_metadata.items()
+    }
+    assert {(p.key, p.offsets, p.sizes) for s in index.values() for p in s.files} == {
+        (key, tuple(c.offsets), tuple(c.sizes)) for key, e in real.state_dict_metadata.items() for c in e.chunks
+    }
+    assert places == {
+        (key.fqn, tuple(key.offset)): (place.relative_path, place.offset, place.length)
+        for key, place in real.storage_data.items()
+    }
+
+
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_an_index_of_any_protocol_is_the_one_torch_would_read(imported, tmp_path, protocol):
     real = real_index(imported)
     real.storage_meta = torch_metadata.StorageMeta(checkpoint_id=tmp_path, save_id="x")  # as torch's own writer leaves
     (tmp_path / ".metadata").write_bytes(pickle.dumps(real, protocol=protocol))
-    read = read_index(tmp_path)
-    assert read.state_dict_metadata == real.state_dict_metadata
-    assert read.storage_data == real.storage_data
+    same_as(read_old_index(tmp_path), real)
 
 
 def test_members_pickled_by_value_and_by_name_are_read(imported, tmp_path, monkeypatch):
@@ -348,7 +362,7 @@ def test_members_pickled_by_value_and_by_name_are_read(imported, tmp_path, monke
     for reduced in (lambda m, p: (type(m), (m.value,)), lambda m, p: (getattr, (type(m), m.name))):
         monkeypatch.setattr(torch_metadata._MEM_FORMAT_ENCODING, "__reduce_ex__", reduced)
         (tmp_path / ".metadata").write_bytes(pickle.dumps(real))
-        assert read_index(tmp_path).state_dict_metadata == real.state_dict_metadata
+        same_as(read_old_index(tmp_path), real)
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
@@ -380,6 +394,7 @@ def test_midtrain_starts_from_and_resumes_real_checkpoints_only(tmp_path):
     real = midtrain("run.name=second", f"model.init={tmp_path}/first")
     assert real.returncode == DONE, real.stderr
     step = tmp_path / "first" / "checkpoints" / "step_00000001"
+    make_version_1(step)
     (step / ".metadata").write_bytes(by_attributes(tmp_path / "ran"))
     write_manifest(step, {})
     for refused in (midtrain("run.name=third", f"model.init={step}"), midtrain("run.name=first", "train.steps=2")):

@@ -94,7 +94,7 @@ def test_a_manifest_of_other_records_is_damage(run, files):
 
 
 @pytest.mark.parametrize("content", NO_OBJECTS)
-@pytest.mark.parametrize("name", ["state.json", "metadata.json"])
+@pytest.mark.parametrize("name", ["state.json", "tensors.json"])
 def test_a_small_file_that_is_none_is_one_message(run, tmp_path, name, content):
     """Though its manifest fits: written by another program."""
     step = run / "step_00000002"
@@ -132,15 +132,6 @@ def test_a_state_of_other_types_is_refused(run, key, value):
     state.write_text(json.dumps({**json.loads(state.read_text()), key: value}))
     with pytest.raises(CheckpointError, match=rf"{state} is damaged: its {key} is"):
         read_state(run / "step_00000002")
-
-
-def test_another_format_in_megatrons_file_is_refused(run):
-    step = run / "step_00000002"
-    for content, words in (('{"sharded_backend": "zarr"}', "zarr"), ('{"color": 1}', "color")):
-        (step / "metadata.json").write_text(content)
-        write_manifest(step, {})
-        (message,) = run_ranks(1, load_imported, step, run.parent)
-        assert f"{step}/metadata.json" in message and words in message
 
 
 LAYOUTS = {

@@ -82,8 +82,8 @@ def test_a_checkpoint_has_one_too(exported):
     step = exported / "ckpt" / "step_00000000"
     before = identity(step)
     assert identity(shutil.copytree(step, exported / "copy")) == before
-    flip(step / "__0_0.distcp", step.joinpath("__0_0.distcp").stat().st_size // 2)
-    os.utime(step / "__0_0.distcp")
+    flip(step / "__0_0.safetensors", step.joinpath("__0_0.safetensors").stat().st_size // 2)
+    os.utime(step / "__0_0.safetensors")
     assert identity(step) != before
 
 

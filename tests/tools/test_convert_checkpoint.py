@@ -75,7 +75,7 @@ def test_there_and_back_without_a_process_group(
     (tmp_path / "in").rename(tmp_path / "elsewhere")  # the directory itself is not needed any more
     assert convert("to-hf", tmp_path / "ckpt", tmp_path / "out", "--verify") == 0
     assert_same_files(tmp_path / "elsewhere", tmp_path / "out")
-    written = {path.name for path in (tmp_path / "ckpt" / "step_00000000").glob("*.distcp")}
+    written = {path.name for path in (tmp_path / "ckpt" / "step_00000000").glob("*.safetensors")}
     assert {int(name.split("_")[2]) for name in written} == set(range(tp * pp))
     assert len(written) > tp * pp if small_blocks else len(written) == tp * pp
 
@@ -323,7 +323,7 @@ def test_a_tied_output_layer_that_differs(convert, capsys, tmp_path):
 
 def test_a_damaged_checkpoint(convert, capsys, tmp_path, imported):
     shutil.copytree(imported / "ckpt", tmp_path / "ckpt")
-    file = tmp_path / "ckpt" / "step_00000000" / "__0_0.distcp"
+    file = tmp_path / "ckpt" / "step_00000000" / "__0_0.safetensors"
     content = bytearray(file.read_bytes())
     content[5000] ^= 1
     file.write_bytes(content)
@@ -332,11 +332,14 @@ def test_a_damaged_checkpoint(convert, capsys, tmp_path, imported):
 
 
 def test_an_index_that_is_not_one(convert, capsys, tmp_path, imported):
-    """The manifest agrees, and still no class is unpickled but the index's own."""
+    """The manifest agrees, and still no class is unpickled but the index's own, of a checkpoint of version 1."""
+    from tiny.version_1 import make_version_1
+
     from prism_mcore.checkpoint.durable import write_manifest
 
     shutil.copytree(imported / "ckpt", tmp_path / "ckpt")
     step = tmp_path / "ckpt" / "step_00000000"
+    make_version_1(step)
     (step / ".metadata").write_bytes(pickle.dumps(subprocess.Popen))
     write_manifest(step, {})
     line = refused(convert, capsys, tmp_path, "to-hf", tmp_path / "ckpt", tmp_path / "out")

@@ -115,10 +115,7 @@ def test_fp8_resumes_bit_for_bit_and_leaves_no_trace_in_a_checkpoint(corpus, tmp
     assert_halves_equal_the_whole(corpus, tmp_path, train, 1, **precision)
     (tmp_path / "without").mkdir()
     run_ranks(1, train, settings(corpus, tmp_path / "without", precision={"dtype": "bf16"}), None)
-    keys = [
-        read_index(tmp_path / f"{runs}/run/checkpoints/step_00000006").state_dict_metadata
-        for runs in ("through", "without")
-    ]
+    keys = [read_index(tmp_path / f"{runs}/run/checkpoints/step_00000006") for runs in ("through", "without")]
     assert keys[0].keys() == keys[1].keys()
     run_ranks(1, train, settings(corpus, tmp_path / "without", train={"steps": 7}, **precision), None)
     assert [r["step"] for r in records(tmp_path / "without")] == list(range(1, 8))  # goes on with or without
@@ -347,7 +344,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(corpus, tmp_pa
     wanted = settings(corpus, tmp_path, checkpoint={"every": 2})
     run_ranks(2, train, wanted, 4)
     newest = tmp_path / "run" / "checkpoints" / "step_00000004"
-    damaged = next(newest.glob("*.distcp"))
+    damaged = next(newest.glob("*.safetensors"))
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
