@@ -24,7 +24,8 @@ class StageMemory:
     """What one rank of a pipeline stage holds; sizes in bytes.
 
     Llama-3.1-8B, TP 2 + SP, 128 GPUs, optimizer sharded over 4: StageMemory(stage=0, layers=64, parameters=4015263744,
-    weights=8.0e9, gradients=16.1e9, optimizer=12.0e9, activations=20.0e9, loss=1.6e9)
+    weights=8.0e9, gradients=16.1e9, optimizer=12.0e9, activations=20.0e9, loss=1.6e9,
+    saved=14.1e9)
     """
 
     stage: int
@@ -35,6 +36,7 @@ class StageMemory:
     optimizer: int  # this rank's share of fp32 master weights and two moments
     activations: int  # of all micro-batches in flight, and the working set of one sub-layer
     loss: int  # a chunk of logits, and the gradients of the output layer and of its input
+    saved: int  # what it writes of weights and optimizer: in host memory until written, where saving is asynchronous
 
     @property
     def total(self) -> int:
@@ -82,6 +84,7 @@ def plan_memory(
                 optimizer=math.ceil((12 * half + 8 * full) / shards),
                 activations=math.ceil(tokens * _activations(settings, spec, stage, layers, micro_batches, recompute)),
                 loss=_loss(settings, spec, tokens) if stage == parallel.pp - 1 else 0,
+                saved=math.ceil((14 * half + 12 * full) / shards),
             )
         )
     return stages

@@ -77,8 +77,19 @@ def layout(settings: BuildSettings, spec: ModelSpec, world_size: int, micro_batc
 
 
 def memory(stages: Sequence[StageMemory]) -> Table:
-    """GB of one rank of each pipeline stage."""
-    columns = ("stage", "layers", "params", "weights", "gradients", "optimizer", "activations", "loss", "total")
+    """GB of one rank of each pipeline stage; a save is on the disk, and in host memory while written asynchronously."""
+    columns = (
+        "stage",
+        "layers",
+        "params",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "loss",
+        "total",
+        "a save",
+    )
     rows = [
         [
             f"{stage.stage}",
@@ -93,6 +104,7 @@ def memory(stages: Sequence[StageMemory]) -> Table:
                     stage.activations,
                     stage.loss,
                     stage.total,
+                    stage.saved,
                 )
             ),
         ]

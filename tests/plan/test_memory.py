@@ -154,3 +154,22 @@ def test_the_loss_is_planned_as_its_kernel_allocates(tp, micro_batch):
     if gradient.total.dtype != weight.dtype:
         allocated.append(gradient.result())
     assert stage.loss == pytest.approx(sum(tensor.nbytes for tensor in allocated), rel=0.03)
+
+
+def bytes_of_a_save(groups, name):
+    from prism_mcore.checkpoint.sharded import describe_model, own_tensors
+    from prism_mcore.train.optimizer import build_optimizer, wrap
+    from prism_mcore.train.settings import OptimizerSettings
+
+    chunks = chunks_of(groups, SPECS[name], torch.bfloat16, 16)
+    optimizer = build_optimizer(wrap(chunks, groups), OptimizerSettings(), groups)
+    written = own_tensors(describe_model(chunks, groups), optimizer, groups, {})
+    return sum(tensor.nbytes for piece, tensor in written if not piece.key.startswith("random."))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_save_writes_what_the_plan_says(name):
+    (stage,) = plan_memory(settings(precision={"dtype": "bf16"}), SPECS[name], 2, seq_len=16)
+    written = run_ranks(2, bytes_of_a_save, name)
+    assert 0 <= 2 * stage.saved - sum(written) < 2
+    assert max(written) <= 1.1 * stage.saved
