@@ -4,7 +4,8 @@
     python benchmarks/checkpoint.py --before /tmp/before --gb 2 --rounds 3
 
 The model is one of the tests' tiny ones made large: bf16 with fp32 masters and moments, 14 bytes a parameter, of which
-the checkpoint has --gb. Sides take turns, each in processes of its own; what is loaded is not in the page cache; minima are printed, and written as JSON.
+the checkpoint has --gb. Sides take turns, each in processes of its own; what is loaded is not in the page cache. Minima
+are printed, and written as JSON.
 """
 
 import argparse
