@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tp", type=int, default=1, choices=(1, 2), help="tensor-parallel instead of data-parallel")
     parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--stall", action="store_true", help="also an asynchronous save: its stall, and the rest")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -71,7 +72,7 @@ def run_side(checkout: Path, options: argparse.Namespace) -> dict[str, float]:
         ranks = []
         for rank in range(2):
             command = [sys.executable, "-P", __file__, "--rank", str(rank), "--folder", folder]
-            command += ["--gb", str(options.gb), "--tp", str(options.tp)]
+            command += ["--gb", str(options.gb), "--tp", str(options.tp)] + ["--stall"] * options.stall
             own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             ranks.append(subprocess.Popen(command, env=own, cwd=checkout, stdout=subprocess.PIPE, text=True))
         said = [rank.communicate()[0] for rank in ranks]
@@ -135,15 +136,16 @@ def measure(options: argparse.Namespace) -> None:
         figures[f"{name}_peak_gb"] = round(peak.most / 1e9, 3)
 
     saves = Checkpoints(options.folder, CheckpointSettings(), groups)
-    later = Checkpoints(options.folder, CheckpointSettings(async_save=True), groups)
     timed("save", lambda: saves.save(1, model.chunks, model.optimizer, {}))
     for file in (options.folder / "step_00000001").iterdir():  # a run that resumes finds nothing in the page cache
         with open(file, "rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     timed("load", lambda: load(options.folder / "step_00000001", model.chunks, model.optimizer, groups))
-    shutil.rmtree(options.folder / "step_00000001") if groups.rank == 0 else None
-    timed("async_stall", lambda: later.save(2, model.chunks, model.optimizer, {}))
-    timed("async_rest", later.wait)
+    if options.stall:
+        shutil.rmtree(options.folder / "step_00000001") if groups.rank == 0 else None
+        later = Checkpoints(options.folder, CheckpointSettings(async_save=True), groups)
+        timed("async_stall", lambda: later.save(2, model.chunks, model.optimizer, {}))
+        timed("async_rest", later.wait)
     print(json.dumps(figures))
     dist.destroy_process_group()
 
