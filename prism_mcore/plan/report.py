@@ -77,7 +77,7 @@ def layout(settings: BuildSettings, spec: ModelSpec, world_size: int, micro_batc
 
 
 def memory(stages: Sequence[StageMemory]) -> Table:
-    """GB of one rank of each pipeline stage; a save is on the disk, and in host memory while written asynchronously."""
+    """GB of one rank of each pipeline stage, and above it the largest share of a save."""
     columns = (
         "stage",
         "layers",
@@ -88,7 +88,6 @@ def memory(stages: Sequence[StageMemory]) -> Table:
         "activations",
         "loss",
         "total",
-        "a save",
     )
     rows = [
         [
@@ -104,13 +103,17 @@ def memory(stages: Sequence[StageMemory]) -> Table:
                     stage.activations,
                     stage.loss,
                     stage.total,
-                    stage.saved,
                 )
             ),
         ]
         for stage in stages
     ]
-    return numbers("Memory per rank, GB (without CUDA context, NCCL and fragmentation: some 8 GB)", columns, rows)
+    saved = max(stage.saved for stage in stages) / GB
+    title = (
+        "Memory per rank, GB (without CUDA context, NCCL and fragmentation: some 8 GB)\n"
+        f"A save: {saved:.3g} GB a rank on the disk, and in host memory while it is written beside training"
+    )
+    return numbers(title, columns, rows)
 
 
 def hours(flops: float) -> Table:

@@ -53,4 +53,6 @@ def test_sampled_logprobs_are_those_of_transformers(case):
         prompt = PROMPTS[request]
         logits = their_logits(model, prompt + completion.tokens)[len(prompt) - 1 : -1]
         want = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
-        assert (torch.from_numpy(completion.logprobs) - want).abs().max() <= 1e-5
+        # Invariant 2: of fp32 logits, 1e-5 of the largest. Measured beside transformers in fp64: 2e-6 of it.
+        bound = 1e-5 * logits.abs().max() / temperature
+        assert (torch.from_numpy(completion.logprobs) - want).abs().max() <= bound
