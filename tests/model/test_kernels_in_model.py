@@ -19,9 +19,6 @@ from prism_mcore.train.settings import OptimizerSettings
 from prism_mcore.train.step import backward
 
 STEPS = 2
-# Of a loss, by bf16: Adam's first step moves every weight by lr, in the direction that rounding may choose. Six seeds
-# on one and two ranks: 1.4e-3 at the second step (rms) with the kernels and with the reference ops, 2.4e-3 at most.
-NOISE = 2.5e-3
 # The ops of a training step.
 TRITON = {
     name: "triton"
@@ -45,14 +42,14 @@ class FellBack(logging.Handler):
         raise AssertionError(record.getMessage())
 
 
-def train(groups, name, overrides, dtype):
+def train(groups, name, overrides, dtype, seed=3):
     """(loss of every step, the first step's gradients, the weights after the last) of the whole model."""
     backends.log.handlers = [FellBack()]
     spec, device = SPECS[name], torch.device("cpu")
     ops = Ops(overrides, device)
     assert all(ops.backends[op].name == backend for op, backend in overrides.items())
     chunks = build_chunks(spec, [list(range(len(spec.pattern)))], groups, ops, dtype=dtype, device=device)
-    chunks[0].initialise(3)
+    chunks[0].initialise(seed)
     wrapped = wrap(chunks, groups)
     optimizer = build_optimizer(wrapped, OptimizerSettings(lr=3e-3), groups)
     losses, first = [], None
@@ -73,17 +70,33 @@ def distance(got, want):
     return (difference / whole).item()
 
 
+def mean_errors(name, tp, seeds=(3, 4, 5, 6)):
+    """Of the reference ops in bf16, by step: how far a loss is from that of fp32."""
+    errors = []
+    for seed in seeds:
+        exact, plain = (
+            run_ranks(tp, train, name, {}, dtype, seed, tp=tp)[0][0] for dtype in (torch.float32, torch.bfloat16)
+        )
+        errors.append([abs(b - c) for b, c in zip(plain, exact, strict=True)])
+    return [sum(step) / len(seeds) for step in zip(*errors, strict=True)]
+
+
 @pytest.mark.parametrize(
     ("name", "tp"), [("dense", 1), ("dense", 2), ("hybrid", 1), ("hybrid", 2), ("granite hybrid", 2)]
 )
 def test_training_on_kernels_equals_training_on_the_reference(name, tp):
-    """to bf16's accuracy: as far from training in fp32 as the reference ops in bf16 are"""
+    """to bf16's accuracy: as far from training in fp32 as the reference ops in bf16 are, of losses on average
+
+    Adam's first step moves every weight by lr, in the direction that rounding may choose: how far one loss of one model
+    is off is luck.
+    """
     exact = run_ranks(tp, train, name, {}, torch.float32, tp=tp)
     plain = run_ranks(tp, train, name, {}, torch.bfloat16, tp=tp)
     ours = run_ranks(tp, train, name, TRITON, torch.bfloat16, tp=tp)
+    noise = mean_errors(name, tp)
     for rank in range(tp):
         (losses, gradients, weights), theirs, true = ours[rank], plain[rank], exact[rank]
-        for a, b, c in zip(losses, theirs[0], true[0], strict=True):
-            assert max(abs(a - c), abs(b - c)) <= NOISE * c, (losses, theirs[0], true[0])
+        for a, c, off in zip(losses, true[0], noise, strict=True):
+            assert abs(a - c) <= 2 * off + 1e-3 * c, (losses, true[0], noise)
         assert distance(gradients, true[1]) <= 1.1 * distance(theirs[1], true[1])
         assert distance(weights, true[2]) <= 1.1 * distance(theirs[2], true[2])
