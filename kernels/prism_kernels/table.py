@@ -68,6 +68,7 @@ class Op:
 
     folder: str
     backends: tuple[str, ...]
+    classes: tuple[str, ...] = ()  # of those: no functions, though the backend has functions of other ops
 
 
 OURS = ("triton", "reference", "exact")
@@ -98,7 +99,7 @@ OPS: dict[str, Op] = {
     "attention": Op("attention", ("te", "flash_attn", *OURS)),
     "attention_decode": Op("attention", OURS),
     # Where neither Transformer Engine nor apex brings megatron-core its own.
-    "adamw": Op("adamw", ("te", "apex", "triton", "torch", "reference")),
+    "adamw": Op("adamw", ("te", "apex", "triton", "torch", "reference"), classes=("torch",)),
 }
 
 # (op, backend): a token's result has the same bits whatever other documents are in the call. What is not listed was not
@@ -112,7 +113,7 @@ BATCH_INVARIANT = {(name, "exact") for name, op in OPS.items() if "exact" in op.
 
 def place(op: str, backend: str) -> tuple[str, str] | None:
     """(module, name) of a backend's function, `("prism_kernels.norm.triton", "rms_norm")`; None where it is a class."""
-    file = "" if (op, backend) == ("adamw", "torch") else BACKENDS[backend].file
+    file = "" if backend in OPS[op].classes else BACKENDS[backend].file
     name = f"{op}_by_{backend}" if file == "peers" else op
     return (f"prism_kernels.{OPS[op].folder}.{file}", name) if file else None
 
