@@ -132,15 +132,18 @@ class Fp8Product:
         amax = self.fp8.whole_amax(rows, sharded=self.row_parallel)
         return self.fp8.quantize(rows, self.fp8.recipe, E4M3, amax, columns=columns)
 
-    def weight(self, weights: Sequence[Tensor], amax: Tensor | None) -> Quantized:
-        """[n, k]. A decoding step reads what the prefill before it kept: weights do not change in between.
+    def weight(self, weights: Sequence[Tensor]) -> tuple[Quantized, Tensor | None]:
+        """[n, k], and its amax where that is tensorwise.
 
-        Kept in place, so that a captured decoding step reads it, too.
+        A decoding step reads what the prefill before it kept: weights do not change in between. Kept in place, so that
+        a captured decoding step reads it, too.
         """
         fp8, kept = self.fp8, self.fp8.kept.get(self)
         if fp8.generating is Decode and kept is not None:
-            return kept
-        quantized = fp8.quantize_weight(_together(weights), fp8.recipe, E4M3, amax)
+            return kept, None
+        weight = _together(weights)
+        amax = fp8.whole_amax(weight, sharded=True)
+        quantized = fp8.quantize_weight(weight, fp8.recipe, E4M3, amax)
         if fp8.generating is Prefill:
             if kept is None:
                 with torch.inference_mode(False):  # else it could only be written in inference mode
@@ -148,12 +151,7 @@ class Fp8Product:
                 fp8.kept[self] = kept
             kept.data.copy_(quantized.data)
             kept.scale_inv.copy_(quantized.scale_inv)
-        return quantized
-
-    def weight_amax(self, weights: Sequence[Tensor]) -> Tensor | None:
-        if self.fp8.recipe == "blockwise":
-            return None
-        return self.fp8.whole_amax(_together(weights), sharded=True)
+        return quantized, amax
 
 
 class _Linear(torch.autograd.Function):
@@ -165,9 +163,9 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, linear: Fp8Product, made: Copies | None, training: bool, *weights: Tensor
     ) -> Tensor:
-        fp8, weight_amax = linear.fp8, linear.weight_amax(weights)
         by_row, by_column = made or linear.quantized(x, columns=training and ctx.needs_input_grad[4])
-        y = fp8.product(by_row, linear.weight(weights, weight_amax), x.dtype)
+        weight, weight_amax = linear.weight(weights)
+        y = linear.fp8.product(by_row, weight, x.dtype)
         if training:
             kept = (by_column.data, by_column.scale_inv) if by_column else (None, None)
             ctx.save_for_backward(*kept, weight_amax, *weights)
