@@ -12,7 +12,6 @@ class Gpu:
     """
 
     name: str
-    peak: float  # bf16, dense: the data sheet's
     bf16: float  # large products
     fp8: float
     attention: tuple[float, float]  # forward and backward
@@ -24,9 +23,9 @@ class Gpu:
     per_node: int = 8
 
 
-H100 = Gpu("H100 SXM", 989e12, 680e12, 1150e12, (580e12, 480e12), 290e12, 2.7e12, 80e9)
+H100 = Gpu("H100 SXM", 680e12, 1150e12, (580e12, 480e12), 290e12, 2.7e12, 80e9)
 # The same chip with faster memory: products as on the H100, memory-bound kernels by the data sheets' 4.8 to 3.35.
-H200 = replace(H100, name="H200", bandwidth=2.7e12 * 4.8 / 3.35, memory=141e9)
+H200 = replace(H100, name="H200", bandwidth=H100.bandwidth * 4.8 / 3.35, memory=141e9)
 # torchtitan's 500 W part with HBM2e; its rates are guesses for that part, and no row checks them.
 H100_500W = replace(
     H100,

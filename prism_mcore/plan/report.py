@@ -14,16 +14,13 @@ from prism_mcore.plan.memory import StageMemory, num_parameters
 from prism_mcore.plan.published import Published
 from prism_mcore.plan.search import Plan
 from prism_mcore.plan.throughput import (
-    PEAK_FLOPS,
     TUNED,
     TYPICAL,
     Layout,
     StepTime,
-    gpu_hours,
     step_time,
 )
 
-MFU = 0.4  # of the bf16 peak: what the hours below assume
 GB = 1e9
 
 
@@ -114,16 +111,6 @@ def memory(stages: Sequence[StageMemory]) -> Table:
         f"A save: {saved:.3g} GB a rank on the disk, and in host memory while it is written beside training"
     )
     return numbers(title, columns, rows)
-
-
-def hours(flops: float) -> Table:
-    """Hours of one GPU of each kind for so many model FLOPs, the slowest first."""
-    labels = {"H100": "H100 SXM"}
-    rows = []
-    for name, peak in sorted(PEAK_FLOPS.items(), key=lambda item: (item[1], item[0])):
-        time = gpu_hours(flops, MFU, peak)
-        rows.append([labels.get(name, name), f"{peak / 1e12:.0f}", f"{time:,.1f}" if time >= 0.1 else f"{time:.2g}"])
-    return numbers(f"GPU hours at {MFU:.0%} MFU", ("GPU", "bf16 TFLOP/s", "hours"), rows)
 
 
 def throughput(spec: ModelSpec, layout: Layout, tokens: int) -> list[Table]:

@@ -15,7 +15,7 @@ from prism_mcore.model.flops import head_flops, mean_keys, sublayer_flops
 from prism_mcore.model.parameters import large_matrices, parameters
 from prism_mcore.model.spec import ATTENTION, LAYER_NAMES, MAMBA, ModelSpec
 from prism_mcore.model.split import split_layers
-from prism_mcore.plan.hardware import Gpu
+from prism_mcore.plan.hardware import H100, Gpu
 
 # Dense bf16 tensor-core peaks of NVIDIA's data sheets, FLOP/s, by a part of torch's device name.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
@@ -187,7 +187,7 @@ def _element_bytes(spec: ModelSpec, kind: str) -> tuple[float, float]:
 
 
 def _head(spec: ModelSpec, layout: Layout, gpu: Gpu) -> tuple[dict[str, float], dict[str, float]]:
-    t, loss = layout.tokens, CROSS_ENTROPY_S * spec.vocab_size * (2.7e12 / gpu.bandwidth)
+    t, loss = layout.tokens, CROSS_ENTROPY_S * spec.vocab_size * (H100.bandwidth / gpu.bandwidth)
     product = head_flops(spec) / gpu.bf16
     return (
         {"head and loss": t / layout.tp * (product + loss / 3)},
@@ -247,8 +247,3 @@ def _summed(parts: list[tuple[dict[str, float], int]]) -> dict[str, float]:
 def peak_flops(device_name: str) -> float | None:
     """The bf16 peak of a GPU by its name, such as "NVIDIA H100 80GB HBM3", in FLOP/s; None where it is not known."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
-
-
-def gpu_hours(flops: float, mfu: float, peak: float) -> float:
-    """Hours of one GPU for so many model FLOPs at this share of its peak."""
-    return flops / (mfu * peak) / 3600
