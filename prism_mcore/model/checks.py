@@ -82,15 +82,14 @@ def _check_fp8(settings: BuildSettings, spec: ModelSpec, found: Findings) -> Non
 
 
 def _fp8_misfits(spec: ModelSpec, tp: int) -> list[str]:
-    """The large matrices whose shard has a side that FP8 products do not take: `1032 rows of Mamba's in_proj`."""
-    misfits = []
-    for matrix, (rows, columns) in large_matrices(spec, tp).items():
-        misfits += [
-            f"{size:g} {side} of {matrix}"
-            for side, size in (("rows", rows), ("columns", columns))
-            if size % FP8_MULTIPLE and size % 1 == 0  # what tp does not divide is said already
-        ]
-    return misfits
+    """The large matrices whose shard has a side that FP8 products do not take: `1288 rows of mamba's in_proj`."""
+    return [
+        f"{size:g} {side} of {LAYER_NAMES[kind]}'s {matrix}"
+        for kind in dict.fromkeys(spec.pattern)
+        for matrix, shape in large_matrices(spec, kind, tp).items()
+        for side, size in zip(("rows", "columns"), shape, strict=True)
+        if size % FP8_MULTIPLE and size % 1 == 0  # what tp does not divide is said already
+    ]
 
 
 def check_fp8_tokens(name: str, tokens: int, settings: BuildSettings, found: Findings) -> None:

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from prism_mcore.model.spec import LAYER_NAMES, ModelSpec
+from prism_mcore.model.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,14 @@ def parameters(spec: ModelSpec, tp: int = 1) -> dict[str, Parameter]:
     return table
 
 
-def large_matrices(spec: ModelSpec, tp: int) -> dict[str, tuple[float, float]]:
-    """(rows, columns) on a rank of the large linears' weights, one of each kind; Mamba's in_proj is one product."""
+def large_matrices(spec: ModelSpec, kind: str, tp: int) -> dict[str, tuple[float, float]]:
+    """(rows, columns) on a rank of the weights of a sub-layer's linears, by name; Mamba's in_proj is one product."""
     shapes: dict[str, tuple[float, float]] = {}
-    for kind in dict.fromkeys(spec.pattern):
-        for name, parameter in _MIXERS[kind](spec, tp).items():
-            if len(parameter.shape) == 2 and not name.startswith("conv"):
-                cut = [size / tp if axis == parameter.tp_axis else size for axis, size in enumerate(parameter.shape)]
-                matrix = f"{LAYER_NAMES[kind]}'s {name.split('.')[0].removesuffix('_bc')}"
-                shapes[matrix] = (cut[0] + shapes.get(matrix, (0, 0))[0], cut[1])
+    for name, parameter in _MIXERS[kind](spec, tp).items():
+        if len(parameter.shape) == 2 and not name.startswith("conv"):
+            cut = [size / tp if axis == parameter.tp_axis else size for axis, size in enumerate(parameter.shape)]
+            matrix = name.split(".")[0].removesuffix("_bc")
+            shapes[matrix] = (cut[0] + shapes.get(matrix, (0, 0))[0], cut[1])
     return shapes
 
 

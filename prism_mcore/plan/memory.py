@@ -123,12 +123,9 @@ def kept_weight_bytes(settings: BuildSettings, spec: ModelSpec) -> int:
     """The large linears' weights in FP8, a byte a number, which decoding steps read; 0 without FP8."""
     if settings.precision.fp8 == "off":
         return 0
-    ends, sizes = settings.precision.fp8_bf16_ends, large_matrices(spec, settings.parallel.tp)
+    ends = settings.precision.fp8_bf16_ends
     inside = spec.pattern[ends : len(spec.pattern) - ends]
-    of_kind = {
-        kind: sum(rows * columns for name, (rows, columns) in sizes.items() if name.startswith(LAYER_NAMES[kind]))
-        for kind in set(inside)
-    }
+    of_kind = {k: sum(map(math.prod, large_matrices(spec, k, settings.parallel.tp).values())) for k in set(inside)}
     return math.ceil(sum(of_kind[kind] for kind in inside))
 
 

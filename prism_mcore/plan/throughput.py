@@ -132,7 +132,7 @@ def sublayer_time(
     """(forward, backward) seconds of one sub-layer, by term; a recomputed one has its forward in both."""
     t, tp = layout.tokens, layout.tp
     shared = tp if layout.sequence_parallel else 1  # ranks that share what is done to hidden states
-    matrices = [s for name, s in large_matrices(spec, tp).items() if name.startswith(f"{LAYER_NAMES[kind]}'s")]
+    matrices = large_matrices(spec, kind, tp).values()
     rate = gpu.fp8 if fp8 else gpu.bf16
     forward = {"products": sum(_product(t, n, k, rate) for n, k in matrices)}
     backward = {"products": sum(_product(t, k, n, rate) + _product(n, k, t, rate) for n, k in matrices)}
@@ -167,7 +167,7 @@ def _product(m: float, n: float, k: float, rate: float) -> float:
 
 def _projections(spec: ModelSpec) -> float:
     """Forward FLOPs per token of Mamba's linears."""
-    return sum(2 * n * k for name, (n, k) in large_matrices(spec, 1).items() if name.startswith("mamba"))
+    return sum(2 * n * k for n, k in large_matrices(spec, MAMBA, 1).values())
 
 
 def _element_bytes(spec: ModelSpec, kind: str) -> tuple[float, float]:

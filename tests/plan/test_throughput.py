@@ -39,7 +39,7 @@ def test_published_runs_are_predicted(row):
 def test_products_are_the_flops_of_the_model(spec):
     """With every product at full rate the terms of matrix products and of attention are model/flops.py's FLOPs."""
     layout, rate = Layout(1, 8192, 1), H100.bf16
-    sums = 3 * sum(2 * n * k * spec.pattern.count(kind) for kind in "M*-" for n, k in _matrices(spec, kind))
+    sums = 3 * sum(2 * n * k for kind in spec.pattern for n, k in large_matrices(spec, kind, 1).values())
     scores = 3.5 * 4 * spec.num_heads * spec.head_dim * mean_keys(8192) * spec.pattern.count("*")
     head = 3 * 2 * spec.hidden_size * spec.vocab_size
     fast = replace(H100, attention=(rate, rate), scan=rate)
@@ -50,11 +50,6 @@ def test_products_are_the_flops_of_the_model(spec):
     scan = terms.get("scan", 0.0) * rate / tokens * 3 / 3.5  # its backward is counted as 2.5 forwards here
     counted = sums + head + scores * 3 / 3.5 + scan
     assert counted == pytest.approx(flops_per_token(spec, 8192), rel=1e-6)
-
-
-def _matrices(spec, kind):
-    name = {"M": "mamba", "*": "attention", "-": "mlp"}[kind]
-    return [shape for matrix, shape in large_matrices(spec, 1).items() if matrix.startswith(name)]
 
 
 def terms(spec=LLAMA_8B, gpu=H100, **changes):
