@@ -112,8 +112,10 @@ def _alike(gold: str, answer: str) -> bool:
     if compact(gold) == compact(answer):
         return True
     golds, answers = _elements(gold), _elements(answer)
-    if golds or answers:
-        return bool(golds and answers) and _same_elements(golds, answers)  # type: ignore[arg-type]
+    if golds is not None and answers is not None:
+        return _same_elements(golds, answers)
+    if golds is not None or answers is not None:
+        return False
     percent = gold_unit == "percent", answer_unit == "percent"
     scales = (1,) if percent[0] == percent[1] else (1, 100)  # 50% is 50 of a hundred, or a half
     return any(_same_expression(gold, answer, *(scale if is_one else 1 for is_one in percent)) for scale in scales)
@@ -148,7 +150,7 @@ def _elements(text: str) -> tuple[str, str, list[str]] | None:
     opening, closing, inside = "", "", text
     if text.startswith(r"\{") and text.endswith(r"\}"):
         opening, closing, inside = "{", "}", text[2:-2]
-    elif text[0] in "([" and text[-1] in ")]" and _closes_at_the_end(text):
+    elif text[:1] in ("(", "[") and text[-1:] in (")", "]") and _closes_at_the_end(text):
         opening, closing, inside = text[0], text[-1], text[1:-1]
     parts = _split(inside)
     if len(parts) == 1 and opening not in ("{",):
@@ -231,7 +233,8 @@ def _rounded(text: str, decimal: Any, exact: Any) -> bool:
     match = re.fullmatch(r"[-+]?(\d*)\.(\d+)", text.strip())
     if not match or len((match[1] + match[2]).lstrip("0")) < FEWEST_DIGITS or _is_decimal(exact):
         return False
-    return bool(abs(decimal - exact).evalf(30) * 2 * 10 ** len(match[2]) <= 1)
+    distance = abs(decimal - exact).evalf(30)
+    return bool(distance.is_comparable and distance * 2 * 10 ** len(match[2]) <= 1)
 
 
 def _is_decimal(value: Any) -> bool:
@@ -259,7 +262,7 @@ def parsed(text: str) -> Any:
     plain = TEXT.sub(r"\1", text).replace(" degrees", "").strip()
     if NUMBER.fullmatch(plain):
         return sympy.Rational(plain)
-    if re.search(r"\d\s*_|[.,;:!?']$|\\[lc]?dots|\?|[-+*/^=<>_&\\]$", plain.removesuffix("!")):
+    if re.search(r"%|\d\s*_|[.,;:!?']$|\\[lc]?dots|\?|[-+*/^=<>_&\\]$", plain.removesuffix("!")):
         return None
     try:
         expression = _reader()(_bracketed(plain))

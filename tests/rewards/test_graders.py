@@ -1,13 +1,14 @@
 """Right answers in every usual form are right; what only looks like one is not; one changed digit or letter is seen."""
 
 import random
+import time
 from fractions import Fraction
 
 import pytest
 from tiny.answers import CHOICE, MATH, STATED
 
 from prism_mcore.rewards.choice import chosen_letter
-from prism_mcore.rewards.math import mathematics, stated_answers
+from prism_mcore.rewards.math import mathematics
 
 PAIRS = [
     (gold, answer, right)
@@ -91,8 +92,54 @@ def test_one_changed_digit_or_letter_is_another_answer():
             assert not verdict(gold, gold[:place] + other + gold[place + 1 :]), (gold, place, other)
 
 
+# What is left of an answer where a bracket, a unit or an operator is all there is.
+ODD = [
+    "%",
+    "=",
+    r"\pm",
+    "x=",
+    r"\{\}",
+    "{}",
+    "()",
+    "[]",
+    "(",
+    "$",
+    r"\cup",
+    r"1\cup",
+    ",",
+    " ; ",
+    r"\text{}",
+    r"\text{cm}",
+]
+ODD += [
+    r"5\%%",
+    "dollars",
+    r"\$",
+    "''",
+    "_",
+    "^",
+    r"\frac",
+    r"\frac{}{}",
+    "|",
+    "0/0",
+    "1/0",
+    r"\infty",
+    r"\sqrt{}",
+    "!",
+]
+ODD += [r"\begin{pmatrix}", "x=%", r"\{,\}", "**", r"\\", "nan", "zoo", "None", "1 and", "or", r"\le", "x>", "1.234567"]
+
+
+@pytest.mark.parametrize("gold", ["7", "1, 2", "x+1", "2+3i", "(1, 2)", r"50\%", "[0, 1)", "x>3"])
+def test_odd_answers_are_wrong_and_raise_nothing(gold):
+    """A grader that raises masks the response instead of calling it wrong."""
+    assert [answer for answer in ODD if verdict(gold, answer)] == []
+
+
 @pytest.mark.parametrize("text", ["answer is ", "\\boxed{", "{", "(", "$", "1,", "or ", "\\frac", "\\text{"])
-def test_long_repetitions_take_no_time(text):
-    """Where a model repeats itself for thousands of tokens."""
-    stated_answers(text * 5000)
-    mathematics({"answer": "7"}, f"\\boxed{{{text * 300}}}")
+def test_an_answer_is_looked_for_in_linear_time(text):
+    """Where a model repeats itself for thousands of tokens; what takes seconds would be masked instead of wrong."""
+    begun = time.process_time()
+    assert not mathematics({"answer": "7"}, text * 5000)["correct"]
+    assert not verdict("7", text * 300)
+    assert time.process_time() - begun < 5.0
