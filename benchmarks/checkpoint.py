@@ -1,7 +1,7 @@
 """Saving and loading on two ranks, beside an earlier version of this program: seconds, and memory at the peak.
 
-    git worktree add /tmp/before 56915bb      # megatron-core's `fully_reshardable`
-    python benchmarks/checkpoint.py --before /tmp/before --gb 2 --rounds 3
+    git worktree add ../before 56915bb      # megatron-core's `fully_reshardable`
+    python benchmarks/checkpoint.py --before ../before --gb 2 --rounds 3
 
 The model is one of the tests' tiny ones made large: bf16 with fp32 masters and moments, 14 bytes a parameter, of which
 the checkpoint has --gb. Sides take turns, each in processes of its own; what is loaded is not in the page cache. Minima

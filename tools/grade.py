@@ -35,8 +35,10 @@ def main() -> int:
             raise ValueError(f"{arguments.input} has no records")
         if arguments.workers < 1:
             raise ValueError(f"--workers {arguments.workers}: at least 1 is needed")
-        if not arguments.out.parent.is_dir():
-            raise ValueError(f"--out {arguments.out}: there is no folder {arguments.out.parent}; make it first")
+        if arguments.timeout_s <= 0:
+            raise ValueError(f"--timeout-s {arguments.timeout_s}: a response needs some time")
+        if arguments.out.is_dir() or not arguments.out.parent.is_dir():
+            raise ValueError(f"--out {arguments.out}: needed: a file in a folder that is there")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -288,6 +288,18 @@ def test_a_recipe_that_does_not_hold_is_not_used(monkeypatch, sandbox):
         Sandbox(recipe=sandbox.recipe)
 
 
+def test_an_environment_that_leaks_is_seen_by_the_self_test(monkeypatch, sandbox):
+    """bubblewrap's own, which --clearenv does not take away, lies in /proc/1/environ."""
+    if sandbox.recipe != "bubblewrap":
+        pytest.skip("the other recipe shows no /proc")
+    empty, leaking = '[*config["command"], str(seconds)], {})', '[*config["command"], str(seconds)], {"TOKEN": "x"})'
+    assert empty in host._source()
+    source = host._source().replace(empty, leaking)
+    monkeypatch.setattr(host, "_source", lambda: source)
+    with pytest.raises(SandboxError, match="the environment of the process above it"):
+        Sandbox(MEMORY_MB, "bubblewrap")
+
+
 def test_a_sandbox_whose_starter_ended_says_so():
     with Sandbox() as broken:
         psutil.Process(broken._starter.pid).kill()

@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 
-def grade(folder, *records):
+def grade(folder, *records, out="out.jsonl"):
     (folder / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     command = [sys.executable, str(ROOT / "tools" / "grade.py"), str(folder / "in.jsonl")]
-    command += ["--out", str(folder / "out.jsonl"), "--workers", "1"]
+    command += ["--out", str(folder / out), "--workers", "1"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -44,3 +44,14 @@ def test_a_bad_line_is_named(tmp_path, record, message):
     done = grade(tmp_path, record)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("out", [".", "missing/out.jsonl"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_graded(tmp_path, out):
+    done = grade(tmp_path, {"reward": "choice", "answer": "B", "response": "B"}, out=out)
+    assert done.returncode == 2 and "a file in a folder that is there" in done.stderr
+
+
+def test_a_file_without_records_is_refused(tmp_path):
+    done = grade(tmp_path)
+    assert done.returncode == 2 and "in.jsonl has no records" in done.stderr

@@ -49,7 +49,7 @@ def probe():
         except OSError:
             found[what] = False
     try:
-        found["the environment of the run"] = b"PRISM_SANDBOX_PROBE" in open("/proc/1/environ", "rb").read()
+        found["the environment of the process above it"] = read("/proc/1/environ")
     except OSError:
         pass
     found["environment variables"] = len(set(os.environ) - {"PATH", "PWD", "LC_CTYPE"}) > 0
