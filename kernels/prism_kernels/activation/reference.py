@@ -19,7 +19,7 @@ class _SwiGLU(torch.autograd.Function):
         out = torch.empty_like(gate_up)
         grad_gate, grad_up = out.chunk(2, -1)
         torch.mul(F.silu(gate), grad, out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return out
 
 
