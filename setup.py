@@ -34,7 +34,8 @@ setup(
         "prism_kernels",
         *(f"prism_kernels.{folder}" for folder in find_packages("kernels/prism_kernels")),  # one per group of ops
     ],
-    package_data={"prism_mcore.model": ["configs/*.json"]},  # the shapes that recipes name
+    # The shapes that recipes name, and questions for a first look.
+    package_data={"prism_mcore.model": ["configs/*.json"], "prism_mcore.evaluate": ["problems/*.jsonl"]},
     install_requires=[
         "torch>=2.11",
         "megatron-core==0.16.1",

@@ -11,7 +11,7 @@ from typing import Generic, NoReturn, TypeVar
 
 from prism_mcore.config import Kind, SettingsError, help_text, load
 from prism_mcore.console import say
-from prism_mcore.evaluate.settings import ScoreSettings
+from prism_mcore.evaluate.settings import EvaluateSettings, ScoreSettings
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE, STOPPED_BY_SIGNAL
 from prism_mcore.generate.settings import GenerateSettings
 from prism_mcore.model.settings import resolve_spec
@@ -22,11 +22,13 @@ from prism_mcore.rl.settings import RLSettings
 from prism_mcore.train.settings import LoopSettings, MidtrainSettings
 
 # Each one's settings; a key of another than the one that runs is an error that says whose it is.
-PROGRAMS = (MidtrainSettings, RLSettings, GenerateSettings, ScoreSettings)
+PROGRAMS = (MidtrainSettings, RLSettings, GenerateSettings, ScoreSettings, EvaluateSettings)
 
 
 Loop = TypeVar("Loop", bound=LoopSettings)
-OfModel = TypeVar("OfModel", GenerateSettings, ScoreSettings)  # programs that run a Hugging Face directory's model
+OfModel = TypeVar(
+    "OfModel", GenerateSettings, ScoreSettings, EvaluateSettings
+)  # programs that run a Hugging Face directory's model
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,11 +54,19 @@ def recipe_parser(kind: type[LoopSettings], description: str) -> argparse.Argume
     return parser
 
 
-def hf_parser(kind: type[Kind], usage: str, description: str | None) -> argparse.ArgumentParser:
-    """--hf, --out, --dry-run and settings, for programs that run a Hugging Face directory's model."""
-    parser = _parser(kind, f"--hf DIR {usage} --out FILE [--dry-run] [section.name=value ...]", description)
-    parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face directory with the model")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
+def hf_parser(
+    kind: type[Kind], usage: str, description: str | None, out: str = "FILE", needs_hf: bool = True
+) -> argparse.ArgumentParser:
+    """--hf, --out, --dry-run and settings, for programs that run a Hugging Face directory's model.
+
+    needs_hf: they always do.
+    """
+    parser = _parser(kind, f"--hf DIR {usage} --out {out} [--dry-run] [section.name=value ...]", description)
+    parser.add_argument(
+        "--hf", type=Path, required=needs_hf, metavar="DIR", help="Hugging Face directory with the model"
+    )
+    what = "file to write" if out == "FILE" else "folder to write to; made where it is missing"
+    parser.add_argument("--out", type=Path, required=True, metavar=out, help=what)
     return parser
 
 

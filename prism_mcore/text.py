@@ -15,6 +15,7 @@ from typing import Any
 
 import tokenizers
 
+OPEN, CLOSE = "<think>", "</think>"  # around a response's reasoning
 SLACK_TOKENS = 4  # that may add no byte to a text, as the first piece of a sequence
 _ROLES = {"user": "User: ", "assistant": "Assistant: ", "system": ""}
 _OTHER_FORMATS = ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model", "tiktoken.model")
@@ -224,11 +225,23 @@ class StopTexts:
         tail = self.tokenizer.decode(tokens[-self.window :], special=True)
         return any(text in tail for text in self.texts)
 
+    def reached_after_think(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
+        """Is a text complete behind the reasoning, which the prompt may have begun? Decodes all: for `reached`."""
+        begun = self.tokenizer.decode(prompt[-self.window :], special=True)
+        response = self.tokenizer.decode(tokens, special=True)
+        answer = response.rpartition(CLOSE)[2]
+        return not in_reasoning(begun + response) and any(text in answer for text in self.texts)
+
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
     """The text before the first of the stop texts."""
     ends = [text.index(mark) for mark in stop if mark in text]
     return text[: min(ends)] if ends else text
+
+
+def in_reasoning(text: str) -> bool:
+    """Has reasoning begun in a text and not ended?"""
+    return text.rfind(OPEN) > text.rfind(CLOSE)
 
 
 def response_text(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str]) -> str:

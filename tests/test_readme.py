@@ -33,6 +33,7 @@ ADDED: dict[str, list[str]] = {
     "launch/rl.py": [*TINY, *RL, "rewards.require_think=false", "rewards.workers=1"],
     "launch/generate.py": ["precision.dtype=fp32", "sampling.max_tokens=4"],
     "launch/score.py": ["precision.dtype=fp32"],
+    "launch/evaluate.py": ["precision.dtype=fp32", "sampling.max_tokens=4", "grading.workers=1"],
     "tools/plot_run.py": [],
     "tools/doctor.py": [],
 }

@@ -7,15 +7,14 @@ from rich.table import Table
 
 from prism_mcore.generate.settings import GenerateSettings
 from prism_mcore.model.spec import ModelSpec
-from prism_mcore.plan import report
-from prism_mcore.plan.host import free_memory
+from prism_mcore.plan import host, report
 from prism_mcore.plan.memory import cache_bytes, inference_bytes, kept_weight_bytes, num_parameters
 
 
 def plan(settings: GenerateSettings, spec: ModelSpec, lengths: Sequence[int], done: int) -> list[Table]:
     """What --dry-run prints of checked settings, for prompts of these lengths of which `done` samples are there."""
     sampling = settings.sampling
-    needed, free = memory_of(settings, spec, lengths) / report.GB, free_memory() / report.GB
+    needed, free = memory_of(settings, spec, lengths) / report.GB, host.free_memory() / report.GB
     rows = [
         ("model", f"{spec.family}, {num_parameters(spec):,} parameters in {settings.precision.dtype}"),
         ("ranks of one replica", f"{settings.parallel.tp}"),

@@ -29,6 +29,9 @@ class Sampling(Section):
     seed: int = Field(default=0, ge=0, lt=2**64, description="Seed of the uniform numbers")
     ignore_eos: bool = Field(default=False, description="Go on after an end-of-sequence token")
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[], description="Texts that end a response")
+    stop_in_think: bool = Field(
+        default=True, description="A stop text ends a response inside <think>, too; else only after </think>"
+    )
     stop_ids: list[Annotated[int, Field(ge=0)]] = Field(
         default=[], description="Tokens that end a response, beside the tokenizer's end-of-sequence token"
     )

@@ -163,7 +163,12 @@ class Stream:
     def _reached_text(self, slot: int) -> bool:
         assert self.stop_texts is not None
         end = int(self.count[slot])
-        return self.stop_texts.reached(self.tokens[slot, max(0, end - self.stop_texts.window) : end].tolist())
+        if not self.stop_texts.reached(self.tokens[slot, max(0, end - self.stop_texts.window) : end].tolist()):
+            return False
+        if self.sampling.stop_in_think:
+            return True
+        prompt = self.requests[self.schedule.request[slot]].tokens
+        return self.stop_texts.reached_after_think(prompt, self.tokens[slot, :end].tolist())
 
     def _completion(self, slot: int, stopped: bool) -> Completion:
         count, request = int(self.count[slot]), int(self.schedule.request[slot])

@@ -81,10 +81,10 @@ class Writer:
         goes_on = path is None and rank == 0 and self.path.exists()
         self.file = self.path.open("a" if goes_on else "w", encoding="utf-8")
         if not goes_on:
-            self._write(case)
+            self.write(case)
 
     def add(self, line: int, sample: int, completion: Completion) -> None:
-        self._write(
+        self.write(
             {
                 "line": line,
                 "sample": sample,
@@ -100,7 +100,7 @@ class Writer:
         self.file.close()
         self.path.unlink()
 
-    def _write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
 
@@ -136,17 +136,31 @@ def _check_case(file: Path, line: str, out: Path, case: Case) -> None:
         )
 
 
-def _samples(file: Path, out: Path, case: Case) -> Iterator[tuple[Place, Completion]]:
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        _check_case(file, lines.readline(), out, case)
-        for number, line in enumerate(lines, start=2):
+def lines(file: Path, out: Path, case: Case) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of all that one file holds after its first line. Raises ValueError as `read`."""
+    with file.open(encoding="utf-8", errors="replace") as found:
+        _check_case(file, found.readline(), out, case)
+        for number, line in enumerate(found, start=2):
             if not line.endswith("\n"):
                 return  # stopped while it was written
             try:
-                completion = _completion(parse_object(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}, line {number}: no sample ({error}); delete {out}.samples*") from error
-            yield (completion.request, completion.sample), completion
+                yield number, parse_object(line)
+            except ValueError as error:
+                raise broken(file, number, out, error) from error
+
+
+def broken(file: Path, number: int, out: Path, error: Exception) -> ValueError:
+    """What is said of a line that holds no sample."""
+    return ValueError(f"{file}, line {number}: no sample ({error}); delete {out}.samples*")
+
+
+def _samples(file: Path, out: Path, case: Case) -> Iterator[tuple[Place, Completion]]:
+    for number, found in lines(file, out, case):
+        try:
+            completion = _completion(found)
+        except (ValueError, KeyError, TypeError) as error:
+            raise broken(file, number, out, error) from error
+        yield (completion.request, completion.sample), completion
 
 
 def _completion(found: Mapping[str, Any]) -> Completion:

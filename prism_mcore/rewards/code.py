@@ -2,6 +2,7 @@
 
 import functools
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -9,13 +10,14 @@ from typing import Any
 
 from prism_mcore.json_lines import shown
 from prism_mcore.rewards.format import final_answer
-from prism_mcore.rewards.sandbox import Sandbox, SandboxError
+from prism_mcore.rewards.sandbox import Outcome, Sandbox, SandboxError
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL)
 _TOLERANCE = 1e-6  # of a number with a fraction, absolute below 1 and relative above
 _KEYS: dict[str, dict[str, type]] = {
     "stdin": {"input": str, "output": str},
     "function": {"args": list, "expected": object},
+    "asserts": {"before": str, "after": str},
 }
 
 
@@ -127,10 +129,26 @@ def _run(sandbox: Sandbox, program: str, tests: Mapping[str, Any]) -> list[bool]
     for case in cases:
         if left <= 0 or (limits.score == "all" and not all(passed)):
             break
-        outcome = sandbox.run(program, case["input"].encode(), min(limits.test_s, left))
+        seconds = min(limits.test_s, left)
+        if tests["type"] == "asserts":
+            outcome, right = _run_asserts(sandbox, program, case, seconds)
+        else:
+            outcome = sandbox.run(program, case["input"].encode(), seconds)
+            right = same_output(outcome.stdout, case["output"])
         left -= outcome.seconds
-        passed.append(outcome.status == "ok" and same_output(outcome.stdout, case["output"]))
+        passed.append(outcome.status == "ok" and right)
     return passed
+
+
+def _run_asserts(sandbox: Sandbox, program: str, case: Mapping[str, str], seconds: float) -> tuple[Outcome, bool]:
+    """Run the program between what belongs around it; passed where the end is reached, which a nonce on stdin tells.
+
+    The tests are in the program's own process: one that is written against this can pass. Not for training.
+    """
+    nonce = secrets.token_hex(8)
+    text = f"{case['before']}\n{program}\n{case['after']}\nimport sys; print('\\n' + sys.stdin.readline())\n"
+    outcome = sandbox.run(text, f"{nonce}\n".encode(), seconds)
+    return outcome, outcome.stdout.rstrip().endswith(nonce.encode())
 
 
 def same_value(found: object, expected: object) -> bool:

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Sequence
 
-OPEN, CLOSE = "<think>", "</think>"
+from prism_mcore.text import CLOSE, OPEN
+
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"(?<!\\)[{}]")
 

@@ -36,6 +36,7 @@ class Verdict:
     ticket: int
     status: str
     parts: Mapping[str, float] = field(default_factory=dict)
+    extraction: tuple[str, str | None] = ("none", None)  # kind and answer, where an extractor was asked for
 
 
 class _Task(NamedTuple):
@@ -88,9 +89,14 @@ class Verifier:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, ticket: int, record: Mapping[str, Any], response: str) -> None:
-        """Verify a response by record["reward"]; its verdict will carry the ticket, which must be of no other."""
+    def submit(self, ticket: int, record: Mapping[str, Any], response: str, extractor: str = "") -> None:
+        """Verify a response by record["reward"]; its verdict will carry the ticket, which must be of no other.
+
+        extractor: one of extraction.py, by whose answer the response is graded.
+        """
         task = {"ticket": ticket, "reward": record["reward"], "record": dict(record), "response": response}
+        if extractor:
+            task["extractor"] = extractor
         if self._failure is not None:
             raise RuntimeError("the verifier has stopped") from self._failure
         self.outstanding += 1
@@ -189,7 +195,11 @@ class Verifier:
     def _answer(self, answer: dict[str, Any]) -> None:
         if answer["error"]:
             log.warning("a verifier failed on a response, which is masked: %s", answer["error"])
-        self._verdicts.put(Verdict(answer["ticket"], answer["status"], answer["parts"]))
+        self._verdicts.put(
+            Verdict(
+                answer["ticket"], answer["status"], answer["parts"], tuple(answer.get("extraction", ("none", None)))
+            )
+        )
 
     def _end_late(self) -> None:
         for worker in list(self._workers):

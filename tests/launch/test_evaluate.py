@@ -1,0 +1,146 @@
+"""launch/evaluate.py for real: samples that no layout changes, that resume and grow, and verdicts given again."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny.hf_models import save_hf
+from tiny.prompt_files import write_prompts
+
+ROOT = Path(__file__).parents[2]
+HOW = ["precision.dtype=fp32", "sampling.max_tokens=12", "sampling.temperature=1", "grading.workers=1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, its tokenizer, and questions of which an answer may be right by chance."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    save_hf("granite-4.0-h-micro", folder / "hf", max_position_embeddings=512)
+    write_prompts(folder / "hf")
+    lines = [
+        {"id": str(n), "question": f"w{n} w{n + 9}", "choices": [f"w{n + k}" for k in range(4)], "answer": n % 4}
+        for n in range(7)
+    ]
+    (folder / "problems").mkdir()
+    (folder / "problems/gpqa.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def evaluate(ranks, folder, out, *more, tasks="gpqa"):
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    files = ["--hf", folder / "hf", "--tasks", tasks, "--out", out]
+    where = [f"evaluate.problems={folder / 'problems'}", "evaluate.partial=true"]
+    command = [sys.executable, *start, "launch/evaluate.py", *files, *where, *HOW, *more]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def samples(out):
+    lines = [json.loads(line) for line in (out / "gpqa.samples").read_text().splitlines()[1:]]
+    return {(line["question"], line["sample"]): line for line in lines}
+
+
+def test_samples_depend_on_no_layout_resume_and_grow(folder, tmp_path, capsys, monkeypatch):
+    """Two of each question on one rank; torn, then four on two replicas of one slot; four on TP 2."""
+    first, grown, parallel = tmp_path / "first", tmp_path / "grown", tmp_path / "parallel"
+    evaluate(1, folder, first, "sampling.samples=2")
+    written = (first / "gpqa.samples").read_text()
+    grown.mkdir()
+    (grown / "gpqa.samples").write_text(written[: len(written) // 2])
+    kept = written[: len(written) // 2].count("\n") - 1
+    text = evaluate(2, folder, grown, "sampling.samples=4", "generate.slots=1")
+    assert f", {kept} from before" in text and not list(grown.glob("*.lock")) and not list(grown.glob("*.samples.*"))
+    evaluate(2, folder, parallel, "sampling.samples=4", "parallel.tp=2")
+    a, b, c = samples(first), samples(grown), samples(parallel)
+    assert len(a) == 14 and len(b) == 28 and b.keys() == c.keys()
+    for place, sample in b.items():
+        for other in (a.get(place, sample), c[place]):
+            assert other["logprob"] == pytest.approx(sample["logprob"], rel=1e-4)
+            assert other | {"logprob": 0} == sample | {"logprob": 0}
+    assert len({tuple(sample["tokens"]) for sample in b.values()}) > 20
+    verdicts = [json.loads(line) for line in (grown / "gpqa.verdicts.jsonl").read_text().splitlines()]
+    results = json.loads((grown / "results.json").read_text())["tasks"]["gpqa"]
+    assert results["score"]["value"] == pytest.approx(sum(v["correct"] for v in verdicts) / 28)
+    assert results["published"] == 198 and results["questions"] == 7 and results["samples"] == 4
+
+    before = {(v["question"], v["sample"]): v["correct"] for v in verdicts}
+    assert run_here(monkeypatch, "--rescore", "--out", grown, "grading.extractor=strict") == 0
+    after = [json.loads(line) for line in (grown / "gpqa.verdicts.jsonl").read_text().splitlines()]
+    assert all(v["extraction"] != "lenient" for v in after) and any(v["extraction"] == "lenient" for v in verdicts)
+    changes = sum(before[v["question"], v["sample"]] != v["correct"] for v in after)
+    assert changes > 0 and f"GPQA-Diamond: {changes} verdicts changed" in capsys.readouterr().out
+
+    save_hf("granite-4.0-h-micro", tmp_path / "hf", max_position_embeddings=512, seed=1)
+    write_prompts(tmp_path / "hf")
+    assert launched(monkeypatch, folder, grown, hf=tmp_path / "hf") == 2
+    error = capsys.readouterr().err
+    assert "results.json is of another model" in error and error.count("\n") == 1
+    (grown / "results.json").unlink()
+    assert launched(monkeypatch, folder, grown, hf=tmp_path / "hf") == 2
+    assert "gpqa.samples holds samples of an unfinished generation with another model" in capsys.readouterr().err
+
+
+WRONG = {
+    "no such task": ("gqpa", [], "--tasks gqpa: no such task; known are aime24,"),
+    "a file that is missing": ("aime24", [], "there is no {folder}/problems/aime24.jsonl; make it with `python tools/"),
+    "another number of rows": ("gpqa", ["evaluate.partial=false"], "has 7 questions; GPQA-Diamond has 198"),
+    "twice": ("gpqa,gpqa", [], "needed: at least one task, each once"),
+    "nothing": ("", [], "needed: --hf DIR and --tasks T,...; or --rescore"),
+    "a setting of another": ("gpqa", ["sampling.ignore_eos=true"], "ignore_eos is a setting of launch/rl.py and"),
+    "a pipeline": ("gpqa", ["parallel.vpp=2"], "generated on one stage; use pp=1"),
+    "too long": ("own-code", [], "question code-02: the prompt has 72 tokens; needed: fewer than"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_gives_one_message(folder, tmp_path, capsys, monkeypatch, name):
+    tasks, more, message = WRONG[name]
+    hf = folder / "hf"
+    if name == "too long":
+        save_hf("llama-3.1", tmp_path / "hf")
+        hf = write_prompts(tmp_path / "hf")
+    assert launched(monkeypatch, folder, tmp_path / "out", *more, tasks=tasks, hf=hf) == 2
+    error = capsys.readouterr().err
+    assert message.format(folder=folder) in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_an_empty_file_of_prompts_is_named(folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.jsonl").write_text("\n")
+    assert launched(monkeypatch, folder, tmp_path / "out", tasks=str(tmp_path / "mine.jsonl")) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path / 'mine.jsonl'} has no questions; needed: one JSON object per line\n"
+    )
+
+
+def test_a_rescore_needs_a_result_and_changes_grading_alone(tmp_path, capsys, monkeypatch):
+    assert run_here(monkeypatch, "--rescore", "--out", tmp_path) == 2
+    assert "has no results.json and settings.yaml: no evaluation was finished there" in capsys.readouterr().err
+    (tmp_path / "results.json").write_text('{"model": {}, "tasks": {}}')
+    (tmp_path / "settings.yaml").write_text("{}")
+    assert run_here(monkeypatch, "--rescore", "--out", tmp_path, "sampling.seed=3") == 2
+    assert "--rescore sampling.seed=3: needed: settings of grading" in capsys.readouterr().err
+
+
+def test_the_dry_run_says_what_is_to_do(folder, tmp_path, capsys, monkeypatch):
+    assert launched(monkeypatch, folder, tmp_path / "out", "--dry-run", "sampling.samples=3") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "gpqa 7/198 3 0/21 32,768 0.7 1" in text and "Evalchemy's T is 0.7" in text
+    assert not (tmp_path / "out").exists()
+
+
+def launched(monkeypatch, folder, out, *more, tasks="gpqa", hf=None):
+    files = ["--hf", hf or folder / "hf", "--tasks", tasks, "--out", out, f"evaluate.problems={folder / 'problems'}"]
+    return run_here(monkeypatch, *files, "evaluate.partial=true", *more)
+
+
+def run_here(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    spec = importlib.util.spec_from_file_location("evaluate_launcher", ROOT / "launch" / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main()
