@@ -43,6 +43,8 @@ class PackedBatch:
     num_tokens: int  # labels that count; 0 where labels is None
     source_ids: Tensor  # [b] int32: index into data.sources
     sample_ids: Tensor  # [b] int64: index of each sequence in the run's global order
+    parents: Tensor | None = field(default=None, kw_only=True)  # [documents] int32: which document each continues
+    # the end of; -1, nothing: those come first. None: no document continues another
 
     @property
     def document_lengths(self) -> np.ndarray:
@@ -53,7 +55,7 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class PolicyBatch(PackedBatch):
-    """One micro-batch of whole rollouts, a document each: prompt and response without its last token.
+    """One micro-batch of rollouts, a document each: prompt and response without its last token.
 
     A rollout with prompt [5, 6] and response [7, 9] (its stop token), alone in its micro-batch:
 
@@ -64,7 +66,17 @@ class PolicyBatch(PackedBatch):
         sampler_logprobs  [[0, -0.3, -0.02]]     # of the label
         on_policy         [[1, 1, 1]]            # sampled with the weights that this update starts from
         weights           [[0, 0.25, 0.25]]      # 1 / denominator
-        rollout_ids       [3]                    # a document's rollout, by its place in the step; -1: padding
+        rollout_ids       [3]                    # a document's rollout, by its place in the step; -1: none
+
+    Rollouts of one prompt may share it: a document of the prompt without its last token, and for each rollout one that
+    continues it, the prompt's last token and the response without its last. With responses [7, 9] and [1]:
+
+        tokens            [[5, 6, 7, 6]]
+        labels            [[0, 7, 9, 1]]
+        position_ids      [[0, 1, 2, 1]]
+        cu_seqlens        [0, 1, 3, 4]
+        parents           [-1, 0, 0]
+        rollout_ids       [-1, 3, 4]
     """
 
     advantages: Tensor  # [b, s] fp32

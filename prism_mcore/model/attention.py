@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor, nn
 
-from prism_kernels.boundaries import document_ends
+from prism_kernels.boundaries import Boundaries, document_ends
 from prism_kernels.caches import PagedCache
 from prism_mcore.model.context import ModelContext
 from prism_mcore.model.linear import Input, column_linear, norm, project, row_linear
@@ -25,11 +25,11 @@ class TransformerEngineAttention(nn.Module):
             context.config, 1, self.mask_type, "self", softmax_scale=context.spec.attention_scale
         )
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: PackedTokens) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, longest: int) -> Tensor:
         """q [t, h, p], k and v [t, hk, p] -> [t, h * p]."""
         from megatron.core.packed_seq_params import PackedSeqParams
 
-        ends, longest = seq.boundaries.derive(document_ends), seq.max_seqlen
+        ends = boundaries.derive(document_ends)
         packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
         return self.core(q, k, v, None, self.mask_type, packed_seq_params=packed)
 
@@ -79,8 +79,13 @@ class Attention(nn.Module):
                 self.spec.attention_scale,
                 self.spec.sliding_window,
             )
-        elif isinstance(self.attention, TransformerEngineAttention):
-            y = self.attention(q, k, v, seq)
+        elif seq.shared is not None:
+            y = seq.shared.attention(self._attend, q, k, v)
         else:
-            y = self.attention(q, k, v, seq.boundaries, self.spec.attention_scale, self.spec.sliding_window)
+            y = self._attend(q, k, v, seq.boundaries, seq.max_seqlen)
         return project(self.out_proj, y.reshape(tokens, 1, -1), state)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, longest: int) -> Tensor:
+        if isinstance(self.attention, TransformerEngineAttention):
+            return self.attention(q, k, v, boundaries, longest)
+        return self.attention(q, k, v, boundaries, self.spec.attention_scale, self.spec.sliding_window)

@@ -29,6 +29,7 @@ from prism_mcore.model.linear import Input, add_and_norm, norm, residual_sum
 from prism_mcore.model.mamba import GLOBAL_NAMES, Mamba
 from prism_mcore.model.mlp import MLP
 from prism_mcore.model.parameters import Parameter, padded_vocabulary, parameters
+from prism_mcore.model.shared_prefix import SharedPrefixes
 from prism_mcore.model.state import Cache, Decode, PackedTokens, Prefill, State
 from prism_mcore.model.tensors import draw, shard
 
@@ -221,8 +222,10 @@ class HybridModel(MegatronModule):
         return (*loss, self.output(Head.logits, x.detach(), tied)) if logits else loss
 
     def _sequence(self, batch: PackedBatch) -> PackedTokens:
-        boundaries = Boundaries.on(batch.position_ids.device, batch.cu_seqlens)
-        return PackedTokens(boundaries, batch.max_seqlen, self.rope(batch.position_ids.flatten()))
+        device = batch.position_ids.device
+        shared = None if batch.parents is None else SharedPrefixes.of(device, batch.cu_seqlens, batch.parents)
+        boundaries = Boundaries.on(device, batch.cu_seqlens)
+        return PackedTokens(boundaries, batch.max_seqlen, self.rope(batch.position_ids.flatten()), shared)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """Rotary angles of tokens at these positions [t]; None where the model has no positional encoding."""

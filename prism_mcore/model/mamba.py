@@ -75,7 +75,10 @@ class Mamba(nn.Module):
         weight = torch.cat([self.conv_x(), self.conv_bc()])
         bias = torch.cat([self.conv_x.bias, self.conv_bc.bias]) if self.spec.conv_bias else None
         if state is None:
-            return self.ops["causal_conv1d"](xbc, weight, bias, seq.boundaries)
+            conv = self.ops["causal_conv1d"]
+            if seq.shared is not None:
+                return seq.shared.convolution(conv, xbc, weight, bias)
+            return conv(xbc, weight, bias, seq.boundaries)
         assert isinstance(state.cache, MambaCache), "a Mamba sub-layer caches its states"
         if isinstance(state.step, Decode):
             return self.ops["conv_step"](xbc, weight, bias, state.cache.conv, state.step.slots)
@@ -87,7 +90,10 @@ class Mamba(nn.Module):
         """[t, h, p]."""
         chunk_len = self.spec.chunk_len
         if state is None:
-            return self.ops["ssd_scan"](inputs, seq.boundaries, chunk_len)
+            scan = self.ops["ssd_scan"]
+            if seq.shared is not None:
+                return seq.shared.scan(scan, inputs, chunk_len)
+            return scan(inputs, seq.boundaries, chunk_len)
         assert isinstance(state.cache, MambaCache), "a Mamba sub-layer caches its states"
         scan, step = state.cache.scan, state.step
         if isinstance(step, Decode):

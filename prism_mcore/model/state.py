@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.caches import ConvCache, PagedCache, SlotCache
+from prism_mcore.model.shared_prefix import SharedPrefixes
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class PackedTokens:
     boundaries: Boundaries
     max_seqlen: int  # tokens of the longest document
     rope: tuple[Tensor, Tensor] | None  # cos, sin, each [t, head_dim] fp32; None: no positional encoding
+    shared: SharedPrefixes | None = None  # documents that continue others; None: each is whole
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,6 +53,11 @@ def _check_rollouts(settings: RLSettings, found: Findings) -> None:
         problems.append(f"sampling.samples={sampling.samples}: a group needs at least 2 to compare; the paper has 16")
     if sampling.temperature == 0:
         problems.append("sampling.temperature=0 gives a group of equal rollouts; use 1.0")
+    if rl.share_prompts and rl.parity == "exact":
+        problems.append(
+            "rl.share_prompts and rl.parity=exact: a scan that goes on from a prompt's end has another grid of chunks"
+            " than the sampler's, and other bits; leave rl.share_prompts out, or choose rl.parity=tolerance"
+        )
     if rl.prompts_per_step % rl.updates:
         problems.append(
             f"rl.prompts_per_step={rl.prompts_per_step} cannot be dealt over rl.updates={rl.updates};"

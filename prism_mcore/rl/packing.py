@@ -4,6 +4,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -71,36 +72,92 @@ def micro_batches(lengths: Sequence[int], ranks: int, budget: int) -> list[list[
     return batches
 
 
-def pack(samples: Sequence[Sample], *, version: int, temperature: float, multiple: int = 1) -> PolicyBatch:
-    """One micro-batch of whole rollouts; without any it is a filler that weighs nothing.
+def units(samples: Sequence[Sample], ranks: int, budget: int) -> list[tuple[Sample, ...]]:
+    """Samples that are to be in one micro-batch, for they share their prompt: of a group as many as fit, in order.
 
-    version: optimizer steps the weights have seen, which makes a token on-policy or not. multiple: the packed length is
-    filled up to a multiple of it.
+    Within `budget` tokens, the prompt counted once, and within an eighth of a rank's part of all tokens, so that ranks
+    can be dealt equal parts.
     """
     lengths = [sample.length for sample in samples]
-    filler = -sum(lengths) % multiple if lengths else multiple
-    documents = lengths + [filler] * (filler > 0)
-    ends = np.cumsum([0, *documents])
+    most = min(budget, max(sum(lengths) // (8 * ranks), max(lengths, default=0)))
+    made: list[list[Sample]] = []
+    for sample in samples:
+        fits = made and made[-1][0].rollout.prompt_tokens == sample.rollout.prompt_tokens
+        if fits and unit_length(made[-1]) + len(sample.rollout.tokens) <= most:
+            made[-1].append(sample)
+        else:
+            made.append([sample])
+    return [tuple(unit) for unit in made]
+
+
+def unit_length(unit: Sequence[Sample]) -> int:
+    """Tokens of samples that share their prompt."""
+    return len(unit[0].rollout.prompt_tokens) - 1 + sum(len(sample.rollout.tokens) for sample in unit)
+
+
+@dataclass(frozen=True)
+class _Document:
+    """Tokens of a micro-batch that follow one another, the last one only ever a label, and what they continue."""
+
+    text: tuple[int, ...]
+    first: int = 0  # its first token's position
+    parent: int = -1  # the document that it continues the end of
+    sample: Sample | None = None  # whose response it ends with; None: a prompt, or padding
+
+
+def _documents(samples: Sequence[Sample], share: bool) -> list[_Document]:
+    """Those that continue nothing first."""
+    whole: list[_Document] = []
+    continuations: list[_Document] = []
+    for prompt, same in groupby(samples, key=lambda sample: sample.rollout.prompt_tokens):
+        members = list(same)
+        if share and len(members) > 1 and len(prompt) > 1:
+            parent, at = len(whole), len(prompt) - 1
+            whole.append(_Document(prompt))
+            texts = [(prompt[-1], *sample.rollout.tokens) for sample in members]
+            continuations += [_Document(text, at, parent, s) for text, s in zip(texts, members, strict=True)]
+        else:
+            whole += [_Document(prompt + sample.rollout.tokens, sample=sample) for sample in members]
+    return whole + continuations
+
+
+def pack(
+    samples: Sequence[Sample], *, version: int, temperature: float, multiple: int = 1, share: bool = False
+) -> PolicyBatch:
+    """One micro-batch of rollouts; without any it is a filler that weighs nothing.
+
+    version: optimizer steps the weights have seen, which makes a token on-policy or not. multiple: the packed length is
+    filled up to a multiple of it. share: samples of one prompt that follow one another have it once.
+    """
+    documents = _documents(samples, share)
+    filler = -sum(len(document.text) - 1 for document in documents) % multiple if documents else multiple
+    if filler:
+        place = sum(document.parent < 0 for document in documents)
+        documents.insert(place, _Document((0,) * (filler + 1)))
+    lengths = [len(document.text) - 1 for document in documents]
+    ends = np.cumsum([0, *lengths])
     t = int(ends[-1])
-    tokens, labels = np.zeros(t, np.int64), np.zeros(t, np.int64)
+    tokens, labels, positions = (np.zeros(t, np.int64) for _ in range(3))
     mask, on_policy = np.zeros(t, bool), np.ones(t, bool)
     advantages, sampled, weights = (np.zeros(t, np.float32) for _ in range(3))
-    for sample, start, end in zip(samples, ends[:-1], ends[1:], strict=False):
-        rollout = sample.rollout
-        text = rollout.prompt_tokens + rollout.tokens
-        tokens[start:end], labels[start:end] = text[:-1], text[1:]
-        response = slice(end - len(rollout.tokens), end)
-        mask[response] = True
-        advantages[response], weights[response] = sample.advantage, sample.weight
-        sampled[response], on_policy[response] = rollout.logprobs, rollout.versions == version
+    for document, start, end in zip(documents, ends[:-1], ends[1:], strict=True):
+        tokens[start:end], labels[start:end] = document.text[:-1], document.text[1:]
+        positions[start:end] = np.arange(end - start) + document.first
+        if document.sample is not None:
+            sample, rollout = document.sample, document.sample.rollout
+            response = slice(end - len(rollout.tokens), end)
+            mask[response] = True
+            advantages[response], weights[response] = sample.advantage, sample.weight
+            sampled[response], on_policy[response] = rollout.logprobs, rollout.versions == version
+    parents = [document.parent for document in documents]
     return PolicyBatch(
         tokens=_row(tokens),
         labels=_row(labels),
         loss_mask=_row(mask),
-        position_ids=_row(np.arange(t) - np.repeat(ends[:-1], documents)),
-        seq_idx=_row(np.repeat(np.arange(len(documents), dtype=np.int32), documents)),
+        position_ids=_row(positions),
+        seq_idx=_row(np.repeat(np.arange(len(documents), dtype=np.int32), lengths)),
         cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
-        max_seqlen=max(documents),
+        max_seqlen=max(document.first + length for document, length in zip(documents, lengths, strict=True)),
         num_tokens=int(mask.sum()),
         source_ids=torch.zeros(1, dtype=torch.int32),
         sample_ids=torch.zeros(1, dtype=torch.int64),
@@ -108,8 +165,9 @@ def pack(samples: Sequence[Sample], *, version: int, temperature: float, multipl
         sampler_logprobs=_row(sampled),
         on_policy=_row(on_policy),
         weights=_row(weights),
-        rollout_ids=torch.tensor([sample.id for sample in samples] + [-1] * (filler > 0)),
+        rollout_ids=torch.tensor([-1 if d.sample is None else d.sample.id for d in documents]),
         temperature=temperature,
+        parents=torch.tensor(parents, dtype=torch.int32) if max(parents) >= 0 else None,
     )
 
 

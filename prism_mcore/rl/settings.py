@@ -46,6 +46,11 @@ class PolicySettings(Section):
         ge=1,
         description="Optimizer updates per step, each on its own part of the groups; 1 is strictly on-policy",
     )
+    share_prompts: bool | None = Field(
+        default=None,
+        description="Compute a group's prompt once in training's forward and backward passes, too; by default so but"
+        " under parity=exact, where a rollout has the sampler's bits only as a whole",
+    )
     parity: Literal["exact", "tolerance", "off"] = Field(
         default="tolerance",
         description="Log-probs of sampler and training: exact stops the run at a gap of one bit, tolerance at a mean"

@@ -7,9 +7,9 @@ from prism_mcore import platform
 from prism_mcore.batch import PolicyBatch, RolloutGroup
 from prism_mcore.model.checks import FP8_MULTIPLE
 from prism_mcore.rl import parity
-from prism_mcore.rl.packing import micro_batches, pack, samples_of
+from prism_mcore.rl.packing import micro_batches, pack, samples_of, unit_length, units
 from prism_mcore.rl.run import PolicyRun
-from prism_mcore.rl.settings import RLSettings
+from prism_mcore.rl.settings import PolicySettings, RLSettings
 from prism_mcore.rl.step import PolicyStats, policy_backward, score
 from prism_mcore.train.optimizer import gathered_parameters, update
 
@@ -43,17 +43,20 @@ def updates_of(run: PolicyRun, step: int, groups: Sequence[RolloutGroup]) -> lis
     per_update = len(groups) // settings.rl.updates
     multiple = ranks.tp_size if settings.parallel.sequence_parallel else 1
     multiple *= FP8_MULTIPLE if settings.precision.fp8 != "off" else 1
+    share = shares_prompts(settings.rl)
     updates: list[list[PolicyBatch]] = []
     for number in range(settings.rl.updates):
         first = number * per_update
         samples = samples_of(groups[first : first + per_update], settings.rl, first * settings.sampling.samples)
-        dealt = micro_batches([s.length for s in samples], ranks.dp_size, budget(settings))[ranks.dp_rank]
+        made = units(samples, ranks.dp_size, budget(settings)) if share else [(sample,) for sample in samples]
+        dealt = micro_batches(list(map(unit_length, made)), ranks.dp_size, budget(settings))[ranks.dp_rank]
         batches = [
             pack(
-                [samples[place] for place in places],
+                [sample for place in sorted(places) for sample in made[place]],
                 version=version(settings, step) + len(updates),
                 temperature=settings.sampling.temperature or 1.0,  # greedy log-probs are those at 1
                 multiple=multiple,
+                share=share,
             )
             for places in dealt or [[]]
         ]
@@ -77,6 +80,11 @@ def with_reference(run: PolicyRun, updates: list[list[PolicyBatch]]) -> list[lis
 def version(settings: RLSettings, step: int) -> int:
     """Optimizer updates that the weights have seen before a step."""
     return (step - 1) * settings.rl.updates
+
+
+def shares_prompts(settings: PolicySettings) -> bool:
+    """`rl.share_prompts`, and what it is where nobody chose."""
+    return settings.parity != "exact" if settings.share_prompts is None else settings.share_prompts
 
 
 def budget(settings: RLSettings) -> int:

@@ -129,8 +129,9 @@ def _loss(output: tuple[Tensor, Tensor], batch: PackedBatch) -> tuple[Tensor, Te
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`, copied without waiting where the loader pinned them.
 
-    cu_seqlens stays where it is: the model reads lengths on the CPU, and copies what its ops need of them.
+    cu_seqlens and parents stay where they are: the model reads them on the CPU, and copies what its ops need of them.
     """
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "cu_seqlens"}
+    stay = ("cu_seqlens", "parents")
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in stay}
     moved = {n: t.to(device, non_blocking=True) for n, t in tensors.items() if isinstance(t, Tensor)}
     return replace(batch, **moved)

@@ -158,7 +158,8 @@ def test_layouts_take_the_same_steps(files, tmp_path):
             assert [r["response"] for r in want] == [r["response"] for r in got]
         for want, got in zip(untimed(runs["alone"]), untimed(runs[name]), strict=True):
             for key in ("loss", "grad_norm", "kl", "entropy"):
-                assert got[key] == pytest.approx(want[key], rel=1e-4), key
+                # The loss is a sum of terms of size 1 that cancel to 4e-4: one rounding of them is 1e-7.
+                assert got[key] == pytest.approx(want[key], rel=1e-4, abs=1e-7), key
 
 
 def test_a_run_resumes_in_another_layout(files, tmp_path):
@@ -465,6 +466,7 @@ def test_how_a_run_ends_that_cannot_go_on(files, tmp_path):
         ({"sampling": {"temperature": 0}}, "sampling.temperature=0 gives a group of equal rollouts"),
         ({"sampling": {"stop_ids": [3, 999]}}, "sampling.stop_ids holds 999; needed: ids from 0 to"),
         ({"guards": {"spike_threshold": 2.0}}, "guards.spike_threshold=2.0"),
+        ({"rl": {"share_prompts": True, "parity": "exact"}}, "rl.share_prompts and rl.parity=exact: a scan that"),
         (
             {"precision": {"fp8": "tensorwise"}, "spec": "dense"},
             "with one scale for all tokens of a batch each changes",
