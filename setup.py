@@ -7,7 +7,7 @@ EXTRAS = {
     "rl": ["math-verify", "reasoning-gym", "pyseccomp"],
     # What the demo corpus is made of.
     "demo": ["reasoning-gym", "periodictable"],
-    "dev": ["triton", "pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-psutil"],
+    "dev": ["triton", "pytest", "pytest-xdist", "scipy", "ruff", "mypy", "types-PyYAML", "types-psutil"],
 }
 
 setup(

@@ -142,8 +142,8 @@ def paired(a: Counts, b: Counts, *, seed: int = 0, draws: int = DRAWS) -> Differ
     differences = _resampled(b, chosen, random) - _resampled(a, chosen, random)
     value = average(b) - average(a)
     low, high = _bounds(differences)
-    below, above = np.mean(differences <= 0), np.mean(differences >= 0)
-    return Difference(value, low, high, float(min(1.0, 2 * min(below, above))), len(a.right))
+    beyond = min(np.sum(differences <= 0), np.sum(differences >= 0))
+    return Difference(value, low, high, float(min(1.0, 2 * (beyond + 1) / (draws + 1))), len(a.right))
 
 
 def smallest_difference(counts: Counts, other: Counts | None = None) -> float:
