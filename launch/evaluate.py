@@ -25,6 +25,8 @@ from prism_mcore.launching import PROGRAMS, Launch, complain, hf_parser, leave, 
 if TYPE_CHECKING:
     from prism_mcore.evaluate.jobs import Job
 
+RESCORED = ("grading.", "contamination.", "evaluate.problems")  # what --rescore may change
+
 
 def main() -> int:
     parser = hf_parser(EvaluateSettings, "--tasks T,...", __doc__, out="DIR", needs_hf=False)
@@ -51,6 +53,7 @@ def main() -> int:
 
 def _read(arguments: argparse.Namespace, run: Launch[EvaluateSettings]) -> list["Job"]:
     """The jobs, checked against the model and what lies in --out."""
+    from prism_mcore.evaluate.contamination import check_files
     from prism_mcore.evaluate.jobs import read_jobs
     from prism_mcore.evaluate.result import RESULTS, earlier_tasks
     from prism_mcore.generate import unfinished
@@ -58,6 +61,8 @@ def _read(arguments: argparse.Namespace, run: Launch[EvaluateSettings]) -> list[
     from prism_mcore.text import read_eos
 
     tokenizer = tokenizer_of(arguments.hf, run.spec)
+    if tokenizer is not None:
+        check_files(run.settings.contamination.tokens, tokenizer)
     if tokenizer is None:
         raise ValueError(f"--hf {arguments.hf}: there is no tokenizer.json; questions are text")
     read_eos(arguments.hf)  # a broken file ends it here, not after the model is loaded
@@ -132,8 +137,10 @@ def _rescore(arguments: argparse.Namespace) -> int:
 
     try:
         results, recipe = open_result(arguments.out)
-        if strange := [text for text in arguments.overrides if not text.startswith(("grading.", "evaluate.problems="))]:
-            raise SettingsError(f"--rescore {strange[0]}: needed: settings of grading, or evaluate.problems")
+        if strange := [text for text in arguments.overrides if not text.startswith(RESCORED)]:
+            raise SettingsError(
+                f"--rescore {strange[0]}: needed: settings of grading or contamination, or {RESCORED[2]}"
+            )
         settings = load(EvaluateSettings, recipe, arguments.overrides, others=PROGRAMS)
         names = arguments.tasks.split(",") if arguments.tasks else [task["file"] for task in results["tasks"].values()]
         jobs = read_jobs(names, arguments.out, settings, None, None)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ from rich.table import Table
 
 from prism_mcore.checkpoint.durable import read_object, write_atomically
 from prism_mcore.config import dump
-from prism_mcore.console import say, show
-from prism_mcore.evaluate import statistics
-from prism_mcore.evaluate.grading import Graded, changed, grade, read_graded, summary, write_graded
+from prism_mcore.console import progress_bar, say, show
+from prism_mcore.evaluate import contamination, statistics
+from prism_mcore.evaluate.grading import Graded, changed, counts_of, grade, read_graded, summary, write_graded
 from prism_mcore.evaluate.jobs import Job
 from prism_mcore.evaluate.samples import Sample
 from prism_mcore.evaluate.settings import EvaluateSettings
 from prism_mcore.generate import unfinished
 from prism_mcore.plan import report
+from prism_mcore.text import load_tokenizer
 
 RESULTS, SETTINGS = "results.json", "settings.yaml"
 SHOWN_CHANGES = 20
@@ -29,6 +31,7 @@ def score(out: Path, settings: EvaluateSettings, jobs: Sequence[Job], model: Map
     ValueError where a task has no samples yet, or results.json is another model's.
     """
     tasks = earlier_tasks(out, model)
+    overlap = overlap_of(settings, jobs, Path(model["hf"]))
     for job in jobs:
         samples = samples_of(job)
         graded = grade(job, samples, settings.grading)
@@ -36,7 +39,10 @@ def score(out: Path, settings: EvaluateSettings, jobs: Sequence[Job], model: Map
         if file.is_file():
             _show_changes(job.task.title, changed(read_graded(file), graded))
         write_graded(file, graded)
-        tasks[job.task.name] = {"file": job.name} | summary(job, graded, settings.grading)
+        found = {"file": job.name} | summary(job, graded, settings.grading)
+        if overlap is not None:
+            found["contamination"] = _contamination(overlap[job.task.name], graded, settings)
+        tasks[job.task.name] = found
     scores = {name: task["score"]["value"] for name, task in tasks.items()}
     averages = (
         {"plain": statistics.plain_average(scores), "domains": statistics.domain_average(scores)}
@@ -47,6 +53,41 @@ def score(out: Path, settings: EvaluateSettings, jobs: Sequence[Job], model: Map
     write_atomically(out / SETTINGS, dump(settings))
     write_atomically(out / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     return results
+
+
+def overlap_of(settings: EvaluateSettings, jobs: Sequence[Job], hf: Path) -> dict[str, dict[str, float | None]] | None:
+    """Of each task and question (by key), the share of its n-grams in the training data; None where none is given.
+
+    Raises ValueError for token files that cannot be compared with the model in `hf`.
+    """
+    how = settings.contamination
+    if not how.tokens:
+        return None
+    tokenizer = jobs[0].tokenizer or load_tokenizer(hf)
+    total = contamination.check_files(how.tokens, tokenizer)
+    questions = {
+        f"{job.task.name}/{problem.key}": tokenizer.encode(problem.text) for job in jobs for problem in job.problems
+    }
+    with progress_bar("contamination, tokens", total) as advance:
+        found = contamination.overlaps(questions, how.tokens, how.ngram, advance)
+    return {
+        job.task.name: {problem.key: found[f"{job.task.name}/{problem.key}"] for problem in job.problems}
+        for job in jobs
+    }
+
+
+def _contamination(
+    overlap: Mapping[str, float | None], graded: Sequence[Graded], settings: EvaluateSettings
+) -> dict[str, Any]:
+    """What results.json says of a task: hits by their id, and the score without them."""
+    how = settings.contamination
+    ids = {one.key: one.question for one in graded}
+    report = contamination.report(
+        {ids[key]: share for key, share in overlap.items() if key in ids}, how.ngram, how.share
+    )
+    clean = [one for one in graded if one.question not in report["hits"]]
+    score = asdict(statistics.interval(counts_of(clean), seed=settings.grading.seed)) if clean else None
+    return report | {"files": how.tokens, "score_without_hits": score}
 
 
 def earlier_tasks(out: Path, model: Mapping[str, str]) -> dict[str, Any]:
@@ -111,6 +152,12 @@ def show_results(results: Mapping[str, Any]) -> None:
     for name, task in tasks.items():
         if task["letters"]:
             show(_letters(task))
+        if found := task.get("contamination"):
+            without = found["score_without_hits"]
+            say(
+                f"{task['title']}: {len(found['hits']):,} of {task['questions']:,} questions are in the training data"
+                + (f"; without them {without['value']:.1%}" if found["hits"] and without else "")
+            )
         if task["grading_failed"]:
             say(f"note: grading failed on {task['grading_failed']:.1%} of {name}'s samples; they count as wrong")
     if averages := results["averages"]:

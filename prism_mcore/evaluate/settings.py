@@ -77,6 +77,18 @@ class GradingSettings(Section):
     seed: int = Field(default=0, ge=0, description="Seed of the bootstrap")
 
 
+class ContaminationSettings(Section):
+    """Which questions are in the training data?"""
+
+    tokens: list[str] = Field(
+        default=[], description="Token files to look for the questions in, of the model's tokenizer; none asks nothing"
+    )
+    ngram: int = Field(default=13, ge=2, description="Tokens of the n-grams that are looked for")
+    share: float = Field(
+        default=0.5, gt=0, le=1, description="A question is a hit where this share of its n-grams is found"
+    )
+
+
 class EvaluateSettings(ProgramSettings):
     """All settings of launch/evaluate.py."""
 
@@ -86,6 +98,7 @@ class EvaluateSettings(ProgramSettings):
     sampling: TaskSampling = TaskSampling()
     gpqa: GpqaSettings = GpqaSettings()
     grading: GradingSettings = GradingSettings()
+    contamination: ContaminationSettings = ContaminationSettings()
     generate: EngineSettings = EngineSettings()
     parallel: ParallelSettings = ParallelSettings()
     precision: PrecisionSettings = PrecisionSettings()

@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny.hf_models import save_hf
 from tiny.prompt_files import write_prompts
+
+from prism_mcore.data.token_file import TokenFileWriter
+from prism_mcore.text import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 HOW = ["precision.dtype=fp32", "sampling.max_tokens=12", "sampling.temperature=1", "grading.workers=1"]
@@ -73,6 +77,16 @@ def test_samples_depend_on_no_layout_resume_and_grow(folder, tmp_path, capsys, m
     assert all(v["extraction"] != "lenient" for v in after) and any(v["extraction"] == "lenient" for v in verdicts)
     changes = sum(before[v["question"], v["sample"]] != v["correct"] for v in after)
     assert changes > 0 and f"GPQA-Diamond: {changes} verdicts changed" in capsys.readouterr().out
+
+    with TokenFileWriter(tmp_path / "corpus", np.uint16) as writer:
+        text = load_tokenizer(folder / "hf").encode("w40 w3 w12 w40")  # the fourth question
+        writer.add(np.array(text), np.array([len(text)]))
+    again = ["--rescore", "--out", grown, f"contamination.tokens=[{tmp_path}/corpus]", "contamination.ngram=2"]
+    assert run_here(monkeypatch, *again, "grading.extractor=lenient") == 0
+    assert "1 of 7 questions are in the training data; without them" in capsys.readouterr().out
+    found = json.loads((grown / "results.json").read_text())["tasks"]["gpqa"]["contamination"]
+    clean = [v["correct"] for v in verdicts if v["question"] != "3"]
+    assert found["hits"] == ["3"] and found["score_without_hits"]["value"] == pytest.approx(sum(clean) / len(clean))
 
     save_hf("granite-4.0-h-micro", tmp_path / "hf", max_position_embeddings=512, seed=1)
     write_prompts(tmp_path / "hf")
