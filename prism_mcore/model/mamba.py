@@ -90,10 +90,9 @@ class Mamba(nn.Module):
         """[t, h, p]."""
         chunk_len = self.spec.chunk_len
         if state is None:
-            scan = self.ops["ssd_scan"]
             if seq.shared is not None:
-                return seq.shared.scan(scan, inputs, chunk_len)
-            return scan(inputs, seq.boundaries, chunk_len)
+                return seq.shared.scan(self.ops["ssd_scan"], inputs, chunk_len)
+            return self.ops["ssd_scan"](inputs, seq.boundaries, chunk_len)
         assert isinstance(state.cache, MambaCache), "a Mamba sub-layer caches its states"
         scan, step = state.cache.scan, state.step
         if isinstance(step, Decode):

@@ -68,8 +68,8 @@ class SharedPrefixes:
         s = self.whole.num_tokens
         before = attend(q[:s], k[:s], v[:s], self.whole, self._longest(self.whole))
         rows, own, joined = self._joined
-        laid_out = (x.index_select(0, rows) for x in (q, k, v))
-        after = attend(*laid_out, joined, self._longest(joined))
+        q, k, v = (x.index_select(0, rows) for x in (q, k, v))
+        after = attend(q, k, v, joined, self._longest(joined))
         return torch.cat([before.flatten(1), after.flatten(1).index_select(0, own)])
 
     @staticmethod
