@@ -79,10 +79,16 @@ class Engine:
 
     @torch.inference_mode()
     def stream(
-        self, requests: Sequence[Request], sampling: Sampling, before_pass: Callable[[], None] = lambda: None
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        before_pass: Callable[[], None] = lambda: None,
+        budget: int = 0,
     ) -> Iterator[Completion]:
         """Completions as they finish, in the same order on all tensor-parallel ranks.
 
+        budget: a sample that has gained so many tokens leaves unfinished (0: none does); a request that `begun` with
+        its tokens continues it, and draws what it would have drawn, from the weights that there are then.
         before_pass: called before every pass through the model, the same ones on all tensor-parallel ranks; may raise
         what is to end the stream. The weights must not change before the last completion. Raises ValueError, before
         anything runs, for an empty prompt, one that leaves no position for a response, a token outside the vocabulary,
@@ -99,6 +105,7 @@ class Engine:
                 ends=ends,
                 stop_texts=stop_texts,
                 context=self.context,
+                budget=budget,
                 before_pass=before_pass,
             )
             try:
@@ -124,8 +131,21 @@ class Engine:
         if unknown:
             raise ValueError(f"sampling.stop_ids holds {unknown[0]}; needed: ids from 0 to {size - 1}, the vocabulary")
         for index, request in enumerate(requests):
-            problem = prompt_problem(request.tokens, size, self.context)
+            problem = prompt_problem(request.tokens, size, self.context) or _begun_problem(request, sampling)
             if not request.keys:
                 problem = "has no keys; needed: one for each of its samples, at least one"
             if problem:
                 raise ValueError(f"prompt {index} {problem}")
+
+
+def _begun_problem(request: Request, sampling: Sampling) -> str:
+    """What is wrong with a response that is to be continued; empty where nothing is."""
+    if not request.begun:
+        return ""
+    if len(request.keys) != 1:
+        return f"continues one response, and has {len(request.keys)} keys; needed: that response's"
+    if not 0 < request.begun < len(request.tokens):
+        return f"has begun={request.begun} of {len(request.tokens)} tokens; needed: a prompt before the response"
+    if request.begun >= sampling.max_tokens:
+        return f"has {request.begun} tokens of its response; sampling.max_tokens={sampling.max_tokens} leaves none"
+    return ""

@@ -9,10 +9,15 @@ Key = tuple[int, int, int, int]  # (seed, step, prompt, sample): with a position
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, prefilled once for all its samples: `Request((1, 1128, 29), ((0, 12, 17, 0), (0, 12, 17, 1)))`."""
+    """One prompt, prefilled once for all its samples: `Request((1, 1128, 29), ((0, 12, 17, 0), (0, 12, 17, 1)))`.
+
+    A response that an earlier stream began is continued by a request of its own, `Request((1, 1128, 29, 829), ((0, 12,
+    17, 1),), begun=1)`: it is sampled from position 1 on.
+    """
 
     tokens: tuple[int, ...]
     keys: tuple[Key, ...]  # of each sample
+    begun: int = 0  # how many of the tokens, the last, are the response's already
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Completion:
 
     request: int  # index in the list of requests
     sample: int  # index in its keys
-    tokens: tuple[int, ...]  # ends with the stop id where stop_token, with the token that completes a stop text else
+    tokens: tuple[int, ...]  # new ones; ends with the stop id where stop_token, else with a stop text's last token
     logprobs: np.ndarray  # [tokens] float32: log-softmax of logits / temperature over the whole vocabulary
-    finish: str  # "stop", "length" (max_tokens) or "context" (the engine's)
+    finish: str  # "stop", "length" (max_tokens), "context" (the engine's) or "budget": it can be continued
     stop_token: bool

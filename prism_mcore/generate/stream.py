@@ -25,7 +25,8 @@ AHEAD = 64  # uniform numbers drawn at a time for each sample
 class Stream:
     """The requests' schedule and, for every slot, what its sample has produced so far.
 
-    ends: tokens that end a response; stop_texts: texts that do; context: most tokens of prompt and response together.
+    ends: tokens that end a response; stop_texts: texts that do; context: most tokens of prompt and response together;
+    budget: most tokens of a sample in this stream, or 0.
     """
 
     def __init__(
@@ -37,19 +38,22 @@ class Stream:
         ends: Collection[int],
         stop_texts: StopTexts | None,
         context: int,
+        budget: int = 0,
         before_pass: Callable[[], None] = lambda: None,
     ):
         self.before_pass = before_pass
         self.replica, self.model, self.requests, self.sampling = replica, replica.model, requests, sampling
         self.temperature = sampling.temperature or 1.0
         self.sampler = replica.sampler(sampling)
-        prompt_lens = np.array([len(request.tokens) for request in requests], np.int64)
+        lengths = np.array([len(request.tokens) for request in requests], np.int64)
         samples = np.array([len(request.keys) for request in requests], np.int64)
-        self.limits = np.minimum(sampling.max_tokens, context - prompt_lens)
-        needs = np.repeat(blocks_needed(prompt_lens, self.limits), samples)
+        self.begun = np.array([request.begun for request in requests], np.int64)
+        self.limits = np.minimum(sampling.max_tokens, context - (lengths - self.begun))
+        self.ends = np.minimum(self.limits, self.begun + budget) if budget else self.limits
+        needs = np.repeat(blocks_needed(lengths, self.ends - self.begun), samples)
         room = replica.capacity(needs)
         self.caches = replica.caches(room)
-        self.schedule = Schedule(requests, self.limits, room, replica.settings.prefill_tokens)
+        self.schedule = Schedule(requests, self.ends - self.begun, room, replica.settings.prefill_tokens)
         self.held_logits: Tensor | None = None
         self.graphs: DecodeGraphs | None = None
         if capturable(self.model.context.ops, self.model.context.spec.head_dim, replica.device):
@@ -66,9 +70,10 @@ class Stream:
         self.is_stop[[token for token in ends if token < len(self.is_stop)]] = True
         self.stop_texts = stop_texts
 
-        longest = int(self.limits.max())
+        longest = int(self.ends.max())
         self.uniform = np.zeros((room.slots, AHEAD))
-        self.count = np.zeros(room.slots, np.int64)  # tokens produced
+        self.drawn = np.zeros(room.slots, np.int64)  # the position of the first of them
+        self.count = np.zeros(room.slots, np.int64)  # tokens of the response, those begun with included
         self.tokens = np.zeros((room.slots, longest), np.int32)
         self.logprobs = np.zeros((room.slots, longest), np.float32)
 
@@ -90,7 +95,7 @@ class Stream:
             self.held_logits = logits[-1:].clone()
         self.caches.copy_slots(*map(self._tensor, admission.slot_copies))
         self.caches.copy_blocks(*map(self._tensor, admission.block_copies))
-        self.count[admission.slots] = 0
+        self._begin(admission.slots)
         return self._sample(admission.slots, logits[self._tensor(admission.logits)])
 
     def _prefill(self, admission: Admission) -> Tensor:
@@ -140,7 +145,7 @@ class Stream:
         self.count[slots] += 1
         self.replica.count(decoded_tokens=len(slots))
         stopped = self.is_stop[tokens]
-        done = stopped | (count + 1 >= self.limits[self.schedule.request[slots]])
+        done = stopped | (count + 1 >= self.ends[self.schedule.request[slots]])
         if self.stop_texts is not None:
             for i in np.flatnonzero(~stopped):
                 done[i] |= self._reached_text(slots[i])
@@ -150,15 +155,24 @@ class Stream:
         self.schedule.finish(slots[done])
         return iter(finished)
 
+    def _begin(self, slots: np.ndarray) -> None:
+        """Of samples that start: what they begin with, and no uniform numbers yet."""
+        self.count[slots] = begun = self.begun[self.schedule.request[slots]]
+        self.drawn[slots] = -AHEAD
+        for slot, count in zip(slots[begun > 0], begun[begun > 0], strict=True):
+            self.tokens[slot, :count] = self.requests[self.schedule.request[slot]].tokens[-count:]
+
     def _uniforms(self, slots: np.ndarray) -> np.ndarray:
-        place = self.count[slots] % AHEAD
-        fresh = slots[place == 0]
+        place = self.count[slots] - self.drawn[slots]
+        fresh = slots[place >= AHEAD]
         if len(fresh) and not self.sampler.greedy:
             keys = self.keys[self.first_key[self.schedule.request[fresh]] + self.schedule.sample[fresh]]
+            self.drawn[fresh] = self.count[fresh]
             positions = self.count[fresh][:, None] + np.arange(AHEAD)
             drawn = uniforms(keys.repeat(AHEAD, 0), positions.flatten())
             self.uniform[fresh] = drawn.reshape(len(fresh), AHEAD)
-        return self.uniform[slots, place]
+            place = self.count[slots] - self.drawn[slots]
+        return self.uniform[slots, place % AHEAD]
 
     def _reached_text(self, slot: int) -> bool:
         assert self.stop_texts is not None
@@ -167,18 +181,22 @@ class Stream:
             return False
         if self.sampling.stop_in_think:
             return True
-        prompt = self.requests[self.schedule.request[slot]].tokens
+        request = self.requests[self.schedule.request[slot]]
+        prompt = request.tokens[: len(request.tokens) - request.begun]
         return self.stop_texts.reached_after_think(prompt, self.tokens[slot, :end].tolist())
 
     def _completion(self, slot: int, stopped: bool) -> Completion:
         count, request = int(self.count[slot]), int(self.schedule.request[slot])
         text = not stopped and self.stop_texts is not None and self._reached_text(slot)
         full = "length" if count == self.sampling.max_tokens else "context"
+        if count < self.limits[request]:
+            full = "budget"
+        new = slice(int(self.begun[request]), count)
         return Completion(
             request=request,
             sample=int(self.schedule.sample[slot]),
-            tokens=tuple(self.tokens[slot, :count].tolist()),
-            logprobs=self.logprobs[slot, :count].copy(),
+            tokens=tuple(self.tokens[slot, new].tolist()),
+            logprobs=self.logprobs[slot, new].copy(),
             finish="stop" if stopped or text else full,
             stop_token=stopped,
         )
