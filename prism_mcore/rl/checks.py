@@ -53,6 +53,16 @@ def _check_rollouts(settings: RLSettings, found: Findings) -> None:
         problems.append(f"sampling.samples={sampling.samples}: a group needs at least 2 to compare; the paper has 16")
     if sampling.temperature == 0:
         problems.append("sampling.temperature=0 gives a group of equal rollouts; use 1.0")
+    if rl.token_budget and rl.updates > 1:
+        problems.append(
+            f"rl.token_budget={rl.token_budget} and rl.updates={rl.updates}: nobody knows before how many groups a step"
+            " finishes, so they cannot be dealt over several updates; set rl.updates=1"
+        )
+    if rl.token_budget >= sampling.max_tokens:
+        notes.append(
+            f"rl.token_budget={rl.token_budget} changes nothing: no rollout has more than sampling.max_tokens="
+            f"{sampling.max_tokens}"
+        )
     if rl.share_prompts and rl.parity == "exact":
         problems.append(
             "rl.share_prompts and rl.parity=exact: a scan that goes on from a prompt's end has another grid of chunks"

@@ -4,6 +4,7 @@ import logging
 
 from prism_mcore.batch import RolloutGroup
 from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
+from prism_mcore.rl import unfinished
 from prism_mcore.rl.metrics import RLMetrics
 from prism_mcore.rl.prompts import Prompts
 from prism_mcore.rl.rollout import Interrupted
@@ -68,10 +69,23 @@ def train(run: PolicyRun) -> int:
 
 
 def training_rollouts(run: PolicyRun, step: int) -> list[RolloutGroup]:
-    """The step's groups, on every rank: a pure function of (seed, step, weights)."""
-    prompts = run.prompts.training.batch(step, run.settings.rl.prompts_per_step)
+    """The step's groups, on every rank: a pure function of (seed, step, weights, rollouts that were unfinished).
+
+    Under a token budget those of which every rollout is done, be it of earlier steps' prompts; the others are carried.
+    """
+    rl = run.settings.rl
+    prompts = run.prompts.training.batch(step, rl.prompts_per_step)
     with gathered_parameters(run.chunks):
-        return run.rollouts.generate(prompts, run.settings.sampling, step=step, version=version(run.settings, step))
+        groups = run.rollouts.generate(
+            prompts,
+            run.settings.sampling,
+            step=step,
+            version=version(run.settings, step),
+            unfinished=run.unfinished,
+            budget=rl.token_budget,
+        )
+    done, run.unfinished = unfinished.part(groups)
+    return done
 
 
 def held_out_rollouts(run: PolicyRun, step: int) -> list[RolloutGroup]:

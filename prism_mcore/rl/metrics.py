@@ -14,6 +14,7 @@ from rich.table import Table
 from prism_mcore.batch import Rollout, RolloutGroup
 from prism_mcore.console import plain, say, show
 from prism_mcore.rl.advantage import group_advantages
+from prism_mcore.rl.rollout import UNFINISHED
 from prism_mcore.train.metrics import (
     STEPS_FILE,
     VALIDATION_FILE,
@@ -41,6 +42,7 @@ class RLMetrics:
         self.steps, self.every, self.show = settings.train.steps, settings.log.every, settings.rl.show
         self.run_dir, self.settings, self.clock = settings.run_dir, settings.rl, clock
         self.rollouts, self.decode = run.rollouts, run.rollouts.text
+        self.unfinished = lambda: sum(r.finish == UNFINISHED for g in run.unfinished for r in g.rollouts)
         self._step_times: deque[float] = deque(maxlen=20)
         files = (STEPS_FILE, VALIDATION_FILE)
         self.records = Records(
@@ -62,15 +64,14 @@ class RLMetrics:
         tokens: int,
     ) -> None:
         """Write down a step: what `rollout_metrics` and `update_metrics` say, step, lr, tokens (trained on so far),
-        generation/tokens_per_s (all replicas, until the slowest is done), generation/idle_share (of rank 0's slots),
-        time/step_s, time/<part>_s, time/overhead_share (of what is no part of WORK) and memory/peak_gb (of rank 0). NaN
-        and Inf become null.
+        rollout/unfinished (carried to the next step), generation/tokens_per_s (all replicas, until the slowest is
+        done), generation/idle_share (of rank 0's slots), time/step_s, time/<part>_s, time/overhead_share (of what is no
+        part of WORK) and memory/peak_gb (of rank 0). NaN and Inf become null.
         """
         step_s = self.clock.step_s
         self._step_times.append(step_s)
         if not self.records:
             return
-        generated = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
         worked = sum(self.clock.parts.get(f"time/{part}_s", 0.0) for part in WORK)
         record = {
             "step": step,
@@ -78,7 +79,8 @@ class RLMetrics:
             "lr": lr,
             "tokens": tokens,
             **rollout_metrics(groups),
-            "generation/tokens_per_s": generated / self.rollouts.generation_s,
+            "rollout/unfinished": self.unfinished(),
+            "generation/tokens_per_s": self.rollouts.generated / self.rollouts.generation_s,
             "generation/idle_share": self.rollouts.idle_share,
             "time/step_s": step_s,
             **self.clock.parts,
@@ -174,8 +176,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "groups/no_spread": _mean([not differs for differs in spread]),
         "rollout/count": len(rollouts),
         "rollout/length_mean": _mean(lengths),
-        **{f"rollout/length_p{p}": float(np.percentile(lengths, p)) for p in PERCENTILES},
-        "rollout/length_max": int(lengths.max()),
+        **{f"rollout/length_p{p}": float(np.percentile(lengths, p)) if len(lengths) else math.nan for p in PERCENTILES},
+        "rollout/length_max": int(lengths.max(initial=0)),
         "rollout/truncated": _mean([rollout.finish != "stop" for rollout in rollouts]),
         **{f"verifier/{status}": sum(r.verifier == status for r in rollouts) for status in ("timeout", "crash")},
     }

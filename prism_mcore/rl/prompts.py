@@ -103,6 +103,11 @@ class PromptSet:
         places = sorted((n, f) for f, file in enumerate(self.files) for n in range(min(len(file), count)))
         return [self._prompt(f, n) for n, f in places[:count]]
 
+    def numbered(self, index: int) -> Prompt:
+        """The prompt with this place in the mixture, `Prompt.index`."""
+        source = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._prompt(source, index - int(self._starts[source]))
+
     def _shuffled(self, source: int, ordinal: int) -> Prompt:
         size = len(self.files[source])
         epoch, place = divmod(ordinal, size)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -25,16 +25,35 @@ from prism_mcore.train.metrics import StepClock
 STOP_EVERY = 8  # passes between two questions whether the run is to end
 
 
+UNFINISHED = "budget"  # the finish of a rollout that is to be continued
+
+
 class Interrupted(Exception):
     """A rank was asked to end the run while rollouts were generated; raised on every rank."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one request of the engine is for: all samples of a new prompt, or the rest of a rollout that was begun."""
+
+    group: int  # its place in the step
+    prompt: Prompt
+    keys: tuple[Key, ...]
+    begun: Rollout | None = None
+
+    @property
+    def request(self) -> Request:
+        if self.begun is None:
+            return Request(self.prompt.tokens, self.keys)
+        return Request(self.prompt.tokens + self.begun.tokens, self.keys, begun=len(self.begun.tokens))
 
 
 @dataclass
 class RolloutWorker:
     """Makes rollouts with one replica's engine; every rank has one, and the first of each replica verifies.
 
-    Prompts go to replicas by index. The uniform numbers of a sample come from its key (seed, step, prompt, sample) and
-    the position, so rollouts do not depend on the layout, on batching or on restarts.
+    Requests are dealt to replicas by their number of samples. The uniform numbers of a sample come from its key (seed,
+    step, prompt, sample) and the position, so rollouts do not depend on the layout, on batching or on restarts.
     """
 
     engine: Engine
@@ -50,63 +69,95 @@ class RolloutWorker:
     passes: int = 0  # through the model in this call
     tickets: int = 0  # given out so far
     idle_share: float = 0.0  # of the engine's slots in the last call
+    generated: int = 0  # tokens of all replicas in the last call
     generation_s: float = 0.0  # of the slowest replica since the clock was started
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int, version: int) -> list[RolloutGroup]:
-        """A group of sampling.samples rollouts for each prompt, in their order, the same on every rank.
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        step: int,
+        version: int,
+        unfinished: Sequence[RolloutGroup] = (),
+        budget: int = 0,
+    ) -> list[RolloutGroup]:
+        """The unfinished groups, continued, and a group of sampling.samples rollouts for each prompt, on every rank.
 
-        version: optimizer updates that the weights have seen. Marks the clock: generation, rewards, gather. Raises
+        version: optimizer updates that the weights have seen. budget: tokens that a rollout may gain, or 0; one that is
+        not done then has the finish "budget", and is not verified. Marks the clock: generation, rewards, gather. Raises
         Interrupted within a few passes once `stopping`, and GuardStop where a replica's numbers are not finite.
         """
-        keys = self._keys(prompts, sampling.samples, step)
-        mine = list(enumerate(prompts))[self.groups.dp_rank :: self.groups.dp_size]
+        tasks = self._tasks(prompts, unfinished, sampling.samples, step)
+        mine = dealt([len(task.keys) for task in tasks], self.groups.dp_size)[self.groups.dp_rank]
         rollouts: list[Rollout] = []
         failure, interrupted = "", False
         try:
-            finished = self._sampled(mine, keys, sampling)
+            sampled = self._sampled([tasks[i] for i in mine], sampling, version, budget)
             self.clock.mark("generation")
-            rollouts = self._verified(finished, mine, keys, sampling, version)
+            rollouts = self._verified(sampled)
             self.clock.mark("rewards")
         except FloatingPointError as error:  # perhaps of this replica alone: the others hear of it where they meet
             failure = f"rank {self.groups.rank}: {error}"
         except Interrupted:
             interrupted = True
-        ordered = sorted(self._gathered(rollouts, failure, interrupted, step), key=lambda r: (r.group, r.sample))
+        done = [
+            replace(r, group=i) for i, group in enumerate(unfinished) for r in group.rollouts if r.finish != UNFINISHED
+        ]
+        ordered = sorted(
+            [*done, *self._gathered(rollouts, version, failure, interrupted, step)], key=lambda r: (r.group, r.sample)
+        )
         by_group = {group: tuple(members) for group, members in groupby(ordered, key=lambda r: r.group)}
-        return [RolloutGroup(prompt, by_group[place]) for place, prompt in enumerate(prompts)]
+        every = [*(group.prompt for group in unfinished), *prompts]
+        return [RolloutGroup(prompt, by_group[place]) for place, prompt in enumerate(every)]
+
+    def _tasks(
+        self, prompts: Sequence[Prompt], unfinished: Sequence[RolloutGroup], samples: int, step: int
+    ) -> list[Task]:
+        """Those that were begun first, the longest before the others: they are likely to take longest."""
+        begun = [
+            Task(place, group.prompt, (rollout.key,), rollout)
+            for place, group in enumerate(unfinished)
+            for rollout in group.rollouts
+            if rollout.finish == UNFINISHED
+        ]
+        begun.sort(key=lambda task: -len(task.begun.tokens) if task.begun else 0)
+        new = zip(prompts, self._keys(prompts, samples, step), strict=True)
+        return begun + [Task(place, prompt, keys) for place, (prompt, keys) in enumerate(new, len(unfinished))]
 
     def _sampled(
-        self, mine: Sequence[tuple[int, Prompt]], keys: Sequence[tuple[Key, ...]], sampling: Sampling
-    ) -> list[tuple[int, str, Completion]]:
-        """(ticket, text, completion) of this replica's samples; each is being verified since it was finished."""
+        self, tasks: Sequence[Task], sampling: Sampling, version: int, budget: int
+    ) -> list[tuple[int, str, Rollout]]:
+        """(ticket, text, rollout) of this replica's samples; each is being verified since it was finished.
+
+        Ticket -1 is of one that is unfinished.
+        """
         before = self.engine.statistics
-        requests = [Request(prompt.tokens, keys[place]) for place, prompt in mine]
-        finished: list[tuple[int, str, Completion]] = []
+        sampled: list[tuple[int, str, Rollout]] = []
         self.passes = 0
-        for completion in self.engine.stream(requests, sampling, self._before_pass):
-            if self.verifier is not None:
-                text = self.text(completion.tokens, completion.stop_token)
-                finished.append((self.tickets, text, completion))
-                self.verifier.submit(self.tickets, mine[completion.request][1].record, text)
-                self.tickets += 1
+        for completion in self.engine.stream([task.request for task in tasks], sampling, self._before_pass, budget):
+            if self.verifier is None:
+                continue
+            task = tasks[completion.request]
+            rollout = _rollout(task, completion, version, sampling.temperature)
+            if rollout.finish == UNFINISHED:
+                sampled.append((-1, "", rollout))
+                continue
+            text = self.text(rollout.tokens, rollout.stop_token)
+            sampled.append((self.tickets, text, rollout))
+            self.verifier.submit(self.tickets, task.prompt.record, text)
+            self.tickets += 1
         after = self.engine.statistics
         slots, running = after.slot_steps - before.slot_steps, after.running_steps - before.running_steps
         self.idle_share = 1 - running / slots if slots else 0.0
-        return finished
+        return sampled
 
-    def _verified(
-        self,
-        finished: Sequence[tuple[int, str, Completion]],
-        mine: Sequence[tuple[int, Prompt]],
-        keys: Sequence[tuple[Key, ...]],
-        sampling: Sampling,
-        version: int,
-    ) -> list[Rollout]:
+    def _verified(self, sampled: Sequence[tuple[int, str, Rollout]]) -> list[Rollout]:
         verified = self.verifier.results(block=True, on_wait=self._while_verifying) if self.verifier else []
         verdicts = {verdict.ticket: verdict for verdict in verified}
         return [
-            self._rollout(*mine[completion.request], keys, completion, verdicts[ticket], text, sampling, version)
-            for ticket, text, completion in finished
+            rollout if rollout.finish == UNFINISHED else self._rewarded(rollout, verdicts[ticket], text)
+            for ticket, text, rollout in sampled
         ]
 
     def _while_verifying(self) -> None:
@@ -128,7 +179,9 @@ class RolloutWorker:
             if stopping:
                 raise Interrupted
 
-    def _gathered(self, rollouts: list[Rollout], failure: str, interrupted: bool, step: int) -> list[Rollout]:
+    def _gathered(
+        self, rollouts: list[Rollout], version: int, failure: str, interrupted: bool, step: int
+    ) -> list[Rollout]:
         """Every replica's rollouts, where all have made them. Marks the clock: gather."""
         self.meeting.join()
         everyone: list[Any] = [None] * self.groups.tp_dp_cp.size()
@@ -139,8 +192,10 @@ class RolloutWorker:
         if any(interrupted for *_, interrupted in everyone):
             raise Interrupted
         self.generation_s = max(seconds for _, seconds, *_ in everyone)
+        every = [rollout for of_rank, *_ in everyone for rollout in of_rank]
+        self.generated = sum(int(np.count_nonzero(rollout.versions == version)) for rollout in every)
         self.clock.mark("gather")
-        return [rollout for of_rank, *_ in everyone for rollout in of_rank]
+        return every
 
     def text(self, tokens: Sequence[int], stop_token: bool) -> str:
         """A response as people and rewards read it, special tokens included, without the token or text that ends it."""
@@ -157,34 +212,43 @@ class RolloutWorker:
             asked[prompt.index] += samples
         return keys
 
-    def _rollout(
-        self,
-        group: int,
-        prompt: Prompt,
-        keys: Sequence[tuple[Key, ...]],
-        completion: Completion,
-        verdict: Verdict,
-        text: str,
-        sampling: Sampling,
-        version: int,
-    ) -> Rollout:
-        tokens, stop_token = completion.tokens, completion.stop_token
-        parts = {}
-        if verdict.status == "ok":
-            parts = reward_parts(verdict, text, tokens, stop_token, self.rewards)
-        return Rollout(
-            prompt=prompt.index,
-            group=group,
-            sample=completion.sample,
-            key=keys[group][completion.sample],
-            prompt_tokens=prompt.tokens,
-            tokens=tokens,
-            logprobs=completion.logprobs,
-            versions=np.full(len(tokens), version, np.int32),
-            temperature=sampling.temperature,
-            finish=completion.finish,
-            stop_token=stop_token,
-            verifier=verdict.status,
-            rewards=parts,
-            valid=verdict.status == "ok",
-        )
+    def _rewarded(self, rollout: Rollout, verdict: Verdict, text: str) -> Rollout:
+        good, parts = verdict.status == "ok", {}
+        if good:
+            parts = reward_parts(verdict, text, rollout.tokens, rollout.stop_token, self.rewards)
+        return replace(rollout, verifier=verdict.status, rewards=parts, valid=good)
+
+
+def dealt(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Places in `costs` by rank: each, in order, to the rank with the least so far, of equals the lowest."""
+    totals: list[int] = [0] * ranks
+    places: list[list[int]] = [[] for _ in range(ranks)]
+    for place, cost in enumerate(costs):
+        rank = totals.index(min(totals))
+        places[rank].append(place)
+        totals[rank] += cost
+    return places
+
+
+def _rollout(task: Task, completion: Completion, version: int, temperature: float) -> Rollout:
+    """A rollout as it is sampled, not verified yet; one that was begun with all of its tokens."""
+    sample, tokens, logprobs = completion.sample, completion.tokens, completion.logprobs
+    versions = np.full(len(tokens), version, np.int32)
+    if (begun := task.begun) is not None:
+        sample, tokens = begun.sample, begun.tokens + tokens
+        logprobs = np.concatenate([begun.logprobs, logprobs])
+        versions = np.concatenate([begun.versions, versions])
+    return Rollout(
+        prompt=task.prompt.index,
+        group=task.group,
+        sample=sample,
+        key=task.keys[completion.sample],
+        prompt_tokens=task.prompt.tokens,
+        tokens=tokens,
+        logprobs=logprobs,
+        versions=versions,
+        temperature=temperature,
+        finish=completion.finish,
+        stop_token=completion.stop_token,
+        valid=False,
+    )

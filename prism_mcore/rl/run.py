@@ -1,16 +1,17 @@
 """An RL run on one rank: what it is built of, what is saved of it, and how it resumes."""
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from prism_mcore.agree import gather_failures
-from prism_mcore.batch import PackedBatch, PolicyBatch
+from prism_mcore.batch import PackedBatch, PolicyBatch, RolloutGroup
 from prism_mcore.checkpoint.optimizer_state import initialise_state
 from prism_mcore.checkpoint.sharded import Owned
 from prism_mcore.config import SettingsError
@@ -19,13 +20,15 @@ from prism_mcore.meeting import Meeting
 from prism_mcore.model.settings import resolve_spec
 from prism_mcore.parallel import Groups
 from prism_mcore.rewards.verifier import Verifier
-from prism_mcore.rl import parity
+from prism_mcore.rl import parity, unfinished
 from prism_mcore.rl.prompts import Prompts
 from prism_mcore.rl.reference import Reference
 from prism_mcore.rl.rollout import RolloutWorker
 from prism_mcore.rl.settings import RLSettings
 from prism_mcore.train.guards import GuardedStats
 from prism_mcore.train.run import Run, build_run, load_run, resumed_history, save_run, state_to_resume
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -37,6 +40,7 @@ class PolicyRun(Run):
     rollouts: RolloutWorker
     reference: Reference | None  # None without a KL term
     tokens: int = 0  # in the losses so far
+    unfinished: list[RolloutGroup] = field(default_factory=list)  # under `rl.token_budget`
 
 
 def build(settings: RLSettings, prompts: Prompts, groups: Groups, device: torch.device, opened: ExitStack) -> PolicyRun:
@@ -80,7 +84,8 @@ def save(run: PolicyRun, step: int) -> None:
     """A checkpoint after `step` steps, with the reference policy and what was asked of each prompt file."""
     prompts = step * run.settings.rl.prompts_per_step
     asked = {"data": run.prompts.training.history.record(prompts), "beside": run.prompts.beside}
-    state = {"prompts": prompts, "tokens": run.tokens, **asked}
+    carried = {"unfinished": unfinished.to_record(run.unfinished)}
+    state = {"prompts": prompts, "tokens": run.tokens, **asked, **carried}
     save_run(run, step, state, fixed_settings(run.settings), _more(run))
 
 
@@ -98,6 +103,9 @@ def resume(run: PolicyRun) -> int:
     training.follow(resumed_history(run, state, training.history, state["prompts"], "rl.prompts", others))
     loaded = load_run(run, state, _more(run))
     run.tokens = state["tokens"]
+    run.unfinished, dropped = unfinished.from_record(state.get("unfinished", []), training)
+    if dropped:
+        log.info("%d unfinished groups of rollouts are left out: their prompts are no longer there", dropped)
     return loaded.step
 
 

@@ -41,6 +41,12 @@ class PolicySettings(Section):
     prompts_per_step: int = Field(
         default=64, ge=1, description="Groups of rollouts in a step; each has sampling.samples rollouts"
     )
+    token_budget: int = Field(
+        default=0,
+        ge=0,
+        description="Tokens that a rollout may gain in a step; what is unfinished then is carried to the next one, and"
+        " continued with its weights. A group is in the loss when all of it is done. 0: no bound",
+    )
     updates: int = Field(
         default=1,
         ge=1,
