@@ -7,6 +7,8 @@ EXTRAS = {
     "rl": ["math-verify", "reasoning-gym", "pyseccomp"],
     # What the demo corpus is made of.
     "demo": ["reasoning-gym", "periodictable"],
+    # Its tasks on our engine: launch/evaluate.py --lm-eval.
+    "lm-eval": ["lm-eval==0.4.13"],
     "dev": ["triton", "pytest", "pytest-xdist", "scipy", "ruff", "mypy", "types-PyYAML", "types-psutil"],
 }
 

@@ -5,7 +5,8 @@ tools/import_benchmark.py brings to the folder evaluate.problems; own-math own-c
 files of your own (my/questions.jsonl, an RL prompt file). OUT gets <task>.samples (every generation, as it finishes),
 <task>.verdicts.jsonl (one for each), results.json and settings.yaml. The same command, in any layout, goes on from what
 is there; with more sampling.samples it makes those that are missing. --rescore grades what is there again, by
-grading.extractor=strict for instance, without the model, and says which verdicts changed. docs/evaluate.md.
+grading.extractor=strict for instance, without the model, and says which verdicts changed. --lm-eval T,... runs tasks of
+lm_eval instead of --tasks. docs/evaluate.md.
 """
 
 from prism_mcore import program
@@ -13,9 +14,10 @@ from prism_mcore import program
 program.begin()  # before the seconds of imports, in which torchrun may be killed
 
 import argparse
+import importlib.util
 from typing import TYPE_CHECKING
 
-from prism_mcore.config import SettingsError, load
+from prism_mcore.config import SettingsError, dump, load
 from prism_mcore.console import say
 from prism_mcore.evaluate.checks import check_evaluation
 from prism_mcore.evaluate.settings import EvaluateSettings
@@ -31,15 +33,24 @@ RESCORED = ("grading.", "contamination.", "evaluate.problems")  # what --rescore
 def main() -> int:
     parser = hf_parser(EvaluateSettings, "--tasks T,...", __doc__, out="DIR", needs_hf=False)
     parser.add_argument("--tasks", default="", metavar="T,...", help="names, or files of questions (.jsonl)")
+    parser.add_argument(
+        "--lm-eval", default="", metavar="T,...", help="tasks of lm_eval instead, results in its format"
+    )
     parser.add_argument("--rescore", action="store_true", help="grade what is in --out again, without the model")
     arguments = parser.parse_intermixed_args()
     if arguments.rescore:
         return _rescore(arguments)
     try:
-        if arguments.hf is None or not arguments.tasks:
-            raise SettingsError("needed: --hf DIR and --tasks T,...; or --rescore, which needs neither")
+        if arguments.hf is None or bool(arguments.tasks) == bool(arguments.lm_eval):
+            raise SettingsError(
+                "needed: --hf DIR and --tasks T,... or --lm-eval T,...; or --rescore, which needs neither"
+            )
+        if arguments.lm_eval and importlib.util.find_spec("lm_eval") is None:
+            raise SettingsError("--lm-eval needs lm_eval: pip install 'prism_mcore[lm-eval]'")
         run = read_hf(EvaluateSettings, arguments)
         notes = run.notes + check_evaluation(run.settings, run.spec, run.world_size)
+        if arguments.lm_eval:
+            return _run_lm_eval(arguments, run, notes)
         jobs = _read(arguments, run)
         lengths = [len(job.prompt(problem, 0).tokens) for job in jobs for problem in job.problems]
         if arguments.dry_run:
@@ -49,6 +60,29 @@ def main() -> int:
         return complain(error, BAD_SETTINGS)
     print_notes(notes)
     return _evaluate(arguments, run, jobs)
+
+
+def _run_lm_eval(arguments: argparse.Namespace, run: Launch[EvaluateSettings], notes: list[str]) -> int:
+    from prism_mcore.generate.prompts import tokenizer_of
+
+    if tokenizer_of(arguments.hf, run.spec) is None:
+        raise ValueError(f"--hf {arguments.hf}: there is no tokenizer.json; questions are text")
+    print_notes(notes)
+    if arguments.dry_run:
+        say(dump(run.settings))
+        return DONE
+    from prism_mcore.convert.names import ExchangeError
+    from prism_mcore.evaluate.harness import run as run_tasks
+    from prism_mcore.meeting import LostRank
+
+    try:
+        run_tasks(arguments.hf, arguments.out, run.settings, arguments.lm_eval.split(","))
+    except (ExchangeError, ValueError, FloatingPointError) as error:
+        return complain(error, BAD_SETTINGS)
+    except (OSError, LostRank) as error:
+        say(f"error: {error}", stderr=True)
+        return FAILED
+    return DONE
 
 
 def _read(arguments: argparse.Namespace, run: Launch[EvaluateSettings]) -> list["Job"]:

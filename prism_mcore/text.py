@@ -99,6 +99,10 @@ class Tokenizer:
         """
         return self.encode_batch([text])[0]
 
+    def encode_plain(self, text: str) -> list[int]:
+        """The text's own tokens, with nothing in front."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts))] if texts else []
         return [ids[:-1] if len(ids) > 1 and ids[-1] == self.eos_id else ids for ids in encoded]
@@ -131,7 +135,7 @@ class Tokenizer:
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> list[int]:
         """Tokens of a rendered chat. The template writes BOS itself, nothing is added."""
-        return self.backend.encode(self.render(messages, **more), add_special_tokens=False).ids
+        return self.encode_plain(self.render(messages, **more))
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:

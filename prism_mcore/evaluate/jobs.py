@@ -82,11 +82,7 @@ class Job:
                 self.asked(problem, sample).messages, self.tokenizer, self.settings.evaluate.prompt
             )
             check_text(text)
-            tokens = (
-                self.tokenizer.backend.encode(text, add_special_tokens=False).ids
-                if whole
-                else self.tokenizer.encode(text)
-            )
+            tokens = self.tokenizer.encode_plain(text) if whole else self.tokenizer.encode(text)
             self._prompts[place] = Prompt(text, tuple(tokens), prompt_hash(tokens))
         return self._prompts[place]
 

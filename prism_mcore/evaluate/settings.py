@@ -89,6 +89,21 @@ class ContaminationSettings(Section):
     )
 
 
+class HarnessSettings(Section):
+    """lm_eval's tasks (--lm-eval)."""
+
+    include: str | None = Field(default=None, description="Folder with more task files (YAML)")
+    num_fewshot: int | None = Field(
+        default=None, ge=0, description="Examples before each question; null: the task's own"
+    )
+    limit: int | None = Field(default=None, ge=1, description="Ask the first so many questions of each task only")
+    chat_template: bool = Field(default=False, description="Ask through the tokenizer's chat template")
+    after_think: bool = Field(
+        default=False,
+        description="Stop texts and what is graded are of what follows </think>; lm_eval's own: all of it",
+    )
+
+
 class EvaluateSettings(ProgramSettings):
     """All settings of launch/evaluate.py."""
 
@@ -99,6 +114,7 @@ class EvaluateSettings(ProgramSettings):
     gpqa: GpqaSettings = GpqaSettings()
     grading: GradingSettings = GradingSettings()
     contamination: ContaminationSettings = ContaminationSettings()
+    harness: HarnessSettings = HarnessSettings()
     generate: EngineSettings = EngineSettings()
     parallel: ParallelSettings = ParallelSettings()
     precision: PrecisionSettings = PrecisionSettings()

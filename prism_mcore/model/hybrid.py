@@ -202,15 +202,7 @@ class HybridModel(MegatronModule):
         With `logits` the last stage adds those of the whole vocabulary, [t, v] fp32 and without gradients. With a
         `temperature` it returns (log-probs [t] fp32 at it, differentiable; entropies [t] fp32).
         """
-        seq = self._sequence(batch)
-        if self.pre_process:
-            assert batch.tokens is not None, "the loader gives the first stage its tokens"
-            x = self.embedding(batch.tokens.flatten())
-        else:
-            x = self.input_tensor
-        branch = None
-        for layer in self.layers.values():
-            x, branch = layer(x, seq, branch)
+        x, branch = self._run_layers(batch)
         if not self.post_process:
             return residual_sum(x, branch, self.spec.residual_multiplier)
         assert batch.labels is not None and batch.loss_mask is not None, "the loader gives the last stage its labels"
@@ -220,6 +212,25 @@ class HybridModel(MegatronModule):
             return self.output(Head.policy, x, batch.labels.flatten(), tied, temperature)
         loss = self.output(Head.loss, x, batch.labels.flatten(), batch.loss_mask.flatten(), tied)
         return (*loss, self.output(Head.logits, x.detach(), tied)) if logits else loss
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Hidden states [t, 1, d] after the final norm, of a model that is whole on this rank or its TP group."""
+        x, branch = self._run_layers(batch)
+        return add_and_norm(self.final_norm, x, branch, self.spec.residual_multiplier)[0]
+
+    def _run_layers(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        """The stream [t, 1, d] before the last sub-layer's output is added to it, and that output."""
+        seq = self._sequence(batch)
+        if self.pre_process:
+            assert batch.tokens is not None, "the loader gives the first stage its tokens"
+            x = self.embedding(batch.tokens.flatten())
+        else:
+            assert self.input_tensor is not None, "the schedule gives the later stages theirs"
+            x = self.input_tensor
+        branch: Tensor | None = None
+        for layer in self.layers.values():
+            x, branch = layer(x, seq, branch)
+        return x, branch
 
     def _sequence(self, batch: PackedBatch) -> PackedTokens:
         device = batch.position_ids.device

@@ -1,5 +1,6 @@
 """launch/evaluate.py for real: samples that no layout changes, that resume and grow, and verdicts given again."""
 
+import importlib.machinery
 import importlib.util
 import json
 import subprocess
@@ -103,7 +104,7 @@ WRONG = {
     "a file that is missing": ("aime24", [], "there is no {folder}/problems/aime24.jsonl; make it with `python tools/"),
     "another number of rows": ("gpqa", ["evaluate.partial=false"], "has 7 questions; GPQA-Diamond has 198"),
     "twice": ("gpqa,gpqa", [], "needed: at least one task, each once"),
-    "nothing": ("", [], "needed: --hf DIR and --tasks T,...; or --rescore"),
+    "nothing": ("", [], "needed: --hf DIR and --tasks T,... or --lm-eval T,...; or"),
     "a setting of another": ("gpqa", ["sampling.ignore_eos=true"], "ignore_eos is a setting of launch/rl.py and"),
     "a pipeline": ("gpqa", ["parallel.vpp=2"], "generated on one stage; use pp=1"),
     "too long": ("own-code", [], "question code-02: the prompt has 72 tokens; needed: fewer than"),
@@ -140,6 +141,14 @@ def test_a_rescore_needs_a_result_and_changes_grading_alone(tmp_path, capsys, mo
     assert "--rescore sampling.seed=3: needed: settings of grading" in capsys.readouterr().err
 
 
+def test_lm_eval_is_asked_for_where_it_is_missing(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    files = ["--hf", folder / "hf", "--lm-eval", "hellaswag", "--out", tmp_path / "out"]
+    launcher = loaded(monkeypatch, *files)
+    assert launcher.main() == 2
+    assert capsys.readouterr().err == "error: --lm-eval needs lm_eval: pip install 'prism_mcore[lm-eval]'\n"
+
+
 def test_the_dry_run_says_what_is_to_do(folder, tmp_path, capsys, monkeypatch):
     assert launched(monkeypatch, folder, tmp_path / "out", "--dry-run", "sampling.samples=3") == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -153,8 +162,12 @@ def launched(monkeypatch, folder, out, *more, tasks="gpqa", hf=None):
 
 
 def run_here(monkeypatch, *arguments):
+    return loaded(monkeypatch, *arguments).main()
+
+
+def loaded(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    spec = importlib.util.spec_from_file_location("evaluate_launcher", ROOT / "launch" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main()
+    loader = importlib.machinery.SourceFileLoader("evaluate_launcher", str(ROOT / "launch" / "evaluate.py"))
+    module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec("evaluate_launcher", loader))
+    loader.exec_module(module)
+    return module
