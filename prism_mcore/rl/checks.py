@@ -53,6 +53,27 @@ def _check_rollouts(settings: RLSettings, found: Findings) -> None:
         problems.append(f"sampling.samples={sampling.samples}: a group needs at least 2 to compare; the paper has 16")
     if sampling.temperature == 0:
         problems.append("sampling.temperature=0 gives a group of equal rollouts; use 1.0")
+    if rl.token_budget and rl.dynamic_sampling:
+        problems.append(
+            f"rl.token_budget={rl.token_budget} and rl.dynamic_sampling={rl.dynamic_sampling}: drawing until enough"
+            " groups are done would wait for the long responses that the budget is there to leave; set one of them to 0"
+        )
+    if 0 < rl.dual_clip <= 1:
+        problems.append(f"rl.dual_clip={rl.dual_clip}: needed: more than 1, or 0 for none")
+    if rl.dual_clip and rl.clip != "ppo":
+        problems.append(f"rl.dual_clip={rl.dual_clip} bounds rl.clip=ppo; rl.clip={rl.clip} has no minimum to bound")
+    if rl.overlong == "soft" and rl.overlong_buffer > sampling.max_tokens:
+        problems.append(
+            f"rl.overlong_buffer={rl.overlong_buffer} is longer than sampling.max_tokens={sampling.max_tokens}:"
+            " lower it"
+        )
+    if rl.kl_in == "reward" and rl.kl_coefficient and rl.kl != "k1":
+        notes.append(f"rl.kl={rl.kl} in the reward is biased; its sources take k1 there")
+    if rl.kl_in == "reward" and rl.kl_coefficient and rl.advantage == "grpo":
+        notes.append(
+            "rl.kl_in=reward and rl.advantage=grpo: where a group's rewards are equal, its advantages are the KL over"
+            " its own standard deviation, however small that is; the sources take rloo or reinforce_pp"
+        )
     if rl.token_budget and rl.updates > 1:
         problems.append(
             f"rl.token_budget={rl.token_budget} and rl.updates={rl.updates}: nobody knows before how many groups a step"

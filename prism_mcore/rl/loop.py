@@ -5,12 +5,13 @@ import logging
 from prism_mcore.batch import RolloutGroup
 from prism_mcore.exit_codes import DONE, STOPPED_BY_SIGNAL
 from prism_mcore.rl import unfinished
+from prism_mcore.rl.advantage import has_spread
 from prism_mcore.rl.metrics import RLMetrics
 from prism_mcore.rl.prompts import Prompts
-from prism_mcore.rl.rollout import Interrupted
+from prism_mcore.rl.rollout import Interrupted, numbered
 from prism_mcore.rl.run import PolicyRun, build, resume, save, with_parity
 from prism_mcore.rl.settings import RLSettings
-from prism_mcore.rl.update import update_policy, version
+from prism_mcore.rl.update import shaped, update_policy, version
 from prism_mcore.train.optimizer import gathered_parameters
 from prism_mcore.train.run import carry_out, collection_between_steps, due
 from prism_mcore.train.schedule import learning_rate
@@ -45,7 +46,7 @@ def train(run: PolicyRun) -> int:
                 metrics.log_validation(start, held_out_rollouts(run, start))
             for step in range(start + 1, steps + 1):
                 metrics.clock.start()
-                groups = training_rollouts(run, step)
+                groups = shaped(run, step, training_rollouts(run, step))
                 metrics.write_rollouts(step, groups)  # before anything can stop the step
                 lr = learning_rate(step, settings.optimizer, steps)
                 updates = update_policy(run, step, groups, lr)
@@ -69,23 +70,31 @@ def train(run: PolicyRun) -> int:
 
 
 def training_rollouts(run: PolicyRun, step: int) -> list[RolloutGroup]:
-    """The step's groups, on every rank: a pure function of (seed, step, weights, rollouts that were unfinished).
+    """The step's groups, on every rank: a pure function of (seed, step, weights, prompts asked, unfinished rollouts).
 
     Under a token budget those of which every rollout is done, be it of earlier steps' prompts; the others are carried.
+    Under dynamic sampling the first so many with spread, of as many draws of prompts as it takes, or may.
     """
-    rl = run.settings.rl
-    prompts = run.prompts.training.batch(step, rl.prompts_per_step)
-    with gathered_parameters(run.chunks):
-        groups = run.rollouts.generate(
-            prompts,
-            run.settings.sampling,
-            step=step,
-            version=version(run.settings, step),
-            unfinished=run.unfinished,
-            budget=rl.token_budget,
-        )
+    rl, asked = run.settings.rl, run.asked
+    groups: list[RolloutGroup] = []
+    for draw in range(max(1, rl.dynamic_sampling)):
+        prompts = run.prompts.training.following(asked, rl.prompts_per_step)
+        with gathered_parameters(run.chunks):
+            groups += run.rollouts.generate(
+                prompts,
+                run.settings.sampling,
+                step=step,
+                version=version(run.settings, step),
+                unfinished=run.unfinished,
+                budget=rl.token_budget,
+                first_sample=draw * run.settings.sampling.samples,
+            )
+        asked += len(prompts)
+        if sum(map(has_spread, groups)) >= rl.prompts_per_step:
+            break
     done, run.unfinished = unfinished.part(groups)
-    return done
+    run.asked, run.drawn = asked, len(done)
+    return numbered([g for g in done if has_spread(g)][: rl.prompts_per_step] if rl.dynamic_sampling else done)
 
 
 def held_out_rollouts(run: PolicyRun, step: int) -> list[RolloutGroup]:

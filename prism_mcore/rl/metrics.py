@@ -13,7 +13,7 @@ from rich.table import Table
 
 from prism_mcore.batch import Rollout, RolloutGroup
 from prism_mcore.console import plain, say, show
-from prism_mcore.rl.advantage import group_advantages
+from prism_mcore.rl.advantage import advantages
 from prism_mcore.rl.rollout import UNFINISHED
 from prism_mcore.train.metrics import (
     STEPS_FILE,
@@ -42,6 +42,7 @@ class RLMetrics:
         self.steps, self.every, self.show = settings.train.steps, settings.log.every, settings.rl.show
         self.run_dir, self.settings, self.clock = settings.run_dir, settings.rl, clock
         self.rollouts, self.decode = run.rollouts, run.rollouts.text
+        self.drawn = lambda: run.drawn
         self.unfinished = lambda: sum(r.finish == UNFINISHED for g in run.unfinished for r in g.rollouts)
         self._step_times: deque[float] = deque(maxlen=20)
         files = (STEPS_FILE, VALIDATION_FILE)
@@ -64,7 +65,8 @@ class RLMetrics:
         tokens: int,
     ) -> None:
         """Write down a step: what `rollout_metrics` and `update_metrics` say, step, lr, tokens (trained on so far),
-        rollout/unfinished (carried to the next step), generation/tokens_per_s (all replicas, until the slowest is
+        rollout/unfinished (carried to the next step), groups/drawn (those that dynamic sampling left out included),
+        generation/tokens_per_s (all replicas, until the slowest is
         done), generation/idle_share (of rank 0's slots), time/step_s, time/<part>_s, time/overhead_share (of what is no
         part of WORK) and memory/peak_gb (of rank 0). NaN and Inf become null.
         """
@@ -80,6 +82,7 @@ class RLMetrics:
             "tokens": tokens,
             **rollout_metrics(groups),
             "rollout/unfinished": self.unfinished(),
+            "groups/drawn": self.drawn(),
             "generation/tokens_per_s": self.rollouts.generated / self.rollouts.generation_s,
             "generation/idle_share": self.rollouts.idle_share,
             "time/step_s": step_s,
@@ -120,10 +123,10 @@ class RLMetrics:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step_{step:08d}.jsonl"
         part = path.with_name(f".tmp_{path.name}")
+        every = advantages(groups, self.settings.advantage, self.settings.advantage_eps)
         with part.open("w", encoding="utf-8") as file:
-            for group in groups:
-                advantages = group_advantages(group, self.settings.advantage, self.settings.advantage_eps).tolist()
-                for rollout, advantage in zip(group.rollouts, advantages, strict=True):
+            for group, of_group in zip(groups, every, strict=True):
+                for rollout, advantage in zip(group.rollouts, of_group.tolist(), strict=True):
                     record = readable(group, rollout, advantage, self.decode)
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
         part.replace(path)
@@ -134,8 +137,8 @@ class RLMetrics:
         lost = record["verifier/timeout"] + record["verifier/crash"]
         verified = math.isfinite(record["reward/mean"])
         update = [
-            f"entropy {record['entropy']:.3f}",
-            f"KL {record['kl']:.2e}" if record["kl"] else "",
+            f"entropy {record['entropy']:.3f}" if learnt else "",
+            f"KL {record['kl']:.2e}" if record.get("kl") else "",
             f"gap {record['rl/logprob_gap_max']:.1e}",
             f"lr {record['lr']:.2e}",
             f"grad {record['grad_norm']:.3f}",
@@ -184,27 +187,24 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 
 def update_metrics(updates: Sequence[PolicyStats]) -> dict[str, float]:
-    """loss, grad_norm, entropy, kl, clip/low and high, ratio_max, the importance weights and the gap, over the updates
-    of a step: means weighted by tokens, the gap's by on-policy tokens, and the largest of maxima; grad_norm is the last
-    one's.
+    """loss, grad_norm, ratio_max, the gap and every mean of `LossTerms.means`, over the updates of a step.
+
+    Means are weighted by tokens, the gap's by on-policy tokens; maxima are the largest; grad_norm is the last one's.
     """
 
-    def mean(value: Callable[[PolicyStats], float], tokens: Callable[[PolicyStats], int] = lambda s: s.tokens) -> float:
-        total = sum(tokens(s) for s in updates)
-        return sum(value(s) * tokens(s) for s in updates if tokens(s)) / total if total else math.nan
+    def mean(values: Sequence[float], tokens: Sequence[int]) -> float:
+        counted = [(value * count) for value, count in zip(values, tokens, strict=True) if count]
+        return sum(counted) / sum(tokens) if counted else math.nan
 
+    tokens = [stats.tokens for stats in updates]
+    names = updates[0].means if updates else ()
     return {
         "loss": _mean([stats.loss for stats in updates]),
         "grad_norm": updates[-1].grad_norm if updates else math.nan,
-        "entropy": mean(lambda s: s.entropy),
-        "kl": mean(lambda s: s.kl),
-        "clip/low": mean(lambda s: s.clipped_low),
-        "clip/high": mean(lambda s: s.clipped_high),
-        "ratio_max": max((s.ratio_max for s in updates), default=math.nan),
-        "importance/mean": mean(lambda s: s.correction),
-        "importance/capped": mean(lambda s: s.capped),
-        "rl/logprob_gap_mean": mean(lambda s: s.gap_mean, lambda s: s.on_policy),
-        "rl/logprob_gap_max": max((s.gap.size for s in updates), default=math.nan),
+        **{name: mean([stats.means[name] for stats in updates], tokens) for name in names},
+        "ratio_max": max((stats.ratio_max for stats in updates), default=math.nan),
+        "rl/logprob_gap_mean": mean([stats.gap_mean for stats in updates], [stats.on_policy for stats in updates]),
+        "rl/logprob_gap_max": max((stats.gap.size for stats in updates), default=math.nan),
     }
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from prism_mcore.batch import PolicyBatch, Rollout, RolloutGroup
-from prism_mcore.rl.advantage import group_advantages, has_spread
+from prism_mcore.rl.advantage import advantages, has_spread
 from prism_mcore.rl.aggregation import AGGREGATIONS
 from prism_mcore.rl.settings import PolicySettings
+from prism_mcore.rl.shaping import is_cut
 
 
 @dataclass(frozen=True)
@@ -31,24 +32,39 @@ class Sample:
         return len(self.rollout.prompt_tokens) + len(self.rollout.tokens) - 1
 
 
-def samples_of(groups: Sequence[RolloutGroup], settings: PolicySettings, first_id: int = 0) -> list[Sample]:
+def samples_of(
+    groups: Sequence[RolloutGroup],
+    settings: PolicySettings,
+    first_id: int = 0,
+    *,
+    longest: int = 0,
+    values: Sequence[np.ndarray] | None = None,
+) -> list[Sample]:
     """The rollouts of one update that are in its loss, with their advantages and weights.
 
-    Left out: invalid rollouts, empty responses, and groups without spread under `rl.drop_zero_spread`.
+    Left out: invalid rollouts, empty responses, groups without spread under `rl.drop_zero_spread`, and those that were
+    cut under `rl.overlong=mask`. longest: tokens that a response may have. values: advantages by group, where they are
+    known of more groups than these.
     """
+    if values is None:
+        values = advantages(groups, settings.advantage, settings.advantage_eps)
     kept = [not settings.drop_zero_spread or has_spread(group) for group in groups]
     lengths = [
-        [len(rollout.tokens) if keep and rollout.valid else 0 for rollout in group.rollouts]
+        [len(rollout.tokens) if keep and _counts(rollout, settings) else 0 for rollout in group.rollouts]
         for group, keep in zip(groups, kept, strict=True)
     ]
     samples, place = [], first_id
-    for group, weights in zip(groups, AGGREGATIONS[settings.aggregation](lengths), strict=True):
-        advantages = group_advantages(group, settings.advantage, settings.advantage_eps)
-        for rollout, weight, advantage in zip(group.rollouts, weights, advantages, strict=True):
+    all_weights = AGGREGATIONS[settings.aggregation](lengths, longest)
+    for group, weights, of_group in zip(groups, all_weights, values, strict=True):
+        for rollout, weight, advantage in zip(group.rollouts, weights, of_group, strict=True):
             if weight:
                 samples.append(Sample(place, rollout, float(advantage), weight))
             place += 1
     return samples
+
+
+def _counts(rollout: Rollout, settings: PolicySettings) -> bool:
+    return rollout.valid and not (settings.overlong == "mask" and is_cut(rollout))
 
 
 def micro_batches(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:

@@ -1,18 +1,19 @@
 """The loss of a policy update, token by token, each piece a few lines with its formula and source.
 
-    loss = sum_it weight_it * ( -c_it * min(r_it A_i, clip(r_it, 1 - clip_low, 1 + clip_high) A_i) + beta * kl_it )
+    loss = sum_it weight_it * ( -c_it * surrogate(r_it, A_i) + beta * kl_it - eta * entropy_it )
 
-    r_it     pi(token) / pi_old(token)
-    c_it     min(pi_old(token) / sampler(token), tis_cap), not differentiated
-    kl_it    estimate of KL(pi || reference) at this token
-    weight   1 / denominator, see aggregation.py
+    r_it     pi(token) / pi_old(token), or one ratio for the whole response            `rl.ratio`
+    surrogate  min(r A, clip(r) A) or another                                           `rl.clip`
+    c_it     pi_old(token) / sampler(token), bounded or masked, not differentiated      `rl.correction`
+    kl_it    estimate of KL(pi || reference) at this token, where it is in the loss     `rl.kl`, `rl.kl_in`
+    weight   1 / denominator, see aggregation.py                                        `rl.aggregation`
 
 No pass computes pi_old. Where the weights that sampled a token are still the weights (the first update of a step),
 pi_old is pi without its gradient: r = 1, its gradient is that of log pi, and c corrects what the sampler's arithmetic
 did differently (nothing at all under rl.parity=exact). After that, pi_old is the sampler's own value, and c = 1.
 """
 
-# t packed tokens of a micro-batch; all tensors [t] fp32 unless said otherwise
+# t packed tokens of a micro-batch, D documents in it; all tensors [t] fp32 unless said otherwise
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,27 +24,116 @@ from torch import Tensor
 from prism_mcore.batch import PolicyBatch
 from prism_mcore.rl.settings import PolicySettings
 
+LARGEST_DIFFERENCE = 40.0  # nats: beyond it e^-d of an unlucky token would drown every other
 
-def surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+
+# --- the ratio --------------------------------------------------------------------------------------------------------
+
+
+def token_ratio(log_ratio: Tensor, responses: "Responses") -> Tensor:
+    """pi(token) / pi_old(token). Source: PPO, arXiv 1707.06347."""
+    return log_ratio.exp()
+
+
+def sequence_ratio(log_ratio: Tensor, responses: "Responses") -> Tensor:
+    """(pi(response) / pi_old(response))^(1 / length), the same at each token. Source: GSPO, arXiv 2507.18071, eq. 7."""
+    return responses.mean(log_ratio).exp()
+
+
+RATIOS: dict[str, Callable[[Tensor, "Responses"], Tensor]] = {"token": token_ratio, "sequence": sequence_ratio}
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Which tokens make up each response of a micro-batch."""
+
+    mask: Tensor  # [t] bool: is the label a response token in the loss?
+    documents: Tensor  # [t] int64
+    count: int  # D
+
+    def mean(self, values: Tensor) -> Tensor:
+        """[t] -> [t]: the mean over the response that each token belongs to; 0 outside."""
+        inside = torch.where(self.mask, values, 0.0)
+        sums = values.new_zeros(self.count).index_add(0, self.documents, inside)
+        lengths = values.new_zeros(self.count).index_add(0, self.documents, self.mask.to(values.dtype))
+        return (sums / lengths.clamp(min=1)).index_select(0, self.documents) * self.mask
+
+
+# --- the surrogate ----------------------------------------------------------------------------------------------------
+
+
+def ppo(ratio: Tensor, logprobs: Tensor, advantages: Tensor, settings: PolicySettings) -> Tensor:
     """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A): PPO's, arXiv 1707.06347, equation 7.
 
-    Equal bounds are PPO's and GRPO's; clip_high > clip_low is DAPO's clip-higher, arXiv 2503.14476, equation 10.
+    Equal bounds are PPO's and GRPO's; clip_high > clip_low is DAPO's clip-higher, arXiv 2503.14476, equation 10. With
+    dual_clip c it is at least c A where A < 0: arXiv 1912.09729, equation 5.
     """
-    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    if not settings.dual_clip:
+        return surrogate
+    return torch.where(advantages < 0, torch.maximum(surrogate, settings.dual_clip * advantages), surrogate)
 
 
-def correction(logprobs: Tensor, sampled: Tensor, on_policy: Tensor, cap: float) -> Tensor:
-    """min(pi_old / sampler, cap) where pi_old is pi (on_policy [t] bool), else 1; 1 everywhere where cap is 0.
+def cispo(ratio: Tensor, logprobs: Tensor, advantages: Tensor, settings: PolicySettings) -> Tensor:
+    """clip(r, 1 - clip_low, 1 + clip_high) A log pi, the clipped ratio not differentiated: no token loses its gradient.
 
-    Truncated importance sampling between two engines; PRISM caps it at 2. Source: Yao et al. 2025, "Your efficient RL
-    framework secretly brings you off-policy RL training".
+    Source: CISPO in MiniMax-M1, arXiv 2506.13585, equations 4 and 5.
     """
-    if not cap:
-        return torch.ones_like(sampled)
-    return torch.where(on_policy, (logprobs.detach() - sampled).exp().clamp(max=cap), 1.0)
+    return ratio.detach().clamp(1 - settings.clip_low, 1 + settings.clip_high) * advantages * logprobs
 
 
-# KL(pi || reference) from one token of pi, d = log pi - log reference: Schulman 2020, "Approximating KL divergence".
+def unclipped(ratio: Tensor, logprobs: Tensor, advantages: Tensor, settings: PolicySettings) -> Tensor:
+    """r A: the plain policy gradient, weighted by importance where it is off-policy."""
+    return ratio * advantages
+
+
+CLIPS: dict[str, Callable[[Tensor, Tensor, Tensor, PolicySettings], Tensor]] = {
+    "ppo": ppo,
+    "cispo": cispo,
+    "none": unclipped,
+}
+
+
+# --- the correction between sampler and training ----------------------------------------------------------------------
+
+
+def truncate(weights: Tensor, responses: Responses, settings: PolicySettings) -> Tensor:
+    """min(c, tis_cap), or 1 where tis_cap is 0: truncated importance sampling between two engines; PRISM caps it at 2.
+
+    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
+    """
+    return weights.clamp(max=settings.tis_cap) if settings.tis_cap else torch.ones_like(weights)
+
+
+def icepop(weights: Tensor, responses: Responses, settings: PolicySettings) -> Tensor:
+    """c where it lies in [mask_low, mask_high], else 0: tokens on which the two disagree teach nothing.
+
+    Source: IcePop in Ring-1T, arXiv 2510.18855, with 0.5 and 5.
+    """
+    inside = (weights >= settings.mask_low) & (weights <= settings.mask_high)
+    return torch.where(inside, weights, 0.0)
+
+
+def sequence_mask(weights: Tensor, responses: Responses, settings: PolicySettings) -> Tensor:
+    """`truncate`, and 0 for whole responses whose geometric mean of c lies outside of [mask_low, mask_high].
+
+    Source: Liu et al. 2025, "When speed kills stability: demystifying RL collapse from the training-inference
+    mismatch".
+    """
+    mean = responses.mean(weights.log()).exp()
+    inside = (mean >= settings.mask_low) & (mean <= settings.mask_high)
+    return torch.where(inside, truncate(weights, responses, settings), 0.0)
+
+
+CORRECTIONS: dict[str, Callable[[Tensor, Responses, PolicySettings], Tensor]] = {
+    "truncate": truncate,
+    "icepop": icepop,
+    "sequence": sequence_mask,
+}
+
+
+# --- KL(pi || reference) of one token of pi, d = log pi - log reference: Schulman 2020, "Approximating KL divergence" -
 # In a loss their gradients differ: k1's has mean zero (it is only measured by it), k2's is that of the KL itself, k3's,
 # (1 - e^-d) grad log pi, is the one GRPO uses.
 
@@ -64,7 +154,14 @@ def k3(d: Tensor) -> Tensor:
 
 
 KL: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
-LARGEST_DIFFERENCE = 40.0  # nats: beyond it e^-d of an unlucky token would drown every other
+
+
+def kl_estimate(logprobs: Tensor, reference: Tensor, kind: str) -> Tensor:
+    """KL(pi || reference) at each token, of a difference that is bounded."""
+    return KL[kind]((logprobs - reference).clamp(-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE))
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -72,35 +169,47 @@ class LossTerms:
     """What the loss of a micro-batch was made of, without gradients; only the tokens of loss_mask mean anything."""
 
     loss: Tensor  # weighted
-    kl: Tensor  # of the estimator in use, unweighted; zeros without a reference
-    gap: Tensor  # |log pi - log sampler| where the token is on-policy, else 0
-    clipped_low: Tensor  # bool: the lower bound cut the gradient
-    clipped_high: Tensor  # bool: the upper bound did
     ratio: Tensor
-    correction: Tensor
+    gap: Tensor  # |log pi - log sampler| where the token is on-policy, else 0
+    means: dict[str, Tensor]  # by metric: its mean over all tokens in the loss is logged
 
 
-def policy_loss(logprobs: Tensor, batch: PolicyBatch, settings: PolicySettings) -> tuple[Tensor, LossTerms]:
-    """The micro-batch's part of the loss (a sum), and its pieces; logprobs [t] are differentiable."""
+def policy_loss(
+    logprobs: Tensor, entropy: Tensor, batch: PolicyBatch, settings: PolicySettings
+) -> tuple[Tensor, LossTerms]:
+    """The micro-batch's part of the loss (a sum), and its pieces; logprobs [t] are differentiable, entropy [t] is not.
+
+    The entropy bonus has the gradient -(log pi + entropy) grad log pi, which is that of the entropy for a token of pi:
+    an unbiased estimate, with the exact entropy as its baseline.
+    """
+    assert batch.loss_mask is not None
     advantages, sampled = batch.advantages.flatten(), batch.sampler_logprobs.flatten()
     on_policy, weights = batch.on_policy.flatten(), batch.weights.flatten()
+    responses = Responses(batch.loss_mask.flatten(), batch.seq_idx.flatten().long(), len(batch.rollout_ids))
     now = logprobs.detach()
-    ratio = (logprobs - torch.where(on_policy, now, sampled)).exp()
-    importance = correction(now, sampled, on_policy, settings.tis_cap)
-    loss = -importance * surrogate(ratio, advantages, settings.clip_low, settings.clip_high)
+    ratio = RATIOS[settings.ratio](logprobs - torch.where(on_policy, now, sampled), responses)
+    importance = torch.where(on_policy, (now - sampled).exp(), 1.0)
+    corrected = torch.where(on_policy, CORRECTIONS[settings.correction](importance, responses, settings), 1.0)
+    loss = -corrected * CLIPS[settings.clip](ratio, logprobs, advantages, settings)
     kl = torch.zeros_like(now)
     if batch.reference_logprobs is not None:
-        difference = logprobs - batch.reference_logprobs.flatten()
-        kl = KL[settings.kl](difference.clamp(-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE))
+        kl = kl_estimate(logprobs, batch.reference_logprobs.flatten(), settings.kl)
         loss = loss + settings.kl_coefficient * kl
+    if settings.entropy_coefficient:
+        loss = loss + settings.entropy_coefficient * (now + entropy) * logprobs
     loss = loss * weights
     fixed = ratio.detach()
     return loss.sum(), LossTerms(
         loss=loss.detach(),
-        kl=kl.detach(),
-        gap=torch.where(on_policy, (now - sampled).abs(), 0.0),
-        clipped_low=(advantages < 0) & (fixed < 1 - settings.clip_low),
-        clipped_high=(advantages > 0) & (fixed > 1 + settings.clip_high),
         ratio=fixed,
-        correction=importance,
+        gap=torch.where(on_policy, (now - sampled).abs(), 0.0),
+        means={
+            "entropy": entropy,
+            "kl": kl.detach(),
+            "clip/low": (advantages < 0) & (fixed < 1 - settings.clip_low),
+            "clip/high": (advantages > 0) & (fixed > 1 + settings.clip_high),
+            "importance/mean": corrected,
+            "importance/capped": (corrected < importance) & (settings.correction != "truncate" or settings.tis_cap > 0),
+            "stale": ~on_policy,
+        },
     )

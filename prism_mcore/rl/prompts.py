@@ -94,7 +94,11 @@ class PromptSet:
 
     def batch(self, step: int, size: int) -> list[Prompt]:
         """The `size` prompts of a step, steps counted from 1."""
-        samples = np.arange((step - 1) * size, step * size)
+        return self.following((step - 1) * size, size)
+
+    def following(self, asked: int, count: int) -> list[Prompt]:
+        """The `count` prompts after the first `asked`."""
+        samples = np.arange(asked, asked + count)
         sources, ordinals = self.mixture.locate(samples)
         return [self._shuffled(int(s), int(o)) for s, o in zip(sources, ordinals, strict=True)]
 

@@ -81,14 +81,16 @@ class RolloutWorker:
         version: int,
         unfinished: Sequence[RolloutGroup] = (),
         budget: int = 0,
+        first_sample: int = 0,
     ) -> list[RolloutGroup]:
         """The unfinished groups, continued, and a group of sampling.samples rollouts for each prompt, on every rank.
 
-        version: optimizer updates that the weights have seen. budget: tokens that a rollout may gain, or 0; one that is
+        version: optimizer updates that the weights have seen. first_sample: where another call of the step has samples,
+        how many of each prompt, so that these differ. budget: tokens that a rollout may gain, or 0; one that is
         not done then has the finish "budget", and is not verified. Marks the clock: generation, rewards, gather. Raises
         Interrupted within a few passes once `stopping`, and GuardStop where a replica's numbers are not finite.
         """
-        tasks = self._tasks(prompts, unfinished, sampling.samples, step)
+        tasks = self._tasks(prompts, unfinished, self._keys(prompts, sampling.samples, step, first_sample))
         mine = dealt([len(task.keys) for task in tasks], self.groups.dp_size)[self.groups.dp_rank]
         rollouts: list[Rollout] = []
         failure, interrupted = "", False
@@ -112,7 +114,7 @@ class RolloutWorker:
         return [RolloutGroup(prompt, by_group[place]) for place, prompt in enumerate(every)]
 
     def _tasks(
-        self, prompts: Sequence[Prompt], unfinished: Sequence[RolloutGroup], samples: int, step: int
+        self, prompts: Sequence[Prompt], unfinished: Sequence[RolloutGroup], keys: Sequence[tuple[Key, ...]]
     ) -> list[Task]:
         """Those that were begun first, the longest before the others: they are likely to take longest."""
         begun = [
@@ -122,8 +124,8 @@ class RolloutWorker:
             if rollout.finish == UNFINISHED
         ]
         begun.sort(key=lambda task: -len(task.begun.tokens) if task.begun else 0)
-        new = zip(prompts, self._keys(prompts, samples, step), strict=True)
-        return begun + [Task(place, prompt, keys) for place, (prompt, keys) in enumerate(new, len(unfinished))]
+        new = enumerate(zip(prompts, keys, strict=True), len(unfinished))
+        return begun + [Task(place, prompt, of_prompt) for place, (prompt, of_prompt) in new]
 
     def _sampled(
         self, tasks: Sequence[Task], sampling: Sampling, version: int, budget: int
@@ -202,12 +204,12 @@ class RolloutWorker:
         text = self.tokenizer.decode(tokens[:-1] if stop_token else tokens, special=True)
         return before_stop(text, self.stop)
 
-    def _keys(self, prompts: Sequence[Prompt], samples: int, step: int) -> list[tuple[Key, ...]]:
+    def _keys(self, prompts: Sequence[Prompt], samples: int, step: int, first_sample: int) -> list[tuple[Key, ...]]:
         """Of each prompt's samples; a prompt that is asked again in the step goes on counting: they are to differ."""
         asked: Counter[int] = Counter()
         keys: list[tuple[Key, ...]] = []
         for prompt in prompts:
-            first = asked[prompt.index]
+            first = first_sample + asked[prompt.index]
             keys.append(tuple((self.seed, step, prompt.index, first + sample) for sample in range(samples)))
             asked[prompt.index] += samples
         return keys
@@ -217,6 +219,14 @@ class RolloutWorker:
         if good:
             parts = reward_parts(verdict, text, rollout.tokens, rollout.stop_token, self.rewards)
         return replace(rollout, verifier=verdict.status, rewards=parts, valid=good)
+
+
+def numbered(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """The groups with their places among each other in their rollouts."""
+    return [
+        replace(group, rollouts=tuple(replace(rollout, group=place) for rollout in group.rollouts))
+        for place, group in enumerate(groups)
+    ]
 
 
 def dealt(costs: Sequence[int], ranks: int) -> list[list[int]]:

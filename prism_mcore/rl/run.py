@@ -40,6 +40,8 @@ class PolicyRun(Run):
     rollouts: RolloutWorker
     reference: Reference | None  # None without a KL term
     tokens: int = 0  # in the losses so far
+    asked: int = 0  # prompts so far
+    drawn: int = 0  # groups of the last step, those that dynamic sampling left out included
     unfinished: list[RolloutGroup] = field(default_factory=list)  # under `rl.token_budget`
 
 
@@ -82,10 +84,9 @@ def require_same(prompts: Prompts, groups: Groups) -> None:
 
 def save(run: PolicyRun, step: int) -> None:
     """A checkpoint after `step` steps, with the reference policy and what was asked of each prompt file."""
-    prompts = step * run.settings.rl.prompts_per_step
-    asked = {"data": run.prompts.training.history.record(prompts), "beside": run.prompts.beside}
+    asked = {"data": run.prompts.training.history.record(run.asked), "beside": run.prompts.beside}
     carried = {"unfinished": unfinished.to_record(run.unfinished)}
-    state = {"prompts": prompts, "tokens": run.tokens, **asked, **carried}
+    state = {"prompts": run.asked, "tokens": run.tokens, **asked, **carried}
     save_run(run, step, state, fixed_settings(run.settings), _more(run))
 
 
@@ -102,7 +103,7 @@ def resume(run: PolicyRun) -> int:
     others = [f"{name} is another" for name, now in run.prompts.beside.items() if before.get(name) != now]
     training.follow(resumed_history(run, state, training.history, state["prompts"], "rl.prompts", others))
     loaded = load_run(run, state, _more(run))
-    run.tokens = state["tokens"]
+    run.tokens, run.asked = state["tokens"], state["prompts"]
     run.unfinished, dropped = unfinished.from_record(state.get("unfinished", []), training)
     if dropped:
         log.info("%d unfinished groups of rollouts are left out: their prompts are no longer there", dropped)

@@ -1,12 +1,13 @@
 """How rollouts become updates. The defaults are PRISM's (arXiv 2603.17074, Table 21) where the paper states them."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prism_mcore.config import Section
 from prism_mcore.generate.settings import EngineSettings, Sampling
 from prism_mcore.rewards.settings import RewardSettings
+from prism_mcore.rl.presets import listed, with_preset
 from prism_mcore.train.settings import LoopSettings
 
 
@@ -65,31 +66,67 @@ class PolicySettings(Section):
     parity_tolerance: float = Field(
         default=0.05, gt=0, description="Largest mean gap between sampler and training, nats, under parity=tolerance"
     )
-    advantage: Literal["grpo", "dr_grpo"] = Field(
-        default="grpo", description="grpo: (r - mean) / (std + advantage_eps) over the group; dr_grpo: r - mean"
+    preset: str = Field(default="", description=f"An algorithm, by the switches below that it sets. {listed()}")
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = Field(
+        default="grpo",
+        description="grpo: (r - mean) / (std + advantage_eps) over the group; dr_grpo: r - mean; rloo: r - mean of the"
+        " others; reinforce_pp: (r - mean) / std over the step; reinforce_pp_baseline: that of r - the group's mean",
     )
-    advantage_eps: float = Field(default=1e-8, ge=0, description="Added to the group's standard deviation")
+    advantage_eps: float = Field(default=1e-8, ge=0, description="Added to the standard deviation")
     drop_zero_spread: bool = Field(
         default=False,
         description="Leave groups whose rewards are all equal out of the loss and its denominator; else they stay, with"
         " advantage 0, for the KL term",
     )
-    aggregation: Literal["group_total", "token_mean", "sequence_mean"] = Field(
+    aggregation: Literal["group_total", "token_mean", "sequence_mean", "constant"] = Field(
         default="group_total",
-        description="Mean over groups of the mean over a group's tokens; over all tokens; or over samples of the mean"
-        " over a sample's tokens",
+        description="Mean over groups of the mean over a group's tokens; over all tokens; over samples of the mean over"
+        " a sample's tokens; or over samples of the sum over its tokens, divided by sampling.max_tokens",
     )
-    clip_low: float = Field(default=0.2, ge=0, lt=1, description="The ratio is clipped below 1 - clip_low")
+    ratio: Literal["token", "sequence"] = Field(
+        default="token", description="Of policy and old policy: each token's, or the geometric mean of a response's"
+    )
+    clip: Literal["ppo", "cispo", "none"] = Field(
+        default="ppo",
+        description="ppo: min(r A, clipped r A); cispo: clipped r, without its gradient, A log pi; none: r A",
+    )
+    dual_clip: float = Field(
+        default=0.0, ge=0, description="Lower bound of a negative advantage's part, in advantages; above 1, 0 is none"
+    )
+    clip_low: float = Field(default=0.2, ge=0, le=1, description="The ratio is clipped below 1 - clip_low")
     clip_high: float = Field(
         default=0.2, ge=0, description="The ratio is clipped above 1 + clip_high; more than clip_low is clip-higher"
+    )
+    correction: Literal["truncate", "icepop", "sequence"] = Field(
+        default="truncate",
+        description="Importance weight of training's log-probs over the sampler's. truncate: at most tis_cap; icepop: 0"
+        " outside of [mask_low, mask_high]; sequence: truncate, and 0 for responses whose geometric mean lies outside",
     )
     tis_cap: float = Field(
         default=2.0,
         ge=0,
         description="Cap of the importance weight that corrects for the sampler's log-probs; 0 is no correction",
     )
+    mask_low: float = Field(default=0.5, ge=0, le=1, description="Of the importance weight, see correction")
+    mask_high: float = Field(default=5.0, ge=1, description="Of the importance weight, see correction")
+    entropy_coefficient: float = Field(default=0.0, ge=0, description="Times the policy's entropy, taken off the loss")
+    overlong: Literal["keep", "mask", "soft"] = Field(
+        default="keep",
+        description="Responses cut at sampling.max_tokens. mask: they count for their group's mean, not in the loss;"
+        " soft: from overlong_buffer tokens before the end on, a reward of 0 to -1 is added",
+    )
+    overlong_buffer: int = Field(default=4096, ge=1, description="Tokens, see overlong=soft")
+    dynamic_sampling: int = Field(
+        default=0,
+        ge=0,
+        description="Groups without spread are replaced by those of more prompts, drawn at most so many times a step;"
+        " 0 takes what the first have",
+    )
     kl_coefficient: float = Field(
-        default=0.05, ge=0, description="Times the KL to the reference policy in the loss; 0 keeps no reference"
+        default=0.05, ge=0, description="Times the KL to the reference policy; 0 keeps no reference"
+    )
+    kl_in: Literal["loss", "reward"] = Field(
+        default="loss", description="Where the KL is: in the loss of each token, or its sum taken off the reward"
     )
     kl: Literal["k1", "k2", "k3"] = Field(default="k3", description="Estimator of the KL to the reference policy")
     reference_every: int = Field(
@@ -106,6 +143,11 @@ class PolicySettings(Section):
     held_out_prompts: int = Field(default=128, ge=1, description="The first so many of the held-out prompts are used")
     held_out_samples: int = Field(default=1, ge=1, description="Samples of each held-out prompt")
     show: int = Field(default=3, ge=0, description="Rollouts shown on the console every log.every steps")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, given: Any) -> Any:
+        return with_preset(given) if isinstance(given, dict) else given
 
 
 class RLSettings(LoopSettings):

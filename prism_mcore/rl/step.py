@@ -30,6 +30,7 @@ class Gap:
 
 
 NO_GAP = Gap(0.0, -1, -1)
+MEAN = "mean/"  # before the names of sums over the tokens in the loss that are logged as means
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,8 @@ class PolicyStats:
     grad_norm: float
     tokens: int  # in the loss
     on_policy: int  # of them, sampled with the weights that the update starts from
-    entropy: float  # of the policy at the sampler's temperature, nats per token
-    kl: float  # to the reference, by the estimator in use; 0 without one
-    clipped_low: float  # share of tokens
-    clipped_high: float
+    means: dict[str, float]  # by metric, `LossTerms.means`
     ratio_max: float  # of pi / pi_old
-    correction: float  # mean importance weight
-    capped: float  # share of tokens whose importance weight was cut to the cap
     gap_mean: float  # of |log-prob in training - at sampling|, nats, over on-policy tokens
     gap: Gap
     losses: Tensor  # [micro-batches] of this rank, on the device
@@ -72,8 +68,8 @@ def policy_backward(
 
     def loss(output: tuple[Tensor, Tensor], batch: PolicyBatch) -> tuple[Tensor, Tensor, Tensor]:
         logprobs, entropy = output
-        total, terms = policy_loss(logprobs, batch, settings)
-        seen.append(_Seen.of(terms, entropy, batch, settings))
+        total, terms = policy_loss(logprobs, entropy, batch, settings)
+        seen.append(_Seen.of(terms, batch))
         # megatron-core divides the gradient by the number of tokens on all ranks. The weights already hold every
         # denominator, so the count is 1: one rank's first micro-batch has it, the others 0.
         counted = int(groups.dp_rank == 0 and len(seen) == 1)
@@ -122,22 +118,16 @@ class _Seen:
     largest: Tensor  # [4] fp64: ratio; gap, and the rollout and position that have it
 
     @staticmethod
-    def of(terms: LossTerms, entropy: Tensor, batch: PolicyBatch, settings: PolicySettings) -> "_Seen":
+    def of(terms: LossTerms, batch: PolicyBatch) -> "_Seen":
         assert batch.loss_mask is not None
         mask = batch.loss_mask.flatten()
         on_policy = mask & batch.on_policy.flatten()
-        capped = terms.correction >= settings.tis_cap if settings.tis_cap else torch.zeros_like(mask)
         columns = {
             "loss": terms.loss,
             "tokens": mask,
-            "entropy": entropy * mask,
-            "kl": terms.kl * mask,
-            "clipped_low": terms.clipped_low & mask,
-            "clipped_high": terms.clipped_high & mask,
-            "correction": terms.correction * mask,
-            "capped": capped & mask,
             "gap": terms.gap * on_policy,
             "on_policy": on_policy,
+            **{MEAN + name: torch.where(mask, value, 0) for name, value in terms.means.items()},
         }
         # NaN is the largest gap of all
         gaps = torch.where(on_policy, terms.gap.double().nan_to_num(nan=math.inf), -1.0)
@@ -173,21 +163,17 @@ def _stats(sums: dict[str, Tensor], losses: Tensor) -> PolicyStats:
     worst = int(gaps.argmax())
     tokens, on_policy = int(sums["tokens"]), int(sums["on_policy"])
 
-    def mean(name: str) -> float:
-        return float(sums[name]) / tokens if tokens else math.nan
-
     return PolicyStats(
         loss=float(sums["loss"]),
         grad_norm=norm_of(sums["squared_norm"]),
         tokens=tokens,
         on_policy=on_policy,
-        entropy=mean("entropy"),
-        kl=mean("kl"),
-        clipped_low=mean("clipped_low"),
-        clipped_high=mean("clipped_high"),
+        means={
+            name.removeprefix(MEAN): float(total) / tokens if tokens else math.nan
+            for name, total in sums.items()
+            if name.startswith(MEAN)
+        },
         ratio_max=float(ratios.max()),
-        correction=mean("correction"),
-        capped=mean("capped"),
         gap_mean=float(sums["gap"]) / on_policy if on_policy else 0.0,
         gap=Gap(float(gaps[worst]), int(rollouts[worst]), int(positions[worst])) if gaps[worst] >= 0 else NO_GAP,
         losses=losses,

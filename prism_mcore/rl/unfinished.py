@@ -6,7 +6,6 @@ sampled it, and its log-prob then: the policy's ratio to that corrects for it (p
 
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,10 @@ ARRAYS = {"tokens": np.int32, "logprobs": np.float32, "versions": np.int32}  # [
 
 
 def part(groups: Sequence[RolloutGroup]) -> tuple[list[RolloutGroup], list[RolloutGroup]]:
-    """(groups of which every rollout is done, the others); rollouts of the first know their new places."""
+    """(groups of which every rollout is done, the others)."""
     done = [group for group in groups if all(rollout.finish != UNFINISHED for rollout in group.rollouts)]
     others = [group for group in groups if any(rollout.finish == UNFINISHED for rollout in group.rollouts)]
-    return [_at(group, place) for place, group in enumerate(done)], others
-
-
-def _at(group: RolloutGroup, place: int) -> RolloutGroup:
-    return replace(group, rollouts=tuple(replace(rollout, group=place) for rollout in group.rollouts))
+    return done, others
 
 
 def to_record(groups: Sequence[RolloutGroup]) -> list[dict[str, Any]]:

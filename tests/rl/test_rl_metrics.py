@@ -31,13 +31,8 @@ STATS = PolicyStats(
     grad_norm=1.0,
     tokens=100,
     on_policy=100,
-    entropy=2.0,
-    kl=0.0,
-    clipped_low=0.0,
-    clipped_high=0.1,
+    means={"entropy": 2.0, "kl": 0.0},
     ratio_max=1.5,
-    correction=1.0,
-    capped=0.0,
     gap_mean=0.02,
     gap=Gap(0.1, 3, 1),
     losses=torch.zeros(0),
@@ -45,7 +40,15 @@ STATS = PolicyStats(
 
 
 def test_means_of_a_step_are_over_its_updates_tokens_the_gaps_over_those_that_have_one():
-    second = replace(STATS, tokens=300, on_policy=0, entropy=1.0, gap_mean=0.0, gap=Gap(0.0, -1, -1), ratio_max=2.0)
+    second = replace(
+        STATS,
+        tokens=300,
+        on_policy=0,
+        means={"entropy": 1.0, "kl": 0.0},
+        gap_mean=0.0,
+        gap=Gap(0.0, -1, -1),
+        ratio_max=2.0,
+    )
     found = update_metrics([STATS, second])
     assert found["entropy"] == pytest.approx(1.25) and found["ratio_max"] == 2.0
     assert found["rl/logprob_gap_mean"] == pytest.approx(0.02) and found["rl/logprob_gap_max"] == 0.1

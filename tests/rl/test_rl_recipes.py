@@ -33,6 +33,21 @@ def test_a_recipe_fits_eight_gpus_with_room_for_caches(recipe):
     assert stage.total + reference + sequences < 80e9 - 8e9  # 8 GB for what is not planned
 
 
+def test_every_model_has_the_papers_four_mixtures():
+    mixtures = {}
+    for recipe in [*RECIPES, *FOLDER.glob("paper-rl/*.yaml")]:
+        settings = load(RLSettings, recipe)
+        shares = tuple((source.name, source.weight) for source in settings.rl.prompts)
+        mixtures.setdefault(settings.model.spec, set()).add(shares)
+    unbalanced, balanced = {"math": 19, "code": 7, "science": 17}, dict.fromkeys(("math", "code", "science"), 1)
+    wanted = {
+        tuple((name, float(mix[name])) for name in names)
+        for mix in (unbalanced, balanced)
+        for names in (("math", "code"), ("math", "code", "science"))
+    }
+    assert len(mixtures) == 7 and all(found == wanted for found in mixtures.values())
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_the_papers(recipe):
     settings = load(RLSettings, recipe)

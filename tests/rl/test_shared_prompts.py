@@ -95,6 +95,6 @@ def test_losses_and_gradients_are_those_of_separate_rollouts(spec):
             assert all(close(got[name], want[name], 1e-5) for name in want)
             assert seen.loss == pytest.approx(stats.loss, abs=2e-7)  # a sum of terms of size 1 that cancel
             assert seen.gap_mean == pytest.approx(stats.gap_mean, rel=1e-6)
-            assert seen.entropy == pytest.approx(stats.entropy, rel=1e-6)
+            assert seen.means == pytest.approx(stats.means, rel=1e-6)
             assert (seen.gap.rollout, seen.gap.position) == (stats.gap.rollout, stats.gap.position)
             assert fewer < tokens * (0.4 if (ranks, budget) == (1, 1000) else 0.9)
