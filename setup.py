@@ -33,6 +33,7 @@ setup(
         "prism_mcore.rewards.sandbox",
         "prism_mcore.plan",
         "prism_mcore.rl",
+        "prism_mcore.study",
         "prism_kernels",
         *(f"prism_kernels.{folder}" for folder in find_packages("kernels/prism_kernels")),  # one per group of ops
     ],
@@ -54,6 +55,7 @@ setup(
         "matplotlib",
         "pyarrow",  # parquet corpora
         "zstandard",  # .jsonl.zst corpora
+        "doit",  # the order of a study's nodes
     ],
     extras_require=EXTRAS,
 )

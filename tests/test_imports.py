@@ -153,7 +153,7 @@ def test_megatron_core_is_imported_in_few_places():
     assert not elsewhere, "\n".join(elsewhere)
 
 
-@pytest.mark.parametrize("program", ["midtrain", "rl", "generate", "score", "evaluate"])
+@pytest.mark.parametrize("program", ["midtrain", "rl", "generate", "score", "evaluate", "study"])
 def test_help_needs_no_torch(program):
     """A wrong flag or --help answers at once."""
     code = (
