@@ -5,13 +5,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:  # reading prompts must not cost the seconds that importing torch takes
     from torch import Tensor
+
+
+def context_chunks(num_tokens: int, cp_size: int, cp_rank: int) -> tuple[range, range]:
+    """The tokens of a micro-batch that a context-parallel rank holds: chunks r and 2 cp - 1 - r of 2 cp equal ones.
+
+    The first tokens of long documents have few keys before them and the last many: each rank has some of both.
+    """
+    length, rest = divmod(num_tokens, 2 * cp_size)
+    assert not rest, "the settings' check refuses it"
+    first, second = (chunk * length for chunk in (cp_rank, 2 * cp_size - 1 - cp_rank))
+    return range(first, first + length), range(second, second + length)
 
 
 @dataclass(frozen=True)
@@ -45,12 +56,35 @@ class PackedBatch:
     sample_ids: Tensor  # [b] int64: index of each sequence in the run's global order
     parents: Tensor | None = field(default=None, kw_only=True)  # [documents] int32: which document each continues
     # the end of; -1, nothing: those come first. None: no document continues another
+    row_ids: Tensor | None = field(default=None, kw_only=True)  # [2, t / 2 cp] int64: the row of each token, where this
+    # is a context-parallel rank's share. None: all tokens, row after row
 
     @property
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document, or of each row where documents are not isolated: [documents] int32."""
         lengths = np.diff(self.cu_seqlens.numpy())
         return lengths[lengths > 0]
+
+    def shard(self, cp_size: int, cp_rank: int) -> PackedBatch:
+        """A context-parallel rank's share, two chunks: [2, t / 2 cp] of what is [b, s]; the rest stays whole."""
+        import torch
+
+        b, s = self.position_ids.shape
+        chunks = [slice(chunk.start, chunk.stop) for chunk in context_chunks(b * s, cp_size, cp_rank)]
+
+        def mine(whole: Tensor | None) -> Tensor | None:
+            return None if whole is None else torch.stack([whole.flatten()[chunk] for chunk in chunks])
+
+        share = replace(
+            self,
+            tokens=mine(self.tokens),
+            labels=mine(self.labels),
+            loss_mask=mine(self.loss_mask),
+            position_ids=mine(self.position_ids),
+            seq_idx=mine(self.seq_idx),
+            row_ids=mine(torch.arange(b)[:, None].expand(b, s)),
+        )
+        return replace(share, num_tokens=0 if share.loss_mask is None else int(share.loss_mask.sum()))
 
 
 @dataclass(frozen=True)

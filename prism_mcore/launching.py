@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 from typing import Generic, NoReturn, TypeVar
 
@@ -153,7 +154,7 @@ def print_notes(notes: Sequence[str]) -> None:
 
 def planned_ranks(parallel: ParallelSettings, dry_run: bool, gpus: int | None = None) -> int:
     """Ranks torchrun started; for a dry run --gpus first, and outside torchrun the fewest that the layout can have."""
-    fewest = parallel.tp * parallel.pp * parallel.cp * parallel.optimizer_instances
+    fewest = parallel.tp * parallel.pp * lcm(parallel.cp, parallel.optimizer_instances)
     started = int(os.environ.get("WORLD_SIZE", fewest if dry_run else 1))
     return gpus if dry_run and gpus else started
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prism_mcore.batch import PackedBatch
+from prism_mcore.batch import PackedBatch, context_chunks
 from prism_mcore.data.history import History
 from prism_mcore.data.mixture import Mixture
 from prism_mcore.data.packing import BestFit, Concat, Spans, split_documents
@@ -45,8 +45,9 @@ class DataLoader:
     them.
 
     needs_tokens, needs_labels: false on pipeline stages that embed nothing, compute no loss. With both false only the
-    .idx files are read. Raises TokenFileError (a ValueError) naming the file where a source is damaged, empty, or holds
-    an id >= vocab_size.
+    .idx files are read. cp_rank, cp_size: a context-parallel rank reads the tokens of its own chunks only, for
+    batches as `PackedBatch.shard` makes them. Raises TokenFileError (a ValueError) naming the file where a source is
+    damaged, empty, or holds an id >= vocab_size.
     """
 
     def __init__(
@@ -59,6 +60,8 @@ class DataLoader:
         micro_batch: int,
         dp_rank: int = 0,
         dp_size: int = 1,
+        cp_rank: int = 0,
+        cp_size: int = 1,
         needs_tokens: bool = True,
         needs_labels: bool = True,
     ):
@@ -70,6 +73,7 @@ class DataLoader:
         self.settings, self.vocab_size, self.seed = settings, vocab_size, seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.cp_rank, self.cp_size = cp_rank, cp_size
         self._needs_tokens, self._needs_labels = needs_tokens, needs_labels
         self.sources = open_sources(settings, vocab_size)
         self.keys = list(range(len(self.sources)))
@@ -165,31 +169,43 @@ class DataLoader:
         filled = spans.column[last] + spans.length[last]  # [b] columns in front of the padding
         tokens = labels = loss_mask = None
         if self._needs_tokens or self._needs_labels:
-            tokens, labels, loss_mask = self._read(spans, source_ids, sample_ids, last, filled)
+            tokens, labels, loss_mask = map(self._own, self._read(spans, source_ids, sample_ids, last, filled))
         position_ids, seq_idx, cu_seqlens, max_seqlen = (
             _document_bounds(spans, filled, s) if self.settings.document_mask else _row_bounds(b, s)
         )
+        rows = None if self.cp_size == 1 else _tensor(self._own(np.arange(b)[:, None].repeat(s, 1)))
         return PackedBatch(
             tokens=_tensor(tokens) if self._needs_tokens and tokens is not None else None,
             labels=_tensor(labels) if self._needs_labels and labels is not None else None,
             loss_mask=_tensor(loss_mask) if self._needs_labels and loss_mask is not None else None,
-            position_ids=_tensor(position_ids),
-            seq_idx=_tensor(seq_idx),
+            position_ids=_tensor(self._own(position_ids)),
+            seq_idx=_tensor(self._own(seq_idx)),
             cu_seqlens=_tensor(cu_seqlens),
             max_seqlen=max_seqlen,
             num_tokens=int(np.count_nonzero(loss_mask)) if self._needs_labels and loss_mask is not None else 0,
             source_ids=_tensor(source_ids.astype(np.int32)),
             sample_ids=_tensor(sample_ids.astype(np.int64)),
+            row_ids=rows,
         )
+
+    def _own(self, whole: np.ndarray) -> np.ndarray:
+        """[b, s], or this context-parallel rank's chunks of it, [2, b * s / 2 cp]."""
+        if self.cp_size == 1:
+            return whole
+        return np.stack([whole.reshape(-1)[chunk.start : chunk.stop] for chunk in self._chunks(whole.size)])
+
+    def _chunks(self, num_tokens: int) -> tuple[range, range]:
+        return context_chunks(num_tokens, self.cp_size, self.cp_rank)
 
     def _read(
         self, spans: Spans, source_ids: np.ndarray, sample_ids: np.ndarray, last: np.ndarray, filled: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """tokens int64, labels int64 and loss mask bool, each [b, s]."""
+        """tokens int64, labels int64 and loss mask bool, each [b, s]; other ranks' chunks have anything."""
         b, s = len(source_ids), self.settings.seq_len
         tokens, labels = np.empty((b, s), np.int64), np.empty((b, s), np.int64)
         loss_mask = np.ones((b, s), bool)
-        self._read_runs(_merged(spans), source_ids, sample_ids, tokens, labels, loss_mask)
+        runs = _merged(spans) if self.cp_size == 1 else _clipped(_merged(spans), s, self._chunks(b * s))
+        self._read_runs(runs, source_ids, sample_ids, tokens, labels, loss_mask)
         # With isolated documents no label crosses a border; else best_fit still has nothing true to say after a row's
         # last token.
         ends = spans.row * s + spans.column + spans.length - 1
@@ -314,6 +330,17 @@ def _merged(spans: Spans) -> Spans:
         np.add.reduceat(spans.length, heads),
         spans.closed[heads],
     )
+
+
+def _clipped(runs: Spans, s: int, chunks: tuple[range, range]) -> Spans:
+    """The parts of runs in chunks of the b * s tokens, and in the token after each, the label of its last one."""
+    first, parts = runs.row * s + runs.column, []
+    for chunk in chunks:
+        begin, end = np.maximum(first, chunk.start), np.minimum(first + runs.length, chunk.stop + 1)
+        met = np.flatnonzero(begin < end)
+        row, skipped = runs.row[met], (begin - first)[met]
+        parts.append((row, runs.column[met] + skipped, runs.start[met] + skipped, (end - begin)[met], runs.closed[met]))
+    return Spans(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _document_bounds(spans: Spans, filled: np.ndarray, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:

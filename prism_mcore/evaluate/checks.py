@@ -3,7 +3,13 @@
 from prism_mcore.config import Findings
 from prism_mcore.evaluate.settings import EvaluateSettings, ScoreSettings
 from prism_mcore.generate.checks import check_fp8_of_tokens
-from prism_mcore.model.checks import check_build, check_one_stage, check_pipeline, check_positions
+from prism_mcore.model.checks import (
+    check_build,
+    check_one_stage,
+    check_pipeline,
+    check_positions,
+    check_whole_sequences,
+)
 from prism_mcore.model.spec import ModelSpec
 
 
@@ -14,6 +20,7 @@ def check(settings: ScoreSettings, spec: ModelSpec, world_size: int, seq_len: in
     """
     found = Findings()
     check_build(settings, spec, world_size, found)
+    check_whole_sequences(settings.parallel, found)
     check_pipeline(settings.parallel, spec, found)
     check_positions("the sequences' length", seq_len, spec, found)
     return found.conclude()

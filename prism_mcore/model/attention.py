@@ -2,14 +2,23 @@
 
 # t packed tokens, h query heads, k key/value heads (both of this rank), p head_dim
 
+from copy import copy
+from enum import Enum
+
 import torch
 from torch import Tensor, nn
 
-from prism_kernels.boundaries import Boundaries, document_ends
+from prism_kernels.boundaries import Boundaries, document_ends, longest_document
 from prism_kernels.caches import PagedCache
 from prism_mcore.model.context import ModelContext
 from prism_mcore.model.linear import Input, column_linear, norm, project, row_linear
 from prism_mcore.model.state import Decode, PackedTokens, State
+
+
+class LastCausal(Enum):
+    """The name of Transformer Engine's mask for the last queries of longer documents, which megatron-core lacks."""
+
+    padding_causal_bottom_right = 1
 
 
 class TransformerEngineAttention(nn.Module):
@@ -20,18 +29,26 @@ class TransformerEngineAttention(nn.Module):
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
         from megatron.core.transformer.enums import AttnMaskType
 
-        self.mask_type = AttnMaskType.padding_causal
+        config = copy(context.config)
+        config.context_parallel_size = 1  # its own wants every document padded, and else rounds their lengths down
+        self.causal = AttnMaskType.padding_causal
         self.core = TEDotProductAttention(  # window and head counts come from the config
-            context.config, 1, self.mask_type, "self", softmax_scale=context.spec.attention_scale
+            config, 1, self.causal, "self", softmax_scale=context.spec.attention_scale
         )
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, longest: int) -> Tensor:
-        """q [t, h, p], k and v [t, hk, p] -> [t, h * p]."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, keys: Boundaries) -> Tensor:
+        """q [t, h, p], k and v [tk, hk, p] -> [t, h * p]; a document's queries are its last tokens."""
         from megatron.core.packed_seq_params import PackedSeqParams
 
-        ends = boundaries.derive(document_ends)
-        packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
-        return self.core(q, k, v, None, self.mask_type, packed_seq_params=packed)
+        packed = PackedSeqParams(
+            "thd",
+            boundaries.derive(document_ends),
+            keys.derive(document_ends),
+            max_seqlen_q=boundaries.derive(longest_document),
+            max_seqlen_kv=keys.derive(longest_document),
+        )
+        mask = self.causal if keys is boundaries else LastCausal.padding_causal_bottom_right
+        return self.core(q, k, v, None, mask, packed_seq_params=packed)
 
 
 class Attention(nn.Module):
@@ -79,13 +96,17 @@ class Attention(nn.Module):
                 self.spec.attention_scale,
                 self.spec.sliding_window,
             )
-        elif seq.shared is not None:
-            y = seq.shared.attention(self._attend, q, k, v)
+        elif seq.reach is not None:
+            y = seq.reach.attention(self._attend, q, k, v, self.spec.sliding_window, seq.recomputed)
         else:
-            y = self._attend(q, k, v, seq.boundaries, seq.max_seqlen)
+            y = self._attend(q, k, v, seq.boundaries)
         return project(self.out_proj, y.reshape(tokens, 1, -1), state)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, longest: int) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, keys: Boundaries | None = None
+    ) -> Tensor:
+        """keys: where those of each document are, the queries being its last tokens; None: as the queries."""
         if isinstance(self.attention, TransformerEngineAttention):
-            return self.attention(q, k, v, boundaries, longest)
-        return self.attention(q, k, v, boundaries, self.spec.attention_scale, self.spec.sliding_window)
+            return self.attention(q, k, v, boundaries, boundaries if keys is None else keys)
+        scale, window = self.spec.attention_scale, self.spec.sliding_window
+        return self.attention(q, k, v, boundaries, scale, window, *(() if keys is None else (keys,)))

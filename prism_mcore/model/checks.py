@@ -4,6 +4,7 @@ Every problem says what was got, what was needed and, where there is one, the ne
 """
 
 from collections.abc import Collection
+from math import lcm
 
 from prism_kernels.table import check_choices
 from prism_mcore.config import Findings
@@ -29,8 +30,6 @@ def check_build(settings: BuildSettings, spec: ModelSpec, world_size: int, found
 
 
 def _check_ranks(parallel: ParallelSettings, world_size: int, found: Findings) -> int | None:
-    if parallel.cp > 1:
-        found.problems.append(f"parallel.cp={parallel.cp}: context parallelism is not supported yet; use parallel.cp=1")
     ranks = parallel.tp * parallel.pp * parallel.cp
     if world_size % ranks:
         found.problems.append(
@@ -38,10 +37,11 @@ def _check_ranks(parallel: ParallelSettings, world_size: int, found: Findings) -
         )
         return None
     dp = world_size // ranks
-    if dp % parallel.optimizer_instances:
+    sharing = dp * parallel.cp  # ranks over which the optimizer is sharded
+    if sharing % parallel.optimizer_instances:
         found.problems.append(
-            f"parallel.optimizer_instances={parallel.optimizer_instances} does not divide the {dp} data-parallel ranks;"
-            f" try {_closest_divisors(dp, parallel.optimizer_instances)}"
+            f"parallel.optimizer_instances={parallel.optimizer_instances} does not divide the {sharing} data-parallel"
+            f" ranks; try {_closest_divisors(sharing, parallel.optimizer_instances)}"
         )
     return dp
 
@@ -95,7 +95,7 @@ def _fp8_misfits(spec: ModelSpec, tp: int) -> list[str]:
 def check_fp8_tokens(name: str, tokens: int, settings: BuildSettings, found: Findings) -> None:
     """Do a micro-batch's tokens, which a weight's gradient sums over, fit FP8 products? `name` is what sets them."""
     parallel = settings.parallel
-    multiple = FP8_MULTIPLE * (parallel.tp if parallel.sequence_parallel else 1)
+    multiple = FP8_MULTIPLE * parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
     if settings.precision.fp8 != "off" and tokens % multiple:
         found.problems.append(
             f"{name} is {tokens} tokens; precision.fp8={settings.precision.fp8} needs a multiple of {multiple};"
@@ -128,6 +128,7 @@ def _check_split(split: str | list[int], layers: int, chunks: int, found: Findin
 
 def check_one_stage(parallel: ParallelSettings, spec: ModelSpec, found: Findings) -> None:
     """The same for programs that generate."""
+    check_whole_sequences(parallel, found)
     if parallel.pp > 1 or parallel.vpp > 1:
         found.problems.append(
             f"parallel.pp={parallel.pp}, vpp={parallel.vpp}: rollouts are generated on one stage; use pp=1 and vpp=1,"
@@ -135,6 +136,34 @@ def check_one_stage(parallel: ParallelSettings, spec: ModelSpec, found: Findings
         )
     else:
         _check_split(parallel.split, len(spec.pattern), 1, found)
+
+
+def check_whole_sequences(parallel: ParallelSettings, found: Findings) -> None:
+    """For programs whose ranks hold whole sequences."""
+    if parallel.cp > 1:
+        found.problems.append(
+            f"parallel.cp={parallel.cp}: only mid-training shards sequences; caches, rollouts and scores are of whole"
+            " ones. Use parallel.cp=1: the ranks are then data-parallel"
+        )
+
+
+def check_context_shards(name: str, tokens: int, settings: BuildSettings, found: Findings) -> None:
+    """Can context-parallel ranks share a micro-batch of so many tokens? `name` is what sets them."""
+    parallel = settings.parallel
+    if parallel.cp == 1:
+        return
+    multiple = lcm(2 * parallel.cp, parallel.cp * parallel.tp if parallel.sequence_parallel else 1)
+    if tokens % multiple:
+        of = "2*cp" if multiple == 2 * parallel.cp else "2*cp and, under sequence_parallel, cp*tp"
+        found.problems.append(
+            f"{name} is {tokens} tokens; parallel.cp={parallel.cp} needs a multiple of {of} = {multiple};"
+            f" {nearest_multiples(tokens, multiple)}"
+        )
+    exact = [op for op in ("attention", "causal_conv1d", "ssd_scan") if settings.kernels.get(op) == "exact"]
+    if exact:
+        found.problems.append(
+            f"kernels.{exact[0]}=exact has whole documents on every rank; use parallel.cp=1, or another backend"
+        )
 
 
 def check_positions(name: str, length: int, spec: ModelSpec, found: Findings) -> None:

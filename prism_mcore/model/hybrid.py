@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from prism_kernels.boundaries import Boundaries
+from prism_kernels.boundaries import Boundaries, longest_document
 from prism_kernels.matmul import mm
 from prism_kernels.rope.angles import rope_table
 from prism_mcore.batch import PackedBatch
 from prism_mcore.model.attention import Attention
 from prism_mcore.model.context import ModelContext
+from prism_mcore.model.context_shard import ContextShard
 from prism_mcore.model.linear import Input, add_and_norm, norm, residual_sum
 from prism_mcore.model.mamba import GLOBAL_NAMES, Mamba
 from prism_mcore.model.mlp import MLP
@@ -55,6 +57,7 @@ class Block(nn.Module):
         """The previous sub-layer's (x, branch) -> this one's, each [t, 1, d]; no branch: x is the whole."""
         if self.recompute and torch.is_grad_enabled():
             x = self.total(x, branch)  # one tensor to keep instead of two
+            seq = replace(seq, recomputed=True)
             # Nothing here draws random numbers, so there is no state to restore.
             return x, checkpoint(self.branch, x, seq, use_reentrant=False, preserve_rng_state=False)
         normed, x = self.normed(x, branch)
@@ -233,10 +236,14 @@ class HybridModel(MegatronModule):
         return x, branch
 
     def _sequence(self, batch: PackedBatch) -> PackedTokens:
-        device = batch.position_ids.device
+        device, cp = batch.position_ids.device, self.context.groups.cp
+        angles = self.rope(batch.position_ids.flatten())
+        if cp.size() > 1:
+            shard = ContextShard(cp, device, Boundaries(batch.cu_seqlens))
+            return PackedTokens(shard.pieces, shard.pieces.derive(longest_document), angles, shard)
         shared = None if batch.parents is None else SharedPrefixes.of(device, batch.cu_seqlens, batch.parents)
         boundaries = Boundaries.on(device, batch.cu_seqlens)
-        return PackedTokens(boundaries, batch.max_seqlen, self.rope(batch.position_ids.flatten()), shared)
+        return PackedTokens(boundaries, batch.max_seqlen, angles, shared)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """Rotary angles of tokens at these positions [t]; None where the model has no positional encoding."""
@@ -362,7 +369,7 @@ class HybridModel(MegatronModule):
 
     def _sharded(self, name: str, tensor: nn.Parameter, parameter: Parameter) -> ShardedTensor | ShardedTensorFactory:
         groups, axis = self.context.groups, parameter.tp_axis
-        replica = (int(tensor.shared), groups.tp_rank if axis is None else 0, groups.dp_rank)
+        replica = (int(tensor.shared), groups.tp_rank if axis is None else 0, groups.dp_cp.rank())
         offsets = [] if axis is None else [(axis, groups.tp_rank, groups.tp_size)]
 
         def piece(key: str, data: Tensor, replica_id) -> ShardedTensor:

@@ -76,8 +76,8 @@ class Mamba(nn.Module):
         bias = torch.cat([self.conv_x.bias, self.conv_bc.bias]) if self.spec.conv_bias else None
         if state is None:
             conv = self.ops["causal_conv1d"]
-            if seq.shared is not None:
-                return seq.shared.convolution(conv, xbc, weight, bias)
+            if seq.reach is not None:
+                return seq.reach.convolution(conv, xbc, weight, bias)
             return conv(xbc, weight, bias, seq.boundaries)
         assert isinstance(state.cache, MambaCache), "a Mamba sub-layer caches its states"
         if isinstance(state.step, Decode):
@@ -90,8 +90,8 @@ class Mamba(nn.Module):
         """[t, h, p]."""
         chunk_len = self.spec.chunk_len
         if state is None:
-            if seq.shared is not None:
-                return seq.shared.scan(self.ops["ssd_scan"], inputs, chunk_len)
+            if seq.reach is not None:
+                return seq.reach.scan(self.ops["ssd_scan"], inputs, chunk_len)
             return self.ops["ssd_scan"](inputs, seq.boundaries, chunk_len)
         assert isinstance(state.cache, MambaCache), "a Mamba sub-layer caches its states"
         scan, step = state.cache.scan, state.step

@@ -18,7 +18,7 @@ from torch import Tensor
 from prism_kernels.boundaries import Boundaries, copied
 from prism_kernels.scan.inputs import ScanInputs
 
-Attend = Callable[[Tensor, Tensor, Tensor, Boundaries, int], Tensor]  # q, k, v, their documents, the longest
+Attend = Callable[[Tensor, Tensor, Tensor, Boundaries], Tensor]  # q, k, v, their documents
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,21 +60,20 @@ class SharedPrefixes:
         initial = states.index_select(0, self._parent_rows)
         return torch.cat([before, scan(rest, self.continuations, chunk_len, initial_state=initial)])
 
-    def attention(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(
+        self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, recomputed: bool = False
+    ) -> Tensor:
         """q [t, h, p], k and v [t, hk, p] -> [t, h, p].
 
-        Each continuation's rows are laid out after copies of its prefix's; the copies' results are dropped.
+        Each continuation's rows are laid out after copies of its prefix's; the copies' results are dropped. `attend`
+        knows the window, and nothing more is kept for backward than what it keeps.
         """
         s = self.whole.num_tokens
-        before = attend(q[:s], k[:s], v[:s], self.whole, self._longest(self.whole))
+        before = attend(q[:s], k[:s], v[:s], self.whole)
         rows, own, joined = self._joined
         q, k, v = (x.index_select(0, rows) for x in (q, k, v))
-        after = attend(q, k, v, joined, self._longest(joined))
+        after = attend(q, k, v, joined)
         return torch.cat([before.flatten(1), after.flatten(1).index_select(0, own)])
-
-    @staticmethod
-    def _longest(boundaries: Boundaries) -> int:
-        return max(end - start for _, start, end in boundaries.documents)
 
     @cached_property
     def _parent_rows(self) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prism_kernels.boundaries import Boundaries
 from prism_kernels.caches import ConvCache, PagedCache, SlotCache
+from prism_mcore.model.context_shard import ContextShard
 from prism_mcore.model.shared_prefix import SharedPrefixes
 
 
@@ -27,7 +28,9 @@ class PackedTokens:
     boundaries: Boundaries
     max_seqlen: int  # tokens of the longest document
     rope: tuple[Tensor, Tensor] | None  # cos, sin, each [t, head_dim] fp32; None: no positional encoding
-    shared: SharedPrefixes | None = None  # documents that continue others; None: each is whole
+    # Documents reach back into others, or into other ranks' chunks; None: each is whole.
+    reach: SharedPrefixes | ContextShard | None = None
+    recomputed: bool = False  # will all of the sub-layer be computed again in backward?
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from prism_mcore.model.parameters import Parameter, large_matrices, padded_vocab
 from prism_mcore.model.settings import BuildSettings
 from prism_mcore.model.spec import ATTENTION, LAYER_NAMES, MAMBA, MLP, ModelSpec
 from prism_mcore.model.split import split_layers
-from prism_mcore.parallel import data_parallel_size
+from prism_mcore.parallel import ParallelSettings, data_parallel_size
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def plan_memory(
     seq_len: tokens of a sequence. micro_batch: sequences of a forward pass. micro_batches: forward passes of a rank in
     a step. recompute: names of sub-layer types as in train.recompute.
     """
-    parallel, tokens = settings.parallel, micro_batch * seq_len
+    parallel, tokens = settings.parallel, micro_batch * seq_len // settings.parallel.cp
     split = split_layers(spec, parallel.pp, parallel.vpp, seq_len, parallel.split)
-    shards = data_parallel_size(parallel, world_size) // parallel.optimizer_instances
+    shards = data_parallel_size(parallel, world_size) * parallel.cp // parallel.optimizer_instances
     bf16 = settings.precision.dtype == "bf16"
     stages = []
     for stage in range(parallel.pp):
@@ -199,8 +199,15 @@ def _activations(
         kind, fp8 = spec.pattern[index], precision.fp8 != "off" and ends <= index < len(spec.pattern) - ends
         own, everything = kept_bytes_per_token(spec, kind, parallel.tp, parallel.sequence_parallel, element, fp8)
         kept += own if LAYER_NAMES[kind] in recompute else everything
-        working = max(working, everything)
+        working = max(working, everything + (_gathered(spec, parallel, element) if kind == ATTENTION else 0))
     return kept * _micro_batches_in_flight(parallel.pp, parallel.vpp, stage, micro_batches) + working
+
+
+def _gathered(spec: ModelSpec, parallel: ParallelSettings, element: int) -> int:
+    """Bytes per token of this rank of the keys and values that its chunks see: as received, laid out, and joined."""
+    if parallel.cp == 1:
+        return 0
+    return math.ceil(3 * (parallel.cp + 0.5) * 2 * spec.num_kv_heads * spec.head_dim * element / parallel.tp)
 
 
 def _micro_batches_in_flight(pp: int, vpp: int, stage: int, micro_batches: int) -> float:

@@ -58,7 +58,7 @@ def layout(settings: BuildSettings, spec: ModelSpec, world_size: int, micro_batc
     """The model, and how ranks share it."""
     parallel, dp = settings.parallel, data_parallel_size(settings.parallel, world_size)
     kinds = {"attention": spec.pattern.count("*"), "MLP": spec.pattern.count("-"), "Mamba-2": spec.pattern.count("M")}
-    shards, replicas = dp // parallel.optimizer_instances, parallel.optimizer_instances
+    shards, replicas = dp * parallel.cp // parallel.optimizer_instances, parallel.optimizer_instances
     return facts(
         "Model and layout",
         [

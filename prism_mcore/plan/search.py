@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, combinations, product
 
 from prism_mcore.config import Findings
-from prism_mcore.model.checks import check_build, check_fp8_tokens, check_pipeline
+from prism_mcore.model.checks import check_build, check_context_shards, check_fp8_tokens, check_pipeline
 from prism_mcore.model.settings import KernelSettings, PrecisionSettings
 from prism_mcore.model.spec import LAYER_NAMES, ModelSpec
 from prism_mcore.parallel import ParallelSettings
@@ -13,6 +13,7 @@ from prism_mcore.plan.hardware import Gpu
 from prism_mcore.plan.memory import plan_memory
 from prism_mcore.plan.throughput import Layout, StepTime, step_time
 
+LEAST_TOKENS = 8192  # of a sequence on a context-parallel rank
 RESERVED = 8e9  # bytes of a GPU's memory for the CUDA context, NCCL's buffers, workspaces and fragmentation
 
 
@@ -39,8 +40,7 @@ def search(
 ) -> list[Plan]:
     """The `best` fastest layouts that fit in memory, the fastest first.
 
-    fp8: which of with and without are allowed. cp is 1: training with context parallelism is not offered yet. Raises
-    ValueError where none fits, naming the one that comes closest.
+    fp8: which of with and without are allowed. Raises ValueError where none fits, naming the one that comes closest.
     """
     layouts = _layouts(spec, gpu, gpus, seq_len, global_batch, fp8)
     timed = sorted(((step_time(spec, layout, gpu), layout) for layout in layouts), key=lambda each: each[0].total)
@@ -113,16 +113,18 @@ def _layouts(
     """Every layout that the engine would accept."""
     kinds = sorted({LAYER_NAMES[kind] for kind in spec.pattern})
     recomputes = [frozenset(s) for s in chain.from_iterable(combinations(kinds, n) for n in range(len(kinds) + 1))]
-    for tp, pp, vpp in product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 3, 4, 5, 8)):
-        if gpus % (tp * pp) or (vpp > 1 and pp == 1):
+    # Products want thousands of rows: shorter sequences are not shared.
+    cps = [cp for cp in (1, 2, 4, 8, 16) if cp == 1 or seq_len >= LEAST_TOKENS * cp]
+    for tp, pp, vpp, cp in product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 3, 4, 5, 8), cps):
+        if gpus % (tp * pp * cp) or (vpp > 1 and pp == 1):
             continue
-        dp = gpus // (tp * pp)
-        for instances in sorted({1, max(1, dp * tp // gpu.per_node)}):
-            if dp % instances:
+        shards = gpus // (tp * pp)  # of gradients and of the optimizer: dp x cp
+        for instances in sorted({1, max(1, shards * tp // gpu.per_node)}):
+            if shards % instances:
                 continue
             for in_fp8, micro_batch in product(fp8, (1, 2, 4, 8)):
                 layout = Layout(
-                    gpus, seq_len, global_batch, micro_batch, tp, pp, vpp, fp8=in_fp8, optimizer_instances=instances
+                    gpus, seq_len, global_batch, micro_batch, tp, pp, vpp, cp, fp8=in_fp8, optimizer_instances=instances
                 )
                 if _accepted(spec, layout):
                     for recompute in recomputes:
@@ -136,5 +138,6 @@ def _accepted(spec: ModelSpec, layout: Layout) -> bool:
     found, build = Findings(), build_of(layout)
     check_build(build, spec, layout.gpus, found)
     check_pipeline(build.parallel, spec, found)
+    check_context_shards("", layout.micro_batch * layout.seq_len, build, found)
     check_fp8_tokens("", layout.micro_batch * layout.seq_len, build, found)
     return not found.problems

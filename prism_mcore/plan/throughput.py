@@ -150,6 +150,9 @@ def sublayer_time(
     if kind == MAMBA:
         scan = (sublayer_flops(spec, kind, layout.seq_len) - _projections(spec)) / tp * t
         forward["scan"], backward["scan"] = scan / gpu.scan, 2.5 * scan / gpu.scan
+        if layout.cp > 1:  # fp32 states of two chunks of each other rank
+            states = 2 * (layout.cp - 1) * 4 * spec.mamba_inner_size * spec.ssm_state_size / tp
+            forward["context-parallel"] = backward["context-parallel"] = states / _link(gpu, tp, layout.cp)
     if tp > 1:
         moved = (tp - 1) / tp * 2 * spec.hidden_size * t / _link(gpu, 1, tp)
         # Gather and scatter, forward and backward, and the gather again for the weights' gradients; or all-reduces.

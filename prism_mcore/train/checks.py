@@ -4,6 +4,7 @@ from prism_mcore.config import Findings
 from prism_mcore.data.settings import normalised_shares
 from prism_mcore.model.checks import (
     check_build,
+    check_context_shards,
     check_fp8_tokens,
     check_initial_weights,
     check_pipeline,
@@ -79,12 +80,14 @@ def _check_batches(settings: MidtrainSettings, dp: int, found: Findings) -> None
 
 def _check_sequences(settings: MidtrainSettings, spec: ModelSpec, found: Findings) -> None:
     parallel, seq_len = settings.parallel, settings.data.seq_len
-    if parallel.sequence_parallel and parallel.tp > 1 and seq_len % parallel.tp:
+    name, tokens = "data.seq_len * train.micro_batch", seq_len * settings.train.micro_batch
+    check_context_shards(name, tokens, settings, found)
+    if parallel.cp == 1 and parallel.sequence_parallel and parallel.tp > 1 and seq_len % parallel.tp:
         found.problems.append(
             f"data.seq_len={seq_len} is not a multiple of tp={parallel.tp}, which sequence_parallel needs;"
             f" {nearest_multiples(seq_len, parallel.tp)}"
         )
-    check_fp8_tokens("data.seq_len * train.micro_batch", seq_len * settings.train.micro_batch, settings, found)
+    check_fp8_tokens(name, tokens, settings, found)
     check_positions("data.seq_len", seq_len, spec, found)
 
 

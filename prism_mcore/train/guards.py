@@ -158,7 +158,9 @@ class Guard:
 def _counts(batch: PackedBatch) -> list[bool]:
     """Which sequences have a label that counts; the others have no loss."""
     assert batch.loss_mask is not None
-    return batch.loss_mask.any(-1).tolist()
+    if batch.row_ids is None:
+        return batch.loss_mask.any(-1).tolist()
+    return [bool(batch.loss_mask[batch.row_ids == row].any()) for row in range(len(batch.source_ids))]
 
 
 def _listed(of_ranks: list[list[str]]) -> str:

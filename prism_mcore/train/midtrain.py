@@ -84,6 +84,8 @@ def open_data(settings: MidtrainSettings, spec: ModelSpec, groups: Groups) -> tu
             micro_batch=settings.train.micro_batch,
             dp_rank=groups.dp_rank,
             dp_size=groups.dp_size,
+            cp_rank=groups.cp_rank,
+            cp_size=groups.cp_size,
             needs_tokens=groups.is_first_stage,
             needs_labels=groups.is_last_stage,
         )

@@ -21,8 +21,8 @@ def run_pipeline(
 
     forward: (data, chunk) -> (output, function of the output); the last stage calls that function, for megatron-core's
     triple of loss, token count and what to return, or with `collect` for the latter alone. data: a new iterator, one
-    for each chunk. num_tokens: t of a micro-batch, one packed sequence. Returns the last stage's, by micro-batch;
-    nothing on the stages before it.
+    for each chunk. num_tokens: t of a micro-batch, one packed sequence, of all context-parallel ranks together. Returns
+    the last stage's, by micro-batch; nothing on the stages before it.
     """
     interleaved = len(chunks) > 1
     return get_forward_backward_func()(

@@ -99,7 +99,7 @@ def forward_backward(
         chunks,
         lambda: iter(batches),
         num_micro_batches=len(batches),
-        num_tokens=batches[0].position_ids.numel(),
+        num_tokens=batches[0].position_ids.numel() * groups.cp_size,
         forward_only=forward_only,
     )
     # By source (nats, tokens); float64 holds any token count exactly. Tensor-parallel ranks all have the same.
@@ -120,10 +120,14 @@ def _loss(output: tuple[Tensor, Tensor], batch: PackedBatch) -> tuple[Tensor, Te
     """megatron-core's triple: loss summed over tokens, how many tokens, and (nats, tokens) of each row for the log."""
     loss_sum, logprobs = output
     assert batch.loss_mask is not None
-    nats = -(logprobs.view_as(batch.loss_mask) * batch.loss_mask).sum(-1, dtype=torch.float64)
-    rows = torch.stack([nats, batch.loss_mask.sum(-1, dtype=torch.float64)], dim=-1)
+    counted = torch.stack([-logprobs * batch.loss_mask.flatten(), batch.loss_mask.flatten()], dim=-1)
+    if batch.row_ids is None:
+        rows = counted.unflatten(0, batch.loss_mask.shape).sum(1, dtype=torch.float64)
+    else:
+        rows = counted.new_zeros(len(batch.source_ids), 2, dtype=torch.float64)
+        rows.index_add_(0, batch.row_ids.flatten(), counted.double())
     # Filled on the device: copying a number there would wait for all that was started before it.
-    return loss_sum, torch.full((), batch.num_tokens, dtype=torch.int, device=nats.device), rows
+    return loss_sum, torch.full((), batch.num_tokens, dtype=torch.int, device=rows.device), rows
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -24,6 +24,7 @@ from prism_mcore.model.tensors import gather
 LAYOUTS = {
     "1": (1, {}),
     "tp2": (2, {"tp": 2}),
+    "cp2": (2, {"cp": 2}),
     "pp2": (2, {"pp": 2}),
     "pp2 x vpp2": (2, {"pp": 2, "vpp": 2}),
     "tp2 x dp2": (4, {"tp": 2}),

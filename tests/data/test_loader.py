@@ -13,7 +13,7 @@ from tiny.token_files import random_lengths, write_tokens
 from prism_mcore.batch import PackedBatch
 from prism_mcore.data.loader import DataLoader
 from prism_mcore.data.settings import DataSettings
-from prism_mcore.data.token_file import TokenFileError, TokenFileWriter
+from prism_mcore.data.token_file import TokenFile, TokenFileError, TokenFileWriter
 
 VOCAB = 60_000
 
@@ -320,3 +320,35 @@ def test_what_the_idx_leaves_out_is_never_trained_on(tmp_path, packing):
     assert all(same(one, other) for one, other in zip(filtered, alone, strict=True))
     seen = torch.cat([batch.tokens[batch.loss_mask] for batch in filtered])
     assert set((seen // 20 % 2).tolist()) == {0}
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("cp", [2, 4])
+def test_context_parallel_ranks_read_their_chunks_of_the_same_batches(two_sources, packing, document_mask, cp):
+    data = settings(*two_sources, packing=packing, document_mask=document_mask)
+    whole = [batch for step in take(loader(data).steps(), 6) for batch in step]
+    for rank in range(cp):
+        mine = [batch for step in take(loader(data, cp_size=cp, cp_rank=rank).steps(), 6) for batch in step]
+        assert all(same(batch, other.shard(cp, rank)) for batch, other in zip(mine, whole, strict=True))
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_a_context_parallel_rank_reads_its_share_of_the_bytes(tmp_path, monkeypatch, document_mask):
+    path = write_tokens(tmp_path / "long", random_lengths(2, 300, 100), mask=True)
+    data = settings(path, seq_len=1024, document_mask=document_mask)
+    read = []
+    for name in ("read", "read_mask"):
+        original = getattr(TokenFile, name)
+        monkeypatch.setattr(TokenFile, name, lambda *a, original=original: (read.append(a[2].nbytes), original(*a)))
+
+    def bytes_of(**ranks) -> int:
+        read.clear()
+        take(loader(data, **ranks).steps(), 4)
+        return sum(read)
+
+    whole = bytes_of()
+    for cp in (2, 4):
+        shares = [bytes_of(cp_size=cp, cp_rank=rank) for rank in range(cp)]
+        # Two chunks of each of 4 x 4 micro-batches, each with a token and a label more, of 2 + 1 bytes.
+        assert all(share <= whole / cp + 4 * 4 * 2 * 2 * 3 + 300 for share in shares)

@@ -86,7 +86,6 @@ def test_a_dry_run_shows_the_programs_own_settings_and_takes_no_recipe(inputs, n
     [
         ("parallel.tpp=2", "there is no setting parallel.tpp; nearest: parallel.tp"),
         ("kernels.rope=tritn", "kernels.rope=tritn: rope has no such backend (did you mean triton?)"),
-        ("parallel.cp=2", "context parallelism is not supported yet"),
     ],
 )
 def test_a_mistake_is_one_message_and_an_exit_code(inputs, name, override, message):
@@ -131,3 +130,9 @@ def test_arguments_that_cannot_be_read_are_recorded_for_the_script_that_restarts
     code, _, error = launch("midtrain.py", "--gpus", "0")
     assert code == BAD_SETTINGS and "0; needs at least 1" in error
     assert (tmp_path / "exit_code").read_text() == f"{BAD_SETTINGS}\n"
+
+
+@pytest.mark.parametrize("name", sorted(set(OF) - {"midtrain.py"}))
+def test_only_mid_training_shards_sequences(inputs, name):
+    code, _, error = launch(name, *inputs[name], "parallel.cp=2", "--dry-run")
+    assert code == BAD_SETTINGS and "parallel.cp=2: only mid-training shards sequences" in error

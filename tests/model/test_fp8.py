@@ -26,6 +26,7 @@ LAYOUTS = {
     "tp2+sp": (2, {"tp": 2, "sequence_parallel": True}),
     "pp2 interleaved": (2, {"pp": 2, "vpp": 2}),
     "dp2": (2, {}),
+    "cp2": (2, {"cp": 2}),
     "tp2 x pp2": (4, {"tp": 2, "pp": 2}),
 }
 # A number on the border of two FP8 numbers falls to the one or the other by the last bit of the product before it, and

@@ -26,10 +26,14 @@ def losses_and_gradients(
     fp8="off",
     kernels=None,
     seed=0,
+    batches=None,
     **reduction,
 ):
-    """Loss and whole gradients by global name, from micro-batches of eight rows, dealt to data-parallel ranks."""
-    spec = SPECS[spec_name]
+    """Loss and whole gradients by global name, from micro-batches of eight rows, dealt to data-parallel ranks.
+
+    spec_name: of SPECS, or a spec. batches: other micro-batches.
+    """
+    spec = SPECS[spec_name] if isinstance(spec_name, str) else spec_name
     split = split_layers(spec, groups.pp_size, groups.vpp, seq_len=16)
     ops = Ops(kernels or {}, torch.device("cpu"))
     chunks = build_chunks(
@@ -47,7 +51,10 @@ def losses_and_gradients(
         chunk.initialise(SEED)
     instances = dist.get_world_size() // 2 if groups.dp_size == 4 else 1
     wrapped = wrap(chunks, groups, optimizer_instances=instances, overlap=overlap, **reduction)
-    batches = packed_batches(spec, micro_batches, b=8 // micro_batches, seed=seed)[groups.dp_rank :: groups.dp_size]
+    batches = batches or packed_batches(spec, micro_batches, b=8 // micro_batches, seed=seed)
+    batches = batches[groups.dp_rank :: groups.dp_size]
+    if groups.cp_size > 1:
+        batches = [batch.shard(groups.cp_size, groups.cp_rank) for batch in batches]
     for ddp in wrapped:
         ddp.zero_grad_buffer()
     stats = StepStats.of(summed(forward_backward(wrapped, batches, groups, num_sources=2)[0]), [])

@@ -118,18 +118,27 @@ class DotProductAttention(nn.Module):
 
     @noted
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, **packed) -> Tensor:
-        """q [t, h, p], k and v [t, k, p] -> [t, h * p]."""
-        assert (packed["qkv_format"], packed["attn_mask_type"], attention_mask) == ("thd", "padding_causal", None)
-        ends = packed["cu_seqlens_q"].tolist()
-        assert all(start < end for start, end in pairwise(ends)), "a grid of empty documents"
-        assert packed["max_seqlen_q"] == max(end - start for start, end in pairwise(ends))
+        """q [t, h, p], k and v [tk, k, p] -> [t, h * p]."""
+        assert (packed["qkv_format"], attention_mask) == ("thd", None)
+        spans = [self._spans(packed, kind) for kind in ("q", "kv")]
+        # It would align the first query of a document with its first key.
+        assert (packed["attn_mask_type"] == "padding_causal_bottom_right") == (spans[0] != spans[1])
         k, v = (x.repeat_interleave(self.heads // x.shape[1], dim=1) for x in (k, v))
-        parts = [self._document(*(x[start:end].transpose(0, 1) for x in (q, k, v))) for start, end in pairwise(ends)]
+        parts = [
+            self._document(*(x[rows].transpose(0, 1) for x, rows in ((q, i), (k, j), (v, j))))
+            for i, j in zip(*spans, strict=True)
+        ]
         return torch.cat(parts, dim=1).transpose(0, 1).flatten(1)
 
+    def _spans(self, packed: dict, kind: str) -> list[slice]:
+        ends = packed[f"cu_seqlens_{kind}"].tolist()
+        assert all(start < end for start, end in pairwise(ends)), "a grid of empty documents"
+        assert packed[f"max_seqlen_{kind}"] == max(end - start for start, end in pairwise(ends))
+        return [slice(start, end) for start, end in pairwise(ends)]
+
     def _document(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        place = torch.arange(q.shape[1])
-        before = place[:, None] - place
+        place = torch.arange(k.shape[1])
+        before = place[k.shape[1] - q.shape[1] :, None] - place
         seen = before >= 0 if self.window is None else (before >= 0) & (before <= self.window[0])
         return (q @ k.mT * self.scale).masked_fill(~seen, -torch.inf).softmax(-1) @ v
 

@@ -55,7 +55,22 @@ REFUSED = {
         "data.seq_len=255 is not a multiple of tp=2, which sequence_parallel needs; try 254 or 256",
     ),
     "positions": ((["data.seq_len=8192"], {"spec": "demo-dense"}), "longer than the model's 4096 positions"),
-    "context parallelism": ((["parallel.cp=2"], {"ranks": 2}), "context parallelism is not supported yet"),
+    "context parallelism": (
+        (["parallel.cp=2", "data.seq_len=254"], {"ranks": 2}),
+        "data.seq_len * train.micro_batch is 254 tokens; parallel.cp=2 needs a multiple of 2*cp = 4; try 252 or 256",
+    ),
+    "context and sequence parallelism": (
+        (["parallel.cp=3", "parallel.tp=2", "parallel.sequence_parallel=true", "data.seq_len=32"], {"ranks": 6}),
+        "needs a multiple of 2*cp = 6; try 30 or 36",
+    ),
+    "context parallelism in exact mode": (
+        (["parallel.cp=2", "kernels.attention=exact"], {"ranks": 2}),
+        "kernels.attention=exact has whole documents on every rank; use parallel.cp=1",
+    ),
+    "fp8 tokens under context parallelism": (
+        (["precision.fp8=tensorwise", "parallel.cp=4", "data.seq_len=96"], {"ranks": 4}),
+        "is 96 tokens; precision.fp8=tensorwise needs a multiple of 64; try 64 or 128",
+    ),
     "fp8 with state": (
         (["precision.fp8=delayed"], {}),
         "delayed is not offered: its scales are those of earlier steps",

@@ -87,6 +87,7 @@ LAYOUTS = {
     "tp2+sp": (2, {"tp": 2, "sequence_parallel": True}),
     "dp2": (2, {}),
     "pp2": (2, {"pp": 2}),
+    "cp2": (2, {"cp": 2}),
 }
 
 
@@ -186,6 +187,22 @@ def test_a_run_resumes_in_another_layout(corpus, tmp_path, spec):
     for want, got in zip(curve(through), curve(moved), strict=True):
         assert got == pytest.approx(want, rel=1e-6 if want[0] <= 2 else 1e-5)
     assert [loss for _, loss, *_ in curve(moved)] == pytest.approx([loss for _, loss, *_ in curve(through)], rel=1e-6)
+
+
+def test_context_parallel_ranks_go_on_as_one_and_as_four(corpus, tmp_path):
+    through, moved = tmp_path / "through", tmp_path / "moved"
+    for runs in (through, moved):
+        runs.mkdir()
+    longer = {"data": {"seq_len": 64}}  # of documents of up to 29 tokens: chunks of 32 and of 8, validation included
+    run_ranks(1, train, settings(corpus, through, **longer))
+    run_ranks(2, train, settings(corpus, moved, parallel={"cp": 2}, **longer), 2, cp=2)
+    run_ranks(1, train, settings(corpus, moved, **longer), 4)
+    run_ranks(4, train, settings(corpus, moved, parallel={"cp": 4}, **longer), cp=4)
+    for want, got in zip(curve(through), curve(moved), strict=True):
+        assert got == pytest.approx(want, rel=1e-6 if want[0] <= 2 else 1e-5)
+    assert [loss for _, loss, *_ in curve(moved)] == pytest.approx([loss for _, loss, *_ in curve(through)], rel=1e-6)
+    want, got = (records(runs, "validation.jsonl")[-1] for runs in (through, moved))
+    assert got == pytest.approx(want, rel=1e-6)
 
 
 def overlapped(groups, settings, until=None):

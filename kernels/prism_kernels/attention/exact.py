@@ -27,9 +27,17 @@ BLOCK = 64  # keys added at a time, and queries worked on at a time
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    boundaries: Boundaries,
+    scale: float,
+    window: int | None = None,
+    keys: Boundaries | None = None,
 ) -> Tensor:
     """`reference.attention`: q [t, h, p], k and v [t, hk, p] -> [t, h, p]; products in the inputs' dtype, sums fp32."""
+    if keys is not None:
+        raise ValueError("exact attention has all keys of a document on its rank: use parallel.cp=1")
     boundaries.check(q=q, k=k, v=v)
     slot, shapes = boundaries.derive(_padded)
     sizes = [n * s for n, s in shapes]

@@ -14,25 +14,35 @@ from prism_kernels.precision import HALF
 
 
 def attention_by_flash_attn(
-    q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    boundaries: Boundaries,
+    scale: float,
+    window: int | None = None,
+    keys: Boundaries | None = None,
 ) -> Tensor:
-    """`attention` by flash-attn: q [t, h, p], k and v [t, hk, p] in bf16 or fp16, p a multiple of 8 up to 256."""
-    boundaries.check(q=q, k=k, v=v)
+    """`attention` by flash-attn: q [t, h, p], k and v [tk, hk, p] in bf16 or fp16, p a multiple of 8 up to 256.
+
+    It aligns the last query of a document with its last key, as `keys` asks for.
+    """
+    keys = boundaries if keys is None else keys
+    boundaries.check(q=q)
+    keys.check(k=k, v=v)
     if q.dtype not in HALF:
         raise Uncovered(f"flash-attn has no {q.dtype}: needs bf16 or fp16")
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         raise Uncovered(f"head_dim {q.shape[-1]}: flash-attn needs a multiple of 8 up to 256")
     from flash_attn.flash_attn_interface import flash_attn_varlen_func
 
-    ends, longest = boundaries.derive(document_ends), boundaries.derive(longest_document)
     return flash_attn_varlen_func(
         q,
         k,
         v,
-        ends,
-        ends,
-        longest,
-        longest,
+        boundaries.derive(document_ends),
+        keys.derive(document_ends),
+        boundaries.derive(longest_document),
+        keys.derive(longest_document),
         softmax_scale=scale,
         causal=True,
         # Keys this many before and after the query, beside itself; ours counts itself.

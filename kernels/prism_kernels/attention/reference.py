@@ -25,19 +25,30 @@ BLOCK_ELEMENTS = 2**20  # scores alive at a time
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    boundaries: Boundaries,
+    scale: float,
+    window: int | None = None,
+    keys: Boundaries | None = None,
 ) -> Tensor:
     """Causal attention within each document: q [t, h, p], k and v [t, hk, p] with h % hk == 0; returns [t, h, p].
 
-    window w: query i sees keys j with i - w < j <= i, itself included (Mistral's convention).
+    window w: query i sees keys j with i - w < j <= i, itself included (Mistral's convention). keys: where each
+    document's keys are, k and v then [tk, hk, p], its queries being its last tokens; None: as its queries.
     Scores and softmax in fp32 (fp64 for fp64). On a GPU this is torch's SDPA.
     """
-    boundaries.check(q=q, k=k, v=v)
+    boundaries.check(q=q)
+    (keys or boundaries).check(k=k, v=v)
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if window is not None and window < 1:
         raise ValueError(f"attention: window={window}; needs at least 1 (the token itself), or None")
     equal = _sdpa if q.device.type != "cpu" else _BlockAttention.apply
+    if keys is not None:
+        spans = [(slice(start, end), slice(*keys.offsets[i : i + 2])) for i, start, end in boundaries.documents]
+        return torch.cat([equal(q[None, i], k[None, j], v[None, j], scale, window)[0] for i, j in spans])
     if boundaries.uniform_len:
         shape = (len(boundaries.documents), boundaries.uniform_len)
         q, k, v = (x.unflatten(0, shape) for x in (q, k, v))
@@ -47,12 +58,12 @@ def attention(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    length, gqa = q.shape[1], q.shape[2] != k.shape[2]
+    (rows, length), gqa = (q.shape[1], k.shape[1]), q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if window is None or window >= length:
+    if rows == length and (window is None or window >= length):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     else:
-        mask = ~_hidden(0, length, 0, window, q.device)
+        mask = ~_hidden(length - rows, length, 0, window, q.device)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
     return out.transpose(1, 2)
 
@@ -65,11 +76,14 @@ def _hidden(start: int, end: int, first_key: int, window: int | None, device: to
 
 
 class _BlockAttention(torch.autograd.Function):
-    """q [b, s, h, p], k and v [b, s, hk, p] -> [b, s, h, p]; kept for backward: lse [b, s, h], base 2."""
+    """q [b, s, h, p], k and v [b, sk, hk, p] -> [b, s, h, p]; kept for backward: lse [b, s, h], base 2.
+
+    Queries are the last s of the sk tokens.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, scale, window):
-        whole = window is None or window >= q.shape[1]
+        whole = q.shape[1] == k.shape[1] and (window is None or window >= k.shape[1])
         out, lse = (_flash if whole else _windowed)(q, k, v, scale, window)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale, ctx.window = scale, window
@@ -149,15 +163,16 @@ def _tokens(rows: Tensor, like: Tensor) -> Tensor:
 def _blocks(q: Tensor, k: Tensor, window: int | None) -> Iterator[tuple[slice, slice, list[slice], Tensor]]:
     """(queries, their keys, documents x key heads taken at a time, which of the last keys each query does not see)."""
     length, group = q.shape[1], q.shape[2] // k.shape[2]
-    batch = q.shape[0] * k.shape[2]
-    size = max(1, BLOCK_ELEMENTS // (QUERIES * group * length))
+    batch, before = q.shape[0] * k.shape[2], k.shape[1] - length
+    size = max(1, BLOCK_ELEMENTS // (QUERIES * group * k.shape[1]))
     batches = [slice(i, i + size) for i in range(0, batch, size)]
     for start in range(0, length, QUERIES):
         end = min(start + QUERIES, length)
-        first_key = 0 if window is None else max(0, start - window + 1)
+        first, last = before + start, before + end
+        first_key = 0 if window is None else max(0, first - window + 1)
         # Without a window only the square on the diagonal has hidden keys.
-        hidden = _hidden(start, end, start if window is None else first_key, window, q.device)
-        yield slice(start, end), slice(first_key, end), batches, hidden
+        hidden = _hidden(first, last, first if window is None else first_key, window, q.device)
+        yield slice(start, end), slice(first_key, last), batches, hidden
 
 
 def _scores(queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:

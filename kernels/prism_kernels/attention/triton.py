@@ -364,13 +364,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, boundaries: Boundaries, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    boundaries: Boundaries,
+    scale: float,
+    window: int | None = None,
+    keys: Boundaries | None = None,
 ) -> Tensor:
     """Causal attention within each document: q [t, h, p], k and v [t, hk, p] with h % hk == 0; returns [t, h, p].
 
     window w: query i sees keys j with i - w < j <= i, itself included. p is 16, 32, 64 or 128, dtype bf16 or fp16.
     FlashAttention-2 (arXiv 2307.08691) with blocks per document; see the module's docstring.
     """
+    if keys is not None:
+        raise Uncovered("documents have more keys than queries")
     boundaries.check(q=q, k=k, v=v)
     _check(q, k, v, window)
     longest = max(end - start for _, start, end in boundaries.documents)

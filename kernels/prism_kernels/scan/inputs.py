@@ -5,9 +5,11 @@
 import math
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from prism_kernels.boundaries import Boundaries
+from prism_kernels.precision import accumulate_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,3 +39,11 @@ class ScanInputs:
             raise ValueError(f"ssd_scan: {heads} heads are not a multiple of {groups} groups")
         if chunk_len < 1:
             raise ValueError(f"chunk_len={chunk_len}; needs at least 1")
+
+    def step_sizes(self) -> tuple[Tensor, Tensor]:
+        """dt after bias, softplus and limit, and the log of each step's decay: both [t, h], in plain torch."""
+        acc = accumulate_dtype(self.x.dtype)
+        step = F.softplus(self.dt.to(acc) + self.dt_bias.to(acc))
+        if tuple(self.dt_limit) != (0.0, math.inf):
+            step = step.clamp(*self.dt_limit)
+        return step, step * -self.A_log.to(acc).exp()

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from prism_kernels.boundaries import Boundaries, ChunkGrid
@@ -43,19 +42,10 @@ def ssd_scan(
     """
     inputs.check(boundaries, chunk_len)
     x, B, C, D = inputs.x, inputs.B, inputs.C, inputs.D
-    step, decay = _step_sizes(inputs)
+    step, decay = inputs.step_sizes()
     grid = boundaries.chunks(min(chunk_len, CPU_CHUNK) if x.device.type == "cpu" else chunk_len)
     y, final = _ChunkedScan.apply(x, step, decay, B, C, D, initial_state, boundaries, grid, return_final_states)
     return (y, final) if return_final_states else y
-
-
-def _step_sizes(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    """dt after bias, softplus and limit, and the log of each step's decay: both [t, h]."""
-    acc = accumulate_dtype(inputs.x.dtype)
-    step = F.softplus(inputs.dt.to(acc) + inputs.dt_bias.to(acc))
-    if tuple(inputs.dt_limit) != (0.0, math.inf):
-        step = step.clamp(*inputs.dt_limit)
-    return step, step * -inputs.A_log.to(acc).exp()
 
 
 class _Chunks(NamedTuple):
@@ -270,7 +260,7 @@ def ssd_recurrence(
 ) -> tuple[Tensor, Tensor]:
     """`ssd_scan` as the recurrence that defines it, one token at a time: (y, final states). Slow; for tests."""
     x, B, C, D = inputs.x, inputs.B, inputs.C, inputs.D
-    acc, (step, decay) = accumulate_dtype(x.dtype), _step_sizes(inputs)
+    acc, (step, decay) = accumulate_dtype(x.dtype), inputs.step_sizes()
     heads, groups = x.shape[1], B.shape[1]
     wide_B, wide_C = (y.to(acc).repeat_interleave(heads // groups, 1) for y in (B, C))
     wide_x = x.to(acc)
@@ -309,7 +299,7 @@ def ssd_step(inputs: ScanInputs, cache: ScanCache, slots: Tensor, positions: Ten
     """
     x, D, acc = inputs.x, inputs.D, accumulate_dtype(inputs.x.dtype)
     (b, heads, head_dim), (groups, n) = x.shape, inputs.B.shape[1:]
-    step, log_decay = _step_sizes(inputs)
+    step, log_decay = inputs.step_sizes()
     decay = log_decay.exp()[..., None, None]
     wide, by_group = x.to(acc), (b, groups, heads // groups, -1)
     scaled = (wide * step[..., None]).view(*by_group, 1)
