@@ -3,7 +3,7 @@
 A YAML names models, mixtures, RL mixes, controls, seeds and ablations; it becomes a graph of runs: mid-training, RL,
 evaluation, analysis and a report. What is done is skipped, what was stopped resumes, and where an output is lost its
 node alone is done again. --dry-run prints the plan with tokens and GPU hours; `status` what is done; `why NODE` why
-that node would run. docs/study.md.
+that node would run. --slurm queues everything at once and ends. docs/study.md.
 """
 
 from prism_mcore import program
@@ -29,7 +29,7 @@ def main() -> int:
         action, name, overrides = _words(arguments.words)
         study = load(StudyProgram, arguments.recipe, overrides)
         check(study)
-        from prism_mcore.study import folder, graph
+        from prism_mcore.study import folder, graph, slurm
 
         nodes = graph.build(study, arguments.recipe)
         if name and name not in nodes:
@@ -43,7 +43,7 @@ def main() -> int:
         if action in ("start", "run"):
             graph.write_recipes(study, arguments.recipe, nodes)
         if action == "status":
-            folder.print_status(nodes)
+            folder.print_status(nodes, slurm.queued(study))
             return DONE
         if action == "why":
             folder.print_why(nodes, name)
@@ -53,13 +53,16 @@ def main() -> int:
 
             write_report(study, nodes)
             return DONE
+        from prism_mcore.study.local import run_all, run_node
+
         if action == "run":
-            from prism_mcore.study.local import run_node
-
-            return run_node(nodes[name], nodes)
-        from prism_mcore.study.local import run_all
-
+            return run_node(nodes[name], nodes, slurm.job_argv if arguments.slurm else graph.full_argv)
         with folder.alone(place):
+            if arguments.slurm:
+                count = slurm.submit(study, nodes, ["--recipe", str(arguments.recipe), *overrides])
+                say(f"{count} jobs queued; `status` says what became of them" if count else "all of it is done")
+                return DONE
+            slurm.refuse_queued(study)
             return run_all(nodes, arguments.recipe, overrides, study.study.workers, place)
     except (SettingsError, ValueError, OSError, RuntimeError) as error:
         say(f"{arguments.recipe}: the study does not work:\n{error}", stderr=True)
@@ -83,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", type=Path, required=True, metavar="FILE", help="YAML file of the study")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan, no more")
+    parser.add_argument("--slurm", action="store_true", help="queue every node that is not done, and end")
     parser.add_argument("words", nargs="*", metavar="status | why NODE | run NODE | section.name=value")
     return parser
 

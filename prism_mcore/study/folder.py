@@ -34,7 +34,7 @@ def claim(study: StudyProgram, recipe: Path, make: bool) -> Path:
     if make:
         if not Path("launch/study.py").is_file():
             raise SettingsError("start it from the repository's root: its programs are launch/*.py and tools/*.py")
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "slurm").mkdir(parents=True, exist_ok=True)
         write_atomically(folder / OWNER, json.dumps(own))
     return folder
 
@@ -46,8 +46,8 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def print_status(nodes: Mapping[str, Node]) -> None:
-    """A line per node: done, to resume or to run; and how many of each."""
+def print_status(nodes: Mapping[str, Node], queued: Mapping[str, str]) -> None:
+    """A line per node: done, queued (as Slurm says it), begun or to run; and how many of each."""
     rows, count = [], Counter[str]()
     for node in nodes.values():
         state = state_of(node, nodes)
@@ -55,7 +55,7 @@ def print_status(nodes: Mapping[str, Node]) -> None:
         seconds = "-"
         if state == "done":
             seconds = f"{read_object(node.folder / record.DONE)['seconds']:.0f}"
-        rows.append((node.name, node.kind, state, seconds))
+        rows.append((node.name, node.kind, queued.get(node.name, state), seconds))
     show(numbers("", ("node", "what", "state", "s"), rows))
     say(", ".join(f"{number} {state}" for state, number in count.most_common()))
 

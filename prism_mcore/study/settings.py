@@ -19,7 +19,9 @@ class StudySettings(Section):
         default="",
         description="Folder with the tokenizer of models that start from random weights; their exports get it",
     )
+    gpus: bool = Field(default=True, description="Ask Slurm for a GPU for each rank")
     gpus_per_node: int = Field(default=8, ge=1, description="Ranks that a Slurm node takes")
+    sbatch: list[str] = Field(default=[], description="Further options of sbatch, such as --account=x")
     partition: str = Field(default="", description="Slurm's partition; empty is its default")
     time: str = Field(default="24:00:00", description="Time limit of a Slurm job; it is queued again where it ends")
     response_tokens: int = Field(
