@@ -84,11 +84,10 @@ def _size(group: _Shared, pairs: Sequence[Pair]) -> int:
 def _score_pass(model: HybridModel, pairs: Sequence[Pair], groups: Sequence[_Shared]) -> dict[int, Score]:
     batch, rows, labels, order = _packed(pairs, groups)
     device = next(model.parameters()).device
-    hidden = model.hidden(to_device(batch, device))
+    hidden = model.hidden(to_device(batch, device), rows.to(device))
     step = max(1, LOGITS // max(1, model.spec.vocab_size))
     parts = [
-        _label_scores(model, hidden[rows[i : i + step].to(device)], labels[i : i + step].to(device))
-        for i in range(0, len(rows), step)
+        _label_scores(model, hidden[i : i + step], labels[i : i + step].to(device)) for i in range(0, len(rows), step)
     ]
     logprobs, greedy = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     lengths = [len(pairs[place][1]) for place in order]

@@ -216,13 +216,16 @@ class HybridModel(MegatronModule):
         loss = self.output(Head.loss, x, batch.labels.flatten(), batch.loss_mask.flatten(), tied)
         return (*loss, self.output(Head.logits, x.detach(), tied)) if logits else loss
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
-        """Hidden states [t, 1, d] after the final norm, of a model that is whole on this rank or its TP group."""
-        x, branch = self._run_layers(batch)
+    def hidden(self, batch: PackedBatch, rows: Tensor) -> Tensor:
+        """Hidden states [n, 1, d] of the tokens `rows` [n] after the final norm, without gradients of the others.
+
+        The model is whole on this rank or its TP group. A last MLP, which acts on single tokens, sees these alone.
+        """
+        x, branch = self._run_layers(batch, rows)
         return add_and_norm(self.final_norm, x, branch, self.spec.residual_multiplier)[0]
 
-    def _run_layers(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """The stream [t, 1, d] before the last sub-layer's output is added to it, and that output."""
+    def _run_layers(self, batch: PackedBatch, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The stream [t, 1, d] before the last sub-layer's output is added to it, and that output; of `rows` alone."""
         seq = self._sequence(batch)
         if self.pre_process:
             assert batch.tokens is not None, "the loader gives the first stage its tokens"
@@ -231,9 +234,11 @@ class HybridModel(MegatronModule):
             assert self.input_tensor is not None, "the schedule gives the later stages theirs"
             x = self.input_tensor
         branch: Tensor | None = None
-        for layer in self.layers.values():
+        for number, layer in enumerate(self.layers.values(), start=1):
+            if rows is not None and number == len(self.layers) and isinstance(layer.mixer, MLP):
+                x, branch, rows = x[rows], None if branch is None else branch[rows], None
             x, branch = layer(x, seq, branch)
-        return x, branch
+        return (x, branch) if rows is None else (x[rows], None if branch is None else branch[rows])
 
     def _sequence(self, batch: PackedBatch) -> PackedTokens:
         device, cp = batch.position_ids.device, self.context.groups.cp
