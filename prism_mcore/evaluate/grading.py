@@ -42,7 +42,7 @@ class Graded:
 
 
 def grade(job: Job, samples: Sequence[Sample], settings: GradingSettings) -> list[Graded]:
-    """Verdicts of a task's samples, in their order."""
+    """Verdicts of a task's samples, in their order. Where grading fails it is tried again: the machine may be busy."""
     problems = {problem.key: problem for problem in job.problems}
     records = [job.asked(problems[sample.key], sample.sample).record for sample in samples]
     limits = Limits(settings.test_s, settings.program_s, settings.memory_mb, "all")
@@ -51,12 +51,14 @@ def grade(job: Job, samples: Sequence[Sample], settings: GradingSettings) -> lis
         Verifier(settings.workers, settings.timeout_s, {record["reward"] for record in records}, limits) as verifier,
         progress_bar(f"grading {job.task.title}", len(samples)) as advance,
     ):
-        for ticket, (record, sample) in enumerate(zip(records, samples, strict=True)):
-            verifier.submit(ticket, record, sample.text, settings.extractor)
-        while verifier.outstanding:
-            for verdict in verifier.results() or verifier.results(block=True):
-                verdicts[verdict.ticket] = verdict
-                advance(1)
+        for attempt in range(2):
+            for ticket, (record, sample) in enumerate(zip(records, samples, strict=True)):
+                if attempt == 0 or verdicts[ticket].status != "ok":
+                    verifier.submit(ticket, record, sample.text, settings.extractor)
+            while verifier.outstanding:
+                for verdict in verifier.results() or verifier.results(block=True):
+                    verdicts[verdict.ticket] = verdict
+                    advance(1 - attempt)
     return [_graded(s, verdicts[n], records[n]) for n, s in enumerate(samples)]
 
 

@@ -70,7 +70,7 @@ class GradingSettings(Section):
         " for; or any in the whole response, reasoning included, as harnesses do that do not tell them apart",
     )
     workers: int = Field(default=2, ge=1, description="Processes that grade; for programs at most the free cores")
-    timeout_s: float = Field(default=10.0, gt=0.0, description="Longest that grading a response may take")
+    timeout_s: float = Field(default=30.0, gt=0.0, description="Longest that grading a response may take")
     test_s: float = Field(default=6.0, gt=0.0, description="Longest a program may take for a test")
     program_s: float = Field(default=60.0, gt=0.0, description="Longest a program may take for all its tests")
     memory_mb: int = Field(default=1024, ge=64, description="MiB of address space that a program may take")

@@ -129,7 +129,7 @@ def _without_unit(text: str) -> tuple[str, str]:
     fonted = re.fullmatch(
         r"(.*[\d)}.])\s*\\(?:text|mathrm|textrm|mbox|rm)\s*\{\s*([^{}\d]+?)\s*\}(?:\^\{?([23])\}?)?", text
     )
-    bare = re.fullmatch(r"(.*[\d)}.])\s*((?:[a-zA-Z]+[ .]?)+)(?:\^\{?([23])\}?)?", text)
+    bare = re.fullmatch(r"(.*[\d)}.])\s*([a-zA-Z]+(?:[ .][a-zA-Z]+)*[ .]?)(?:\^\{?([23])\}?)?", text)
     for match, any_word in ((fonted, True), (bare, False)):
         if match and (any_word or all(word.strip(".").casefold() in UNITS for word in match[2].split())):
             words = [re.sub(r"s$", "", word.strip(".").casefold()) for word in match[2].split()]

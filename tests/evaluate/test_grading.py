@@ -8,12 +8,14 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from prism_mcore.evaluate import grading
 from prism_mcore.evaluate import samples as kept
 from prism_mcore.evaluate.grading import changed, grade, letters, read_graded, summary, write_graded
 from prism_mcore.evaluate.jobs import read_jobs
 from prism_mcore.evaluate.result import earlier_tasks, samples_of, score
 from prism_mcore.evaluate.settings import EvaluateSettings, EvaluationSettings, GpqaSettings, GradingSettings
 from prism_mcore.generate.requests import Completion
+from prism_mcore.rewards.verifier import Verifier
 from prism_mcore.text import StopTexts, Tokenizer
 
 LENIENT, STRICT = GradingSettings(workers=1), GradingSettings(workers=1, extractor="strict")
@@ -59,6 +61,23 @@ def test_verdicts_and_their_summary(tmp_path):
     assert [(was.sample, was.correct, now.correct) for was, now in changed(graded, strictly)] == [(1, 1.0, 0.0)]
     write_graded(tmp_path / "graded.jsonl", graded)
     assert read_graded(tmp_path / "graded.jsonl") == graded
+
+
+def test_a_grading_that_fails_is_tried_once_more(tmp_path, monkeypatch):
+    """And one that fails again is counted, and wrong."""
+    job, submitted = job_of(tmp_path, MATH), []
+
+    class Failing(Verifier):
+        def submit(self, ticket, record, response, extractor=""):
+            submitted.append(ticket)
+            if ticket == 1 or submitted.count(ticket) == 1:
+                record = record | {"reward": "gym"}  # without metadata: it raises
+            super().submit(ticket, record, response, extractor)
+
+    monkeypatch.setattr(grading, "Verifier", Failing)
+    graded = grade(job, [sample_of(job, 0, n, r"\boxed{7}") for n in range(2)], LENIENT)
+    assert submitted == [0, 1, 0, 1] and [one.status for one in graded] == ["ok", "crash"]
+    assert [one.correct for one in graded] == [1.0, 0.0] and summary(job, graded, LENIENT)["grading_failed"] == 0.5
 
 
 def test_letters_that_were_given_for_each_right_one(tmp_path):

@@ -143,3 +143,11 @@ def test_an_answer_is_looked_for_in_linear_time(text):
     assert not mathematics({"answer": "7"}, text * 5000)["correct"]
     assert not verdict("7", text * 300)
     assert time.process_time() - begun < 5.0
+
+
+def test_words_after_a_number_are_read_once():
+    """What a model of no skill writes: the pattern of units once tried every way to cut the letters, 2^60 of them."""
+    begun = time.monotonic()
+    assert not verdict("7", "7 " + "lowercase letters " * 4 + "+")
+    assert verdict("7", "7 square feet")
+    assert time.monotonic() - begun < 5
