@@ -71,7 +71,7 @@ def build(study: StudyProgram, recipe: Path) -> dict[str, Node]:
         python, *rest = preparation.command
         argv = tuple(rest) if python == "python" else (python, *rest)
         outputs = tuple(Path(output) for output in preparation.outputs)
-        nodes[name] = Node(name, "prepare", place / name, (Command(argv),), (), outputs, name)
+        nodes[name] = Node(name, "prepare", place / name, (Command(argv),), tuple(nodes), outputs, name)
     builder = _Builder(study, recipe.resolve().parent, place, tuple(nodes))
     for arm in _in_order(study):
         for model in models_of(study.arms[arm], study):
@@ -80,6 +80,7 @@ def build(study: StudyProgram, recipe: Path) -> dict[str, Node]:
                 nodes[node.name] = node
     for node in (*builder.evaluations(nodes), *builder.analyses(nodes)):
         nodes[node.name] = node
+    nodes = _by_seed(study, nodes)
     if len(nodes) < builder.made + len(study.prepare):
         raise SettingsError("two nodes have the same name; call prepare, arms, evaluate and analyze differently")
     folder = place / REPORT
@@ -89,6 +90,16 @@ def build(study: StudyProgram, recipe: Path) -> dict[str, Node]:
         REPORT, "report", folder, (Command(argv),), needs, (folder / "out" / "report.json",), REPORT, recipe=dump(study)
     )
     return nodes
+
+
+def _by_seed(study: StudyProgram, nodes: dict[str, Node]) -> dict[str, Node]:
+    """Seed by seed and model by model, each with its evaluations: what is there when half of it is done can be read."""
+    models = list(study.models)
+
+    def place(node: Node) -> tuple[int, int]:
+        return (-1, -1) if node.seed is None else (study.seeds.index(node.seed), models.index(node.model))
+
+    return {node.name: node for node in sorted(nodes.values(), key=place)}
 
 
 def _in_order(study: StudyProgram) -> list[str]:

@@ -53,7 +53,7 @@ class ModelEntry(Section):
 
 
 class Preparation(Section):
-    """A command that brings what the runs read."""
+    """A command that brings what the runs read; each runs after those above it."""
 
     command: list[str] = Field(
         min_length=1, description="Program and arguments; `python` is the one that runs the study"

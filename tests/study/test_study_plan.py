@@ -81,3 +81,15 @@ def test_an_rl_step_by_formula():
     )
     assert twice["score"] == pytest.approx(twice["update"] / 3)
     assert 1.8 < twice["update"] / once["update"] <= 2.0
+
+
+def test_the_miniature_holds_together():
+    recipe = RECIPE.with_name("study-mini.yaml")
+    study = load(StudyProgram, recipe)
+    check(study)
+    nodes = build(study, recipe)
+    trained = [node for node in nodes.values() if node.settings is not None]
+    assert len(trained) == 2 * 3 * 14
+    base, control = nodes["mcs-rl.dense.s2"].settings, nodes["mcs-control.dense.s2"].settings
+    assert base is not None and control is not None
+    assert (base.optimizer, base.train.steps) == (control.optimizer, control.train.steps)  # the same schedule
