@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -98,24 +98,18 @@ class Boundaries:
         return self._history_slots[before]
 
     @cached_property
-    def _blocks(self) -> dict[tuple[int, str], Tensor]:
+    def _blocks(self) -> dict[int, Tensor]:
         return {}
 
-    def blocks(self, length: int, order: Literal["tokens", "most_before", "most_after"] = "tokens") -> Tensor:
+    def blocks(self, length: int) -> Tensor:
         """Blocks of at most `length` tokens, none across documents: [blocks, 4] int32, which kernels loop over.
 
         Each is (its first token, its document's first token, the one after its document's last, its document's index).
-        order: as the tokens are, or those with most of their document before (or after) them first, which lets the
-        longest loops of causal attention start first.
         """
-        if (length, order) not in self._blocks:
+        if length not in self._blocks:
             rows = [(at, start, end, i) for i, start, end in self.documents for at in range(start, end, length)]
-            if order == "most_before":
-                rows.sort(key=lambda row: row[1] - row[0])
-            if order == "most_after":
-                rows.sort(key=lambda row: row[0] - row[2])
-            self._blocks[length, order] = copied(torch.tensor(rows, dtype=torch.int32), self.cu_seqlens.device)
-        return self._blocks[length, order]
+            self._blocks[length] = copied(torch.tensor(rows, dtype=torch.int32), self.cu_seqlens.device)
+        return self._blocks[length]
 
     @cached_property
     def _last_rows(self) -> dict[int, tuple[Tensor, Tensor | None]]:
@@ -169,6 +163,17 @@ class Boundaries:
         if key not in self._scan_tables:
             self._scan_tables[key] = ScanTables.build(self, *key)
         return self._scan_tables[key]
+
+    def check_keys(self, keys: "Boundaries") -> None:
+        """Each document has, in `keys`, at least as many tokens as here."""
+        if keys is self:
+            return
+        if keys.num_documents != self.num_documents:
+            raise ValueError(f"keys of {keys.num_documents} documents, queries of {self.num_documents}")
+        for i, start, end in self.documents:
+            count = keys.offsets[i + 1] - keys.offsets[i]
+            if count < end - start:
+                raise ValueError(f"document {i} has {end - start} queries and {count} keys; needs a key for each query")
 
     def check(self, **activations: Tensor) -> None:
         """Every given [t, ...] tensor has as many rows as the documents have tokens."""

@@ -29,6 +29,7 @@ def attention_by_flash_attn(
     keys = boundaries if keys is None else keys
     boundaries.check(q=q)
     keys.check(k=k, v=v)
+    boundaries.check_keys(keys)
     if q.dtype not in HALF:
         raise Uncovered(f"flash-attn has no {q.dtype}: needs bf16 or fp16")
     if q.shape[-1] % 8 or q.shape[-1] > 256:

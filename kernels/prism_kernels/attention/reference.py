@@ -41,6 +41,7 @@ def attention(
     """
     boundaries.check(q=q)
     (keys or boundaries).check(k=k, v=v)
+    boundaries.check_keys(keys or boundaries)
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if window is not None and window < 1:

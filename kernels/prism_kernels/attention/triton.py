@@ -1,7 +1,8 @@
 """Causal attention within packed documents, forward and backward, in Triton for Hopper: FlashAttention's algorithm.
 
-Blocks of queries and keys come from the host's table (`Boundaries.blocks`): none crosses a document, so a block of
-queries starts its document's keys at the first and never meets another's. Key blocks that are hidden altogether, above
+Blocks of queries and keys come from tables of the host's: none crosses a document, so a block of queries starts its
+document's keys at the first and never meets another's. A document may have more keys than queries, which are then its
+last tokens: what a context-parallel rank has of it. Key blocks that are hidden altogether, above
 the diagonal or before the window, are not visited; those on the diagonal or on the window's edge are masked, the others
 are not. Longest loops are started first. Softmax is in base 2 with the scale folded into the exponent.
 
@@ -9,8 +10,9 @@ Backward computes dK and dV in one kernel (a program owns keys and loops over it
 queries) and dQ in another: seven products against the five of a kernel that adds dQ atomically, and deterministic.
 """
 
-# t packed tokens, h query heads, hk key heads, p head_dim; m query heads of one key head
+# t packed tokens, tk those of the keys, h query heads, hk key heads, p head_dim; m query heads of one key head
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from prism_kernels.attention.decode import HEAD_DIMS, MULTIPROCESSORS, attention_decode
 from prism_kernels.backends import Uncovered
-from prism_kernels.boundaries import Boundaries
+from prism_kernels.boundaries import Boundaries, copied, longest_document
 from prism_kernels.precision import HALF, LOG2_E
 
 __all__ = ["attention", "attention_decode"]
@@ -61,13 +63,17 @@ def _visible(query, key, window, WINDOWED: tl.constexpr):
 
 @triton.jit
 def _first_keys(first, start, window, OWN: tl.constexpr, OTHER: tl.constexpr, WINDOWED: tl.constexpr):
-    """(first key block any query of the block sees, first one that all see); `start` where there is no window."""
+    """(first key block any query of the block sees, first one that all see, first one that not all see any more).
+
+    first: the block's first query's place among the keys; `start` where there is no window.
+    """
+    whole = start + (first - start) // OTHER * OTHER
     some, every = start, start
     if WINDOWED:
         some = start + tl.maximum(first - window + 1 - start, 0) // OTHER * OTHER
         every = start + (tl.maximum(first + OWN - window - start, 0) + OTHER - 1) // OTHER * OTHER
-        every = tl.minimum(every, first)
-    return some, every
+        every = tl.minimum(every, whole)
+    return some, every, whole
 
 
 @triton.jit
@@ -98,20 +104,21 @@ def _forward_kernel(
     GROUP: tl.constexpr, P: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     head, block = tl.program_id(0), blocks + 4 * tl.program_id(1)
-    first, start, end = tl.load(block), tl.load(block + 1), tl.load(block + 2)
-    queries, width = first + tl.arange(0, OWN), tl.arange(0, P)
+    first, start, end, shift = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    rows, width = first + tl.arange(0, OWN), tl.arange(0, P)
+    queries = rows + shift  # their places among the keys, as are `some`, `every` and `whole`
     q = q.load([first, head * q_head_stride])
     k_column, v_column = head // GROUP * k_head_stride, head // GROUP * v_head_stride
     acc = tl.zeros((OWN, P), tl.float32)
     total = tl.zeros((OWN,), tl.float32)
     highest = tl.full((OWN,), float("-inf"), tl.float32)
-    some, every = _first_keys(first, start, window, OWN, OTHER, WINDOWED)
-    for key in range(every, first, OTHER):
+    some, every, whole = _first_keys(first + shift, start, window, OWN, OTHER, WINDOWED)
+    for key in range(every, whole, OTHER):
         acc, total, highest = _attend(
             acc, total, highest, q, k, v, k_column, v_column, key, queries, end, scale, window,
             OTHER, False, WINDOWED,
         )  # fmt: skip
-    for key in range(first, tl.minimum(first + OWN, end), OTHER):
+    for key in range(whole, shift + tl.minimum(first + OWN, end), OTHER):
         acc, total, highest = _attend(
             acc, total, highest, q, k, v, k_column, v_column, key, queries, end, scale, window,
             OTHER, True, WINDOWED,
@@ -124,10 +131,10 @@ def _forward_kernel(
             )  # fmt: skip
     if WINDOWED:
         total = tl.where(total == 0.0, 1.0, total)  # rows beyond the document may have seen nothing
-    inside = queries < end
-    place = out + head * P + queries.to(tl.int64)[:, None] * out_stride + width
+    inside = rows < end
+    place = out + head * P + rows.to(tl.int64)[:, None] * out_stride + width
     tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
-    tl.store(lse + head.to(tl.int64) * num_tokens + queries, highest + tl.log2(total), mask=inside)
+    tl.store(lse + head.to(tl.int64) * num_tokens + rows, highest + tl.log2(total), mask=inside)
 
 
 @triton.jit
@@ -172,49 +179,53 @@ def _add_to_keys(
 
 @triton.jit
 def _keys_kernel(
-    q, k, v, grad, lse, delta, grad_k, grad_v, blocks, num_tokens, scale, scale_log2, window,
+    q, k, v, grad, lse, delta, grad_k, grad_v, blocks, num_tokens, num_keys, scale, scale_log2, window,
     q_head_stride, k_head_stride, v_head_stride, grad_head_stride,
     GROUP: tl.constexpr, SPLITS: tl.constexpr, P: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values [splits, t, hk, p]: program (key head and part of its group, block of keys)."""
+    """Gradients of keys and values [splits, tk, hk, p]: program (key head and part of its group, block of keys)."""
     key_head, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     key_heads, block = tl.num_programs(0) // SPLITS, blocks + 4 * tl.program_id(1)
-    first, end = tl.load(block), tl.load(block + 2)
-    keys, width = first + tl.arange(0, OWN), tl.arange(0, P)
+    first, last, start, end = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    rows, width = first + tl.arange(0, OWN), tl.arange(0, P)
     k, v = k.load([first, key_head * k_head_stride]), v.load([first, key_head * v_head_stride])
     acc_k, acc_v = tl.zeros((OWN, P), tl.float32), tl.zeros((OWN, P), tl.float32)
-    # Queries up to `beyond` see some key of the block, up to `every` all of them.
+    own = first - last + end  # the first key's place among the queries, as are all that follow: queries are the last
+    keys = own + tl.arange(0, OWN)
+    # Queries from `seeing` on see some key of the block, from `after` on all of them; up to `beyond` some, up to
+    # `every` all.
+    seeing = tl.maximum(own, start)
+    diagonal, edge = tl.cdiv(tl.minimum(tl.maximum(own + OWN, seeing), end) - seeing, OTHER), 0
+    after = seeing + diagonal * OTHER
     every, beyond = end, end
     if WINDOWED:
-        beyond = tl.minimum(end, first + OWN - 1 + window)
-        every = first + OWN + tl.maximum(window - OWN, 0) // OTHER * OTHER
+        beyond = tl.minimum(end, own + OWN - 1 + window)
+        every = after + tl.maximum(own + window - after, 0) // OTHER * OTHER
+        edge = tl.cdiv(tl.maximum(beyond - every, 0), OTHER)
     heads: tl.constexpr = GROUP // SPLITS
     head = key_head * GROUP + split * heads
     # All heads of the group in one loop, masked blocks first: fewer values live across it than with a loop per head,
     # and the next head's first block is on its way while the last one's is worked on. Moving invariants out of the
     # loops would spill.
-    diagonal, edge = tl.cdiv(tl.minimum(first + OWN, end) - first, OTHER), 0
-    if WINDOWED:
-        edge = tl.cdiv(tl.maximum(beyond - every, 0), OTHER)
     for i in tl.range(heads * (diagonal + edge), disable_licm=True):
         step = i % (diagonal + edge)
-        query = first + step * OTHER
+        query = seeing + step * OTHER
         if WINDOWED:
             query = tl.where(step < diagonal, query, every + (step - diagonal) * OTHER)
         acc_k, acc_v = _add_to_keys(
             acc_k, acc_v, k, v, q, grad, lse, delta, head + i // (diagonal + edge), query, keys, end,
             num_tokens, q_head_stride, grad_head_stride, scale_log2, window, OTHER, True, WINDOWED,
         )  # fmt: skip
-    between = tl.cdiv(tl.maximum(tl.minimum(every, beyond) - first - OWN, 0), OTHER)
+    between = tl.cdiv(tl.maximum(tl.minimum(every, beyond) - after, 0), OTHER)
     for i in tl.range(heads * between, disable_licm=True):
         acc_k, acc_v = _add_to_keys(
-            acc_k, acc_v, k, v, q, grad, lse, delta, head + i // between, first + OWN + i % between * OTHER, keys, end,
+            acc_k, acc_v, k, v, q, grad, lse, delta, head + i // between, after + i % between * OTHER, keys, end,
             num_tokens, q_head_stride, grad_head_stride, scale_log2, window, OTHER, False, WINDOWED,
         )  # fmt: skip
-    place = ((split.to(tl.int64) * num_tokens + keys)[:, None] * key_heads + key_head) * P + width
-    tl.store(grad_k + place, (acc_k * scale).to(grad_k.dtype.element_ty), mask=(keys < end)[:, None])
-    tl.store(grad_v + place, acc_v.to(grad_v.dtype.element_ty), mask=(keys < end)[:, None])
+    place = ((split.to(tl.int64) * num_keys + rows)[:, None] * key_heads + key_head) * P + width
+    tl.store(grad_k + place, (acc_k * scale).to(grad_k.dtype.element_ty), mask=(rows < last)[:, None])
+    tl.store(grad_v + place, acc_v.to(grad_v.dtype.element_ty), mask=(rows < last)[:, None])
 
 
 @triton.jit
@@ -240,22 +251,23 @@ def _queries_kernel(
     GROUP: tl.constexpr, P: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     head, block = tl.program_id(0), blocks + 4 * tl.program_id(1)
-    first, start, end = tl.load(block), tl.load(block + 1), tl.load(block + 2)
-    queries, width = first + tl.arange(0, OWN), tl.arange(0, P)
-    inside = queries < end
+    first, start, end, shift = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+    rows, width = first + tl.arange(0, OWN), tl.arange(0, P)
+    queries = rows + shift  # their places among the keys, as are `some`, `every` and `whole`
+    inside = rows < end
     q, grad = q.load([first, head * q_head_stride]), grad.load([first, head * grad_head_stride])
-    at = head.to(tl.int64) * num_tokens + queries
+    at = head.to(tl.int64) * num_tokens + rows
     level = tl.load(lse + at, mask=inside, other=float("inf"))
     mean = tl.load(delta + at, mask=inside, other=0.0)
     k_column, v_column = head // GROUP * k_head_stride, head // GROUP * v_head_stride
     acc = tl.zeros((OWN, P), tl.float32)
-    some, every = _first_keys(first, start, window, OWN, OTHER, WINDOWED)
-    for key in range(every, first, OTHER):
+    some, every, whole = _first_keys(first + shift, start, window, OWN, OTHER, WINDOWED)
+    for key in range(every, whole, OTHER):
         acc = _add_to_queries(
             acc, q, grad, level, mean, k, v, k_column, v_column, key, queries, end, scale_log2, window,
             OTHER, False, WINDOWED,
         )  # fmt: skip
-    for key in range(first, tl.minimum(first + OWN, end), OTHER):
+    for key in range(whole, shift + tl.minimum(first + OWN, end), OTHER):
         acc = _add_to_queries(
             acc, q, grad, level, mean, k, v, k_column, v_column, key, queries, end, scale_log2, window,
             OTHER, True, WINDOWED,
@@ -266,7 +278,7 @@ def _queries_kernel(
                 acc, q, grad, level, mean, k, v, k_column, v_column, key, queries, end, scale_log2, window,
                 OTHER, True, WINDOWED,
             )  # fmt: skip
-    place = grad_q + head * P + queries.to(tl.int64)[:, None] * grad_q_stride + width
+    place = grad_q + head * P + rows.to(tl.int64)[:, None] * grad_q_stride + width
     tl.store(place, (acc * scale).to(grad_q.dtype.element_ty), mask=inside[:, None])
 
 
@@ -282,6 +294,53 @@ def _rows_of_16_bytes(x: Tensor) -> Tensor:
     return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
+def query_blocks(boundaries: Boundaries, keys: Boundaries, length: int) -> Tensor:
+    """Blocks of at most `length` queries, none across documents: [blocks, 4] int32, those that see most keys first.
+
+    Each is (its first query, its document's first key, the one after its document's last query, how much further on
+    among the keys a query's own key is).
+    """
+
+    def build() -> list[tuple[int, int, int, int]]:
+        rows = [
+            (at, keys.offsets[i], end, keys.offsets[i + 1] - end)
+            for i, start, end in boundaries.documents
+            for at in range(start, end, length)
+        ]
+        return sorted(rows, key=lambda row: row[1] - row[0] - row[3])
+
+    return _table(boundaries, ("queries", keys, length), build)
+
+
+def key_blocks(boundaries: Boundaries, keys: Boundaries, length: int) -> Tensor:
+    """Blocks of at most `length` keys, none across documents: [blocks, 4] int32, those that most queries see first.
+
+    Each is (its first key, the one after its document's last key, its document's first query, the one after its last).
+    """
+
+    def build() -> list[tuple[int, int, int, int]]:
+        rows = [
+            (at, end, *boundaries.offsets[i : i + 2])
+            for i, start, end in keys.documents
+            for at in range(start, end, length)
+        ]
+        return sorted(rows, key=lambda row: max(row[0] - row[1], row[2] - row[3]))
+
+    return _table(boundaries, ("keys", keys, length), build)
+
+
+def _table(boundaries: Boundaries, name: tuple, build: Callable[[], list[tuple[int, int, int, int]]]) -> Tensor:
+    """Built once for all layers of a micro-batch."""
+    known = boundaries.derive(_tables)
+    if name not in known:
+        known[name] = copied(torch.tensor(build(), dtype=torch.int32), boundaries.cu_seqlens.device)
+    return known[name]
+
+
+def _tables(boundaries: Boundaries) -> dict[tuple, Tensor]:
+    return {}
+
+
 def _splits(group: int, programs: int) -> int:
     """Parts of a group of query heads in dK and dV's kernel: enough programs for every multiprocessor to have two."""
     divisors = [n for n in range(1, group + 1) if group % n == 0]
@@ -290,11 +349,11 @@ def _splits(group: int, programs: int) -> int:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, boundaries, scale, window):
+    def forward(ctx, q, k, v, boundaries, keys, scale, window):
         q, k, v = _rows_of_16_bytes(q), _rows_of_16_bytes(k), _rows_of_16_bytes(v)
         (t, h, p), config = q.shape, _config(FORWARD, q.shape[2])
         out, lse = q.new_empty(t, h, p), q.new_empty(h, t, dtype=torch.float32)
-        blocks = boundaries.blocks(config.own, "most_before")
+        blocks = query_blocks(boundaries, keys, config.own)
         _forward_kernel[(h, len(blocks))](
             _tiles(q, config.own), _tiles(k, config.other), _tiles(v, config.other), out, lse, blocks,
             t, scale * LOG2_E, window, q.stride(1), k.stride(1), v.stride(1), h * p,
@@ -302,7 +361,7 @@ class _Attention(torch.autograd.Function):
             num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.registers,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.boundaries, ctx.scale, ctx.window = boundaries, scale, window
+        ctx.boundaries, ctx.keys, ctx.scale, ctx.window = boundaries, keys, scale, window
         return out
 
     @staticmethod
@@ -316,12 +375,12 @@ class _Attention(torch.autograd.Function):
             P=p, ROWS=rows, num_warps=4,
         )  # fmt: skip
         inputs = (q, k, v, grad, lse, delta)
-        return _grad_queries(ctx, *inputs), *_grad_keys_values(ctx, *inputs), None, None, None
+        return _grad_queries(ctx, *inputs), *_grad_keys_values(ctx, *inputs), *(None,) * 4
 
 
 def _grad_queries(ctx, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     (t, h, p), config = q.shape, _config(BACKWARD_QUERIES, q.shape[2])
-    grad_q, blocks = q.new_empty(t, h, p), ctx.boundaries.blocks(config.own, "most_before")
+    grad_q, blocks = q.new_empty(t, h, p), query_blocks(ctx.boundaries, ctx.keys, config.own)
     _queries_kernel[(h, len(blocks))](
         _tiles(q, config.own), _tiles(k, config.other), _tiles(v, config.other), _tiles(grad, config.own),
         lse, delta, grad_q, blocks, t, ctx.scale, ctx.scale * LOG2_E, ctx.window,
@@ -335,14 +394,14 @@ def _grad_queries(ctx, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tenso
 def _grad_keys_values(
     ctx, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    (t, key_heads, p), config = k.shape, _config(BACKWARD_KEYS, k.shape[2])
-    blocks, group = ctx.boundaries.blocks(config.own, "most_after"), q.shape[1] // key_heads
+    (tk, key_heads, p), config = k.shape, _config(BACKWARD_KEYS, k.shape[2])
+    blocks, group = key_blocks(ctx.boundaries, ctx.keys, config.own), q.shape[1] // key_heads
     splits = _splits(group, key_heads * len(blocks))
     dtype = k.dtype if splits == 1 else torch.float32
-    grad_k, grad_v = (k.new_empty(splits, t, key_heads, p, dtype=dtype) for _ in range(2))
+    grad_k, grad_v = (k.new_empty(splits, tk, key_heads, p, dtype=dtype) for _ in range(2))
     _keys_kernel[(key_heads * splits, len(blocks))](
         _tiles(q, config.other), _tiles(k, config.own), _tiles(v, config.own), _tiles(grad, config.other),
-        lse, delta, grad_k, grad_v, blocks, t, ctx.scale, ctx.scale * LOG2_E, ctx.window,
+        lse, delta, grad_k, grad_v, blocks, len(q), tk, ctx.scale, ctx.scale * LOG2_E, ctx.window,
         q.stride(1), k.stride(1), v.stride(1), grad.stride(1),
         GROUP=group, SPLITS=splits, P=p, OWN=config.own, OTHER=config.other, WINDOWED=ctx.window is not None,
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.registers,
@@ -372,14 +431,16 @@ def attention(
     window: int | None = None,
     keys: Boundaries | None = None,
 ) -> Tensor:
-    """Causal attention within each document: q [t, h, p], k and v [t, hk, p] with h % hk == 0; returns [t, h, p].
+    """Causal attention within each document: q [t, h, p], k and v [tk, hk, p] with h % hk == 0; returns [t, h, p].
 
-    window w: query i sees keys j with i - w < j <= i, itself included. p is 16, 32, 64 or 128, dtype bf16 or fp16.
+    window w: query i sees keys j with i - w < j <= i, itself included. keys: where each document's keys are, its
+    queries being its last tokens; None: as its queries. p is 16, 32, 64 or 128, dtype bf16 or fp16.
     FlashAttention-2 (arXiv 2307.08691) with blocks per document; see the module's docstring.
     """
-    if keys is not None:
-        raise Uncovered("documents have more keys than queries")
-    boundaries.check(q=q, k=k, v=v)
+    keys = boundaries if keys is None else keys
+    boundaries.check(q=q)
+    keys.check(k=k, v=v)
+    boundaries.check_keys(keys)
     _check(q, k, v, window)
-    longest = max(end - start for _, start, end in boundaries.documents)
-    return _Attention.apply(q, k, v, boundaries, scale, None if window is None or window >= longest else window)
+    longest = keys.derive(longest_document)
+    return _Attention.apply(q, k, v, boundaries, keys, scale, None if window is None or window >= longest else window)

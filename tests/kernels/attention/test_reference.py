@@ -43,6 +43,29 @@ def test_attention(lengths, window, dtype):
 
 
 @both_dtypes
+@pytest.mark.parametrize("window", [None, 1, 20, 150])
+def test_queries_of_the_last_tokens_of_longer_documents(window, dtype):
+    torch.manual_seed(0)
+    lengths, queries = [300, 30, 41, 70], [90, 30, 1, 66]
+    keys, boundaries = documents(*lengths), documents(*queries)
+    q, k, v = (randn(sum(lengths), heads, 8, dtype=dtype) for heads in (4, 2, 2))
+    last = torch.cat([torch.arange(e - n, e) for e, n in zip(keys.offsets[1:], queries, strict=True)])
+    plain = plain_attention(keys, window)
+
+    def of_all(q, k, v):
+        return plain(q.new_zeros(len(k), *q.shape[1:]).index_copy(0, last, q), k, v)[last]
+
+    inputs = [q[last], k, v]
+    for of_documents in (reference._BlockAttention.apply, reference._sdpa):
+        parts = [
+            of_documents(q_[None], k_[None], v_[None], 0.3, window)[0]
+            for q_, k_, v_ in zip(q[last].split(queries), k.split(lengths), v.split(lengths), strict=True)
+        ]
+        torch.testing.assert_close(torch.cat(parts).float(), of_all(*inputs).float(), rtol=2e-2, atol=2e-2)
+    assert_as_exact_as(lambda *a: reference.attention(*a, boundaries, 0.3, window, keys), of_all, inputs)
+
+
+@both_dtypes
 @pytest.mark.parametrize("window", [None, 70])
 def test_attention_over_several_query_blocks(window, dtype):
     torch.manual_seed(0)

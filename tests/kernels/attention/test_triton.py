@@ -51,6 +51,25 @@ def test_values_and_gradients_within_documents(window):
     )
 
 
+LAST = [(300, 40), (150, 150), (141, 1), (70, 66)]  # documents' keys, and how many of them have a query
+
+
+@pytest.mark.parametrize("window", [None, 20, 150])
+def test_queries_of_the_last_tokens_of_longer_documents(window):
+    torch.manual_seed(0)
+    keys, boundaries = (documents(*lengths) for lengths in zip(*LAST, strict=True))
+    q, k, v = qkv(keys.num_tokens, 2, 1, 16)
+    ends = zip(keys.offsets[1:], LAST, strict=True)
+    last = torch.cat([torch.arange(end - queries, end) for end, (_, queries) in ends]).to(DEVICE)
+    plain = plain_attention(keys, window)
+
+    def of_all(q, k, v):
+        whole = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, last, q)
+        return plain(whole, k, v)[last]
+
+    assert_as_exact_as(lambda q, k, v: attention(q, k, v, boundaries, 0.3, window, keys), of_all, [q[last], k, v])
+
+
 def test_key_blocks_no_query_is_masked_in(monkeypatch):
     torch.manual_seed(0)  # a window of 300 in 450 tokens: hidden, cut, whole and diagonal blocks
     monkeypatch.setattr("prism_kernels.attention.triton.MULTIPROCESSORS", 1)  # one program takes all heads of a group
@@ -108,6 +127,8 @@ def test_what_is_not_covered_is_said():
         run(window=0)
     with pytest.raises(ValueError, match="3 query heads are not a multiple of 2"):
         run(3, 2)
+    with pytest.raises(ValueError, match="document 0 has 4 queries and 3 keys"):
+        attention(*qkv(4, 1, 1)[:1], *qkv(3, 1, 1)[1:], boundaries, 0.3, None, documents(3))
 
 
 @pytest.mark.parametrize("most_parts", [1, 64])  # a program for all of a context, and contexts cut into parts
