@@ -107,13 +107,18 @@ def interval(counts: Counts, *, seed: int = 0, draws: int = DRAWS) -> Interval:
     """
     value = average(counts)
     if value in (0.0, 1.0):
-        reach = 1 - ((1 - LEVEL) / 2) ** (1 / len(counts.right))
+        reach = _exact_reach(len(counts.right))
         low, high = (0.0, reach) if value == 0 else (1 - reach, 1.0)
         return Interval(value, low, high, "exact")
     random = np.random.default_rng(seed)
     chosen = random.integers(len(counts.right), size=(draws, len(counts.right)))
     low, high = _bounds(_resampled(counts, chosen, random))
     return Interval(value, low, high, "bootstrap")
+
+
+def _exact_reach(questions: int) -> float:
+    """How far from 0 the share may be where none of so many questions is right (Clopper and Pearson)."""
+    return 1 - ((1 - LEVEL) / 2) ** (1 / questions)
 
 
 def standard_error(counts: Counts) -> float:
@@ -134,7 +139,10 @@ class Difference:
 
 
 def paired(a: Counts, b: Counts, *, seed: int = 0, draws: int = DRAWS) -> Difference:
-    """Paired bootstrap: each draw takes the same questions of both, and samples of its own within each."""
+    """Paired bootstrap: each draw takes the same questions of both, and samples of its own within each.
+
+    Where no draw differs, as where neither has anything right, the exact interval of that many questions stands for it.
+    """
     if len(a.right) != len(b.right):
         raise ValueError(f"paired results need the same questions; got {len(a.right)} and {len(b.right)}")
     random = np.random.default_rng(seed)
@@ -142,6 +150,9 @@ def paired(a: Counts, b: Counts, *, seed: int = 0, draws: int = DRAWS) -> Differ
     differences = _resampled(b, chosen, random) - _resampled(a, chosen, random)
     value = average(b) - average(a)
     low, high = _bounds(differences)
+    if np.ptp(differences) == 0.0:
+        reach = _exact_reach(len(a.right))
+        low, high = max(-1.0, value - reach), min(1.0, value + reach)
     beyond = min(np.sum(differences <= 0), np.sum(differences >= 0))
     return Difference(value, low, high, float(min(1.0, 2 * (beyond + 1) / (draws + 1))), len(a.right))
 

@@ -106,6 +106,8 @@ def test_pairs_show_what_single_results_do_not():
     assert found.value == pytest.approx(average(b) - average(a)) and 0.02 < found.low < found.high < 0.06
     assert found.p < 0.01 and interval(a).high > interval(b).low
     assert smallest_difference(a, b) < 0.02 < 0.05 < smallest_difference(a)
+    nothing = paired(counts([0] * 30), counts([0] * 30))
+    assert (nothing.value, nothing.p) == (0.0, 1.0) and nothing.high == -nothing.low == interval(counts([0] * 30)).high
     same = paired(a, a)
     assert same.value == 0 and same.low < 0 < same.high and same.p > 0.5
     with pytest.raises(ValueError, match="the same questions; got 300 and 30"):
