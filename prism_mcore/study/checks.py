@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterator
 
 from prism_mcore.config import Findings
-from prism_mcore.study.settings import MODEL, Arm, StudyProgram
+from prism_mcore.study.settings import MODEL, Arm, Claims, StudyProgram
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*(\.[A-Za-z0-9_+-]+)*")  # file, task and job names are made of them
 
@@ -35,9 +35,23 @@ def check(study: StudyProgram) -> list[str]:
         for name, entry in entries.items():
             for arm_name in entry.of:
                 found.problems += _unknown(f"{kind}.{name}.of", arm_name, [MODEL, *study.arms])
+    for key, name in named_arms(study.claims):
+        found.problems += _unknown(f"claims.{key}", name, study.arms)
+    for name in study.claims.changes.values() if study.claims else ():
+        found.problems += _unknown("claims.changes", name, study.analyze)
     if not found.problems:
         found.problems += _circles(study) or list(_missing_starts(study))
     return found.conclude()
+
+
+def named_arms(claims: Claims | None) -> Iterator[tuple[str, str]]:
+    """(setting, arm) of all arms that claims name."""
+    if claims is not None:
+        for key in ("base", "general", "with_science", "without_science", "with_science_rl"):
+            if value := getattr(claims, key):
+                yield key, value
+        yield from (("midtrained", name) for name in claims.midtrained)
+        yield from (("rl", name) for pair in claims.rl.items() for name in pair)
 
 
 def starts(arm: Arm) -> list[str]:

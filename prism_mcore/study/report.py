@@ -9,6 +9,7 @@ from prism_mcore.console import say
 from prism_mcore.study.graph import REPORT, Node
 from prism_mcore.study.results import Results, read_results
 from prism_mcore.study.settings import StudyProgram
+from prism_mcore.study.verdicts import Verdict, verdicts
 
 
 def write_report(study: StudyProgram, nodes: Mapping[str, Node]) -> None:
@@ -25,13 +26,16 @@ def as_json(results: Results) -> dict[str, object]:
     """Every number under `name.model.sSEED`."""
     return {
         kind: {f"{name}.{model}.s{seed}": value for (name, model, seed), value in getattr(results, kind).items()}
-        for kind in ("losses", "rewards", "scores", "weights")
+        for kind in ("losses", "rewards", "idle_steps", "scores", "weights")
     }
 
 
 def page(study: StudyProgram, results: Results) -> str:
     """Markdown: scores of arms by model, losses of mid-training, how weights changed; mean and spread over seeds."""
-    parts = [f"# {study.study.name}\n", "Mean over seeds, and in brackets their lowest and highest.\n"]
+    parts = [f"# {study.study.name}\n"]
+    if study.claims is not None:
+        parts += [_verdict(verdict) for verdict in verdicts(study.claims, results)]
+    parts.append("\nBelow: mean over seeds, and in brackets their lowest and highest.\n")
     scores = {
         (*name.split(" of ", 1), model, seed, task): found["score"]["value"]
         for (name, model, seed), tasks in results.scores.items()
@@ -67,6 +71,11 @@ def page(study: StudyProgram, results: Results) -> str:
         cells = [[name, *(_weights(results, name, column, model) for model in study.models)] for name in names]
         parts.append(_table(f"Weights: {column}", ["analysis", *study.models], cells))
     return "\n".join(part for part in parts if part)
+
+
+def _verdict(verdict: Verdict) -> str:
+    note = f" ({verdict.note})" if verdict.note else ""
+    return f"- **{verdict.outcome}**: {verdict.claim}{note}\n" + "".join(f"  - {line}\n" for line in verdict.numbers)
 
 
 def spread(values: Sequence[float]) -> str:

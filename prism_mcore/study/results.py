@@ -24,6 +24,7 @@ class Results:
     scores: dict[Run, dict[str, dict[str, Any]]] = field(
         default_factory=dict
     )  # "name of arm" -> task -> results.json's
+    idle_steps: dict[Run, float] = field(default_factory=dict)  # share of RL's steps without a gradient
     weights: dict[Run, dict[str, float]] = field(default_factory=dict)  # analysis -> totals over weights.csv
 
 
@@ -38,6 +39,7 @@ def read_results(nodes: Mapping[str, Node]) -> Results:
             found.losses[run] = first_and_last(node.folder / "validation.jsonl")
         elif node.kind == "rl":
             found.rewards[run] = first_and_last(node.folder / "validation.jsonl")
+            found.idle_steps[run] = idle_share(node.folder / "metrics.jsonl")
         elif node.kind == "evaluate":
             tasks = read_object(node.folder / "out" / RESULTS)["tasks"]
             found.scores[run] = {name: {key: task[key] for key in TAKEN if key in task} for name, task in tasks.items()}
@@ -57,6 +59,12 @@ def first_and_last(file: Path) -> dict[str, tuple[float, float]]:
         for name in sorted(numbers - {"step"})
         if name in records[0] and name in records[-1] and not name.startswith("time/")
     }
+
+
+def idle_share(file: Path) -> float:
+    """Of a run's steps, those without a gradient: none was taken (null), or it was zero."""
+    norms = [json.loads(line)["grad_norm"] for line in file.read_text().splitlines()]
+    return sum(not norm for norm in norms) / max(1, len(norms))
 
 
 def totals(file: Path) -> dict[str, float]:

@@ -92,6 +92,24 @@ class Analysis(Section):
     arguments: list[str] = Field(default=[], description="Further arguments")
 
 
+class Claims(Section):
+    """Which arms and tasks the report's verdicts are about; what is empty is not measured."""
+
+    base: str = Field(default="", description="Arm that is not mid-trained")
+    general: str = Field(default="", description="Control: mid-trained on general text alone")
+    general_domain: str = Field(default="general", description="Domain whose loss is to be kept")
+    midtrained: list[str] = Field(default=[], description="Mid-trained arms")
+    task: str = Field(default="", description="What RL trains for, as evaluations name it")
+    rl: dict[str, str] = Field(default={}, description="Arm -> the same after RL; the base among them")
+    science_task: str = Field(default="", description="What a mixture adds, as evaluations name it")
+    with_science: str = Field(default="", description="Arm with science at mid-training and in RL")
+    without_science: str = Field(default="", description="The same RL, no science at mid-training")
+    with_science_rl: str = Field(default="", description="Science at mid-training, none in RL")
+    changes: dict[Literal["midtraining", "rl", "control"], str] = Field(
+        default={}, description="Analyses of weights: of mid-training, of RL, and of the control with RL's schedule"
+    )
+
+
 class StudyProgram(ProgramSettings):
     """All of a study."""
 
@@ -107,3 +125,4 @@ class StudyProgram(ProgramSettings):
     arms: dict[str, Arm] = Field(default={}, description="Runs by name")
     evaluate: dict[str, Evaluation] = Field(default={}, description="Evaluations by name")
     analyze: dict[str, Analysis] = Field(default={}, description="Analyses by name")
+    claims: Claims | None = Field(default=None, description="What the report is to judge; null judges nothing")

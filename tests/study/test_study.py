@@ -109,6 +109,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_numbers(finished, tmp_pa
         ),
         ({"arms": {"m": {"program": "midtrain", "mixture": "m", "seeds": [7]}}}, "7 is not among seeds"),
         ({"modles": {}}, "nearest: models"),
+        ({"claims": {"base": "bass"}}, "claims.base=bass: there is none of that name"),
     ],
 )
 def test_a_study_that_cannot_work_is_one_message(tmp_path, change, message):
