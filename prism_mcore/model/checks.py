@@ -172,7 +172,7 @@ def check_positions(name: str, length: int, spec: ModelSpec, found: Findings) ->
         return
     excess = f"{name}={length} is longer than the model's {spec.max_positions} positions"
     if spec.position == "rope":
-        found.problems.append(f"{excess}; use at most {spec.max_positions}, or a config.json with more positions")
+        found.problems.append(f"{excess}; use at most {spec.max_positions}, or model.rope.positions")
     else:
         found.notes.append(f"{excess}; it has no position embedding, so nothing breaks, but it was not trained on it")
 

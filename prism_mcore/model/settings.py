@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Protocol
 from pydantic import Field, field_validator
 
 from prism_mcore.config import Section, SettingsError
+from prism_mcore.model.rope import RopeSettings, extended
 from prism_mcore.model.spec import ModelSpec, read_spec
 from prism_mcore.parallel import ParallelSettings
 
@@ -36,6 +37,7 @@ class ModelSettings(Section):
         description="The model's shape: a config.json, a directory with one, or the name of a shipped shape such as"
         " llama-3.1-8b; not needed where init is a Hugging Face directory, or a checkpoint that came from one",
     )
+    rope: RopeSettings = RopeSettings()
 
 
 class PrecisionSettings(Section):
@@ -86,13 +88,13 @@ def config_beside(weights: str | Path) -> Path | None:
 
 
 def resolve_spec(model: ModelSettings) -> ModelSpec:
-    """The shape that `model.spec` names or, without it, that of the weights in `model.init`."""
+    """The shape that `model.spec` names or, without it, that of the weights in `model.init`; with `model.rope`."""
     if model.spec is None and model.init == "random":
         raise SettingsError(
             "model.init=random needs a shape: set model.spec to a config.json or a shipped shape's name"
         )
     try:
-        return read_spec(model.spec or config_beside(model.init) or model.init)
+        return extended(read_spec(model.spec or config_beside(model.init) or model.init), model.rope)
     except FileNotFoundError as error:
         if model.spec is None and Path(model.init).is_dir():
             raise SettingsError(

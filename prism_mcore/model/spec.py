@@ -45,6 +45,33 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071; transformers `_compute_yarn_parameters`): low frequencies interpolated by `factor`."""
+
+    factor: float
+    original_max_positions: int
+    attention_factor: float  # queries and keys are multiplied by it
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    @staticmethod
+    def usual_attention_factor(factor: float) -> float:
+        """What a config.json means that does not say."""
+        return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    def as_config(self) -> dict[str, Any]:
+        """The same under the keys of a config.json."""
+        return {
+            "rope_type": "yarn",
+            "factor": self.factor,
+            "original_max_position_embeddings": self.original_max_positions,
+            "attention_factor": self.attention_factor,
+            "beta_fast": self.beta_fast,
+            "beta_slow": self.beta_slow,
+        }
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One model's shape. A sub-layer, one character of `pattern`, is x + residual_multiplier * mixer(norm(x)).
 
@@ -70,7 +97,7 @@ class ModelSpec:
     sliding_window: int | None  # keys a query sees, itself included
     position: Literal["rope", "none"]
     rope_theta: float  # 0 where position is "none"
-    rope_scaling: RopeScaling | None
+    rope_scaling: RopeScaling | YarnScaling | None
     # MLP
     ffn_size: int
     activation: Literal["swiglu", "squared_relu"]

@@ -30,6 +30,7 @@ from prism_mcore.data.history import History
 from prism_mcore.exit_codes import STOPPED_BY_GUARD
 from prism_mcore.model.build import chunks_of
 from prism_mcore.model.hybrid import HybridModel
+from prism_mcore.model.rope import RopeSettings, write_positions
 from prism_mcore.model.settings import SOURCE
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups, init_groups
@@ -241,6 +242,8 @@ def set_initial_weights(settings: LoopSettings, chunks: list[HybridModel], group
             raise SettingsError(f"model.init={init}: {error}") from error
     if groups.rank == 0:  # what an export needs to know
         remember_source(init, settings.model.spec, settings.run_dir / SOURCE)
+        if settings.model.rope != RopeSettings():
+            write_positions(settings.run_dir / SOURCE / "config.json", chunks[0].spec)
 
 
 # --- save and resume --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from ranks import run_ranks
 from tiny import oracle
 from tiny.gradients import close, whole_gradients
@@ -15,6 +16,7 @@ from prism_mcore.convert.online import load_hf
 from prism_mcore.evaluate.scoring import score
 from prism_mcore.model.build import build_chunks
 from prism_mcore.model.ops import Ops
+from prism_mcore.model.rope import RopeSettings, extended, write_positions
 from prism_mcore.model.spec import SHIPPED, read_spec
 from prism_mcore.model.split import split_layers
 from prism_mcore.train.optimizer import wrap
@@ -156,6 +158,37 @@ def test_every_peculiarity_shows_in_the_logits(saved, tmp_path, family, change):
     assert not close(
         torch.stack([scores[i][1] for i in range(SEQUENCES)]), want, 3e-5
     )  # three times what parity allows
+
+
+FURTHER = {
+    "theta": RopeSettings(positions=256, theta=5e6),
+    "llama3": RopeSettings(positions=256, scaling="llama3", original=16),
+    "yarn": RopeSettings(positions=256, scaling="yarn", original=16),
+    "none": RopeSettings(scaling="none"),
+}
+
+
+@pytest.mark.parametrize("keys", ["rope_scaling", "rope_parameters"])  # transformers 4, 5
+@pytest.mark.parametrize("rope", FURTHER)
+def test_further_positions_are_written_as_transformers_reads_them(saved, tmp_path, rope, keys):
+    folder = saved("llama-3.1")[0]
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    raw = json.loads((folder / "config.json").read_text())
+    nested = raw.get("rope_parameters") or {"rope_theta": raw["rope_theta"]} | (raw["rope_scaling"] or {})
+    others = {
+        name: value for name, value in raw.items() if name not in ("rope_theta", *{"rope_scaling", "rope_parameters"})
+    }
+    flat = {"rope_theta": nested["rope_theta"], "rope_scaling": {n: v for n, v in nested.items() if n != "rope_theta"}}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(others | ({"rope_parameters": nested} if keys == "rope_parameters" else flat)))
+    spec = extended(read_spec(tmp_path), FURTHER[rope])
+    write_positions(file, spec)
+    assert read_spec(tmp_path) == spec == extended(spec, FURTHER[rope]) and spec != read_spec(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        want = model(input_ids=random_tokens(spec), use_cache=False).logits
+    scores = run_ranks(1, our_scores, tmp_path, False)[0]
+    assert close(torch.stack([scores[i][1] for i in range(SEQUENCES)]), want)
 
 
 def count_parameters(groups, name):

@@ -67,7 +67,7 @@ REFUSED = {
     "attention bias": ("llama-3.1-8b", {"attention_bias": True}, "attention_bias=true"),
     "MLP bias": ("nemotron-h-8b", {"mlp_bias": True}, "mlp_bias=true"),
     "another activation": ("granite-3.3-8b", {"hidden_act": "gelu"}, 'hidden_act="gelu"'),
-    "another rope": ("llama-3.1-8b", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 'rope_type="yarn"'),
+    "another rope": ("llama-3.1-8b", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, 'rope_type="dynamic"'),
     "half a rope": ("llama-3.1-8b", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "no low_freq_factor"),
     "partial rope": ("llama-3.1-8b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     "experts, Granite": ("granite-4.0-h-micro", {"num_local_experts": 62}, "num_local_experts=62"),

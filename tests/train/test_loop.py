@@ -22,6 +22,9 @@ from prism_mcore.checkpoint.index import read_index
 from prism_mcore.checkpoint.save import _Writer
 from prism_mcore.data.token_file import TokenFileWriter
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
+from prism_mcore.model.rope import RopeSettings
+from prism_mcore.model.settings import SOURCE
+from prism_mcore.model.spec import read_spec
 from prism_mcore.train import loop, optimizer
 from prism_mcore.train import run as run_module
 from prism_mcore.train.loop import train as train_loop
@@ -390,6 +393,15 @@ def test_a_killed_rank_ends_the_run_and_the_last_checkpoint_is_good(corpus, tmp_
     assert set(error.value.reports) == {0, 1}  # the other rank noticed
     assert run_ranks(2, train, wanted)[0][0] == DONE
     assert [m["step"] for m in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_run_keeps_for_exports_says_its_positions(corpus, tmp_path):
+    rope = {"positions": 256, "scaling": "yarn", "original": 16}
+    wanted = settings(corpus, tmp_path, "dense", train={"steps": 1})
+    wanted = wanted.model_copy(update={"model": wanted.model.model_copy(update={"rope": RopeSettings(**rope)})})
+    run_ranks(1, train, wanted)
+    kept = read_spec(tmp_path / "run" / SOURCE)
+    assert (kept.max_positions, kept.rope_scaling.factor) == (256, 16.0)
 
 
 def test_starting_from_the_weights_of_another_run(corpus, tmp_path):

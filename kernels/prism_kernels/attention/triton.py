@@ -301,7 +301,7 @@ def query_blocks(boundaries: Boundaries, keys: Boundaries, length: int) -> Tenso
     among the keys a query's own key is).
     """
 
-    def build() -> list[tuple[int, int, int, int]]:
+    def build() -> list[tuple[int, ...]]:
         rows = [
             (at, keys.offsets[i], end, keys.offsets[i + 1] - end)
             for i, start, end in boundaries.documents
@@ -318,7 +318,7 @@ def key_blocks(boundaries: Boundaries, keys: Boundaries, length: int) -> Tensor:
     Each is (its first key, the one after its document's last key, its document's first query, the one after its last).
     """
 
-    def build() -> list[tuple[int, int, int, int]]:
+    def build() -> list[tuple[int, ...]]:
         rows = [
             (at, end, *boundaries.offsets[i : i + 2])
             for i, start, end in keys.documents
@@ -329,7 +329,7 @@ def key_blocks(boundaries: Boundaries, keys: Boundaries, length: int) -> Tensor:
     return _table(boundaries, ("keys", keys, length), build)
 
 
-def _table(boundaries: Boundaries, name: tuple, build: Callable[[], list[tuple[int, int, int, int]]]) -> Tensor:
+def _table(boundaries: Boundaries, name: tuple, build: Callable[[], list[tuple[int, ...]]]) -> Tensor:
     """Built once for all layers of a micro-batch."""
     known = boundaries.derive(_tables)
     if name not in known:

@@ -6,7 +6,7 @@
 import math
 from typing import Any
 
-from prism_mcore.model.spec import ATTENTION, MAMBA, MLP, Keys, ModelSpec, RopeScaling, Table
+from prism_mcore.model.spec import ATTENTION, MAMBA, MLP, Keys, ModelSpec, RopeScaling, Table, YarnScaling
 
 # --- how tensors are called -------------------------------------------------------------------------------------------
 # Left: the name in a directory after "<prefix>layers.<layer>.". Right: our keys after "layers.<sub-layer>.", in the
@@ -83,7 +83,7 @@ def common_fields(keys: Keys) -> dict[str, Any]:
     )
 
 
-def read_rope(keys: Keys) -> tuple[float, RopeScaling | None]:
+def read_rope(keys: Keys) -> tuple[float, RopeScaling | YarnScaling | None]:
     """(theta, scaling) from `rope_theta` and `rope_scaling`, or from transformers 5's `rope_parameters`."""
     keys.expect("partial_rotary_factor", 1, 1.0)
     name = "rope_parameters" if keys.raw.get("rope_parameters") is not None else "rope_scaling"
@@ -95,7 +95,7 @@ def read_rope(keys: Keys) -> tuple[float, RopeScaling | None]:
     theta = nested.number("rope_theta", default=keys.value("rope_theta", default=None), above=0)
     nested.expect("partial_rotary_factor", 1, 1.0)
     kind = nested.value("rope_type", "type", default="default")
-    scaling = None
+    scaling: RopeScaling | YarnScaling | None = None
     if kind == "llama3":
         scaling = RopeScaling(
             factor=nested.number("factor"),
@@ -103,8 +103,22 @@ def read_rope(keys: Keys) -> tuple[float, RopeScaling | None]:
             high_freq_factor=nested.number("high_freq_factor"),
             original_max_positions=nested.integer("original_max_position_embeddings"),
         )
+    elif kind == "yarn":
+        nested.expect("truncate", True)
+        nested.expect("mscale", None)
+        nested.expect("mscale_all_dim", None)
+        factor = nested.number("factor", above=0)
+        scaling = YarnScaling(
+            factor=factor,
+            original_max_positions=nested.integer("original_max_position_embeddings"),
+            attention_factor=nested.number(
+                "attention_factor", default=YarnScaling.usual_attention_factor(factor), above=0
+            ),
+            beta_fast=nested.number("beta_fast", default=32.0, above=0),
+            beta_slow=nested.number("beta_slow", default=1.0, above=0),
+        )
     elif kind != "default":
-        nested.fail("rope_type" if "rope_type" in parameters else "type", '"default" or "llama3"')
+        nested.fail("rope_type" if "rope_type" in parameters else "type", '"default", "llama3" or "yarn"')
     nested.refuse_the_rest(frozenset())
     return theta, scaling
 

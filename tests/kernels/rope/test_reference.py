@@ -25,7 +25,18 @@ LLAMA3 = {
 }
 
 
-@pytest.mark.parametrize("scaling", [None, LLAMA3], ids=["plain", "llama3"])
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500000.0,
+    "factor": 16.0,
+    "attention_factor": 1.2,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3, YARN], ids=["plain", "llama3", "yarn"])
 def test_rope_equals_transformers(scaling):
     config = LlamaConfig(
         hidden_size=512,
@@ -35,7 +46,7 @@ def test_rope_equals_transformers(scaling):
     )
     frequencies = rope_frequencies(128, 500000.0, scaling)
     if scaling:
-        assert torch.equal(frequencies, ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0])
+        assert torch.equal(frequencies, ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, "cpu")[0])
     position_ids = torch.tensor([[0, 1, 2, 3, 0, 1], [100, 4095, 8192, 99999, 5, 6]])
     q, k = randn(12, 4, 128).float(), randn(12, 2, 128).float()
     cos, sin = LlamaRotaryEmbedding(config)(q, position_ids)
@@ -76,5 +87,5 @@ def test_rope_copies_nothing_to_the_device_but_once():
 
 
 def test_unknown_rope_scaling_is_refused():
-    with pytest.raises(ValueError, match="'yarn' is not supported"):
-        rope_frequencies(64, 10000.0, {"rope_type": "yarn"})
+    with pytest.raises(ValueError, match="'dynamic' is not supported"):
+        rope_frequencies(64, 10000.0, {"rope_type": "dynamic"})
