@@ -33,6 +33,7 @@ setup(
         "prism_mcore.rewards.sandbox",
         "prism_mcore.plan",
         "prism_mcore.rl",
+        "prism_mcore.analyze",
         "prism_mcore.study",
         "prism_kernels",
         *(f"prism_kernels.{folder}" for folder in find_packages("kernels/prism_kernels")),  # one per group of ops

@@ -18,8 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from prism_mcore.console import plain, progress, say, show
-from prism_mcore.convert.names import ExchangeError
-from prism_mcore.convert.read import HFDirectory, read_directory
+from prism_mcore.convert.read import HFDirectory, check_same_model, read_directory
 from prism_mcore.convert.write import write_directory
 
 
@@ -65,23 +64,6 @@ def parse(checkpoints: list[str]) -> tuple[list[Path], list[float]]:
         paths.append(Path(path))
         weights.append(weight)
     return paths, [weight / math.fsum(weights) for weight in weights]
-
-
-def check_same_model(source: HFDirectory, layout: HFDirectory) -> None:
-    """Raise ExchangeError, naming the first difference, unless both are checkpoints of one architecture."""
-    for field, (ours, theirs) in source.spec().differences(layout.spec()).items():
-        raise ExchangeError(f"{source.folder} and {layout.folder} are different models: {field} is {ours} and {theirs}")
-    if lacking := sorted(layout.names - source.names):
-        raise ExchangeError(f"{source.folder} has no {lacking[0]}, which {layout.folder} has")
-    if extra := sorted(source.names - layout.names):
-        raise ExchangeError(f"{source.folder} has {extra[0]}, which {layout.folder} has not")
-    shapes = {name: entry.shape for _, name, entry in layout.entries()}
-    for file, name, entry in source.entries():
-        if entry.shape != shapes[name]:
-            raise ExchangeError(
-                f"{source.folder / file}: {name} has the shape {list(entry.shape)}; {layout.folder} has"
-                f" {list(shapes[name])}"
-            )
 
 
 class Average(ExitStack):

@@ -107,7 +107,7 @@ def export_checkpoint(export: Export, out: Path, on_bytes: OnBytes = lambda size
     tensors = export.source.tensors(export.spec)
     with _as_exchange_error(), StoredTensors(export.checkpoint, MASTER if export.master else "") as stored:
         write_directory(
-            out, export.source, lambda name, start, rows: _read_rows(stored, tensors[name], start, rows), on_bytes
+            out, export.source, lambda name, start, rows: read_rows(stored, tensors[name], start, rows), on_bytes
         )
 
 
@@ -144,7 +144,8 @@ def remember_source(init: str, spec: str | None, folder: Path) -> None:
         shutil.copyfile(find_config(spec), folder / "config.json")
 
 
-def _read_rows(stored: StoredTensors, tensor: HFTensor, start: int, out: Tensor) -> None:
+def read_rows(stored: StoredTensors, tensor: HFTensor, start: int, out: Tensor) -> None:
+    """Fill `out` with the rows of a Hugging Face tensor from `start` on, from the keys of a checkpoint."""
     out = out.view(out.shape[0], *stored.shape(tensor.runs[0].key)[1:])  # conv1d.weight has an axis of 1 more than ours
     for run, row in runs_within(tensor, start, start + out.shape[0]):
         target = out[row : row + run.rows]

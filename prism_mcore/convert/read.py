@@ -120,6 +120,23 @@ def read_directory(folder: Path) -> HFDirectory:
     return directory
 
 
+def check_same_model(source: HFDirectory, layout: HFDirectory) -> None:
+    """Raise ExchangeError, naming the first difference, unless both are checkpoints of one architecture."""
+    for field, (ours, theirs) in source.spec().differences(layout.spec()).items():
+        raise ExchangeError(f"{source.folder} and {layout.folder} are different models: {field} is {ours} and {theirs}")
+    if lacking := sorted(layout.names - source.names):
+        raise ExchangeError(f"{source.folder} has no {lacking[0]}, which {layout.folder} has")
+    if extra := sorted(source.names - layout.names):
+        raise ExchangeError(f"{source.folder} has {extra[0]}, which {layout.folder} has not")
+    shapes = {name: entry.shape for _, name, entry in layout.entries()}
+    for file, name, entry in source.entries():
+        if entry.shape != shapes[name]:
+            raise ExchangeError(
+                f"{source.folder / file}: {name} has the shape {list(entry.shape)}; {layout.folder} has"
+                f" {list(shapes[name])}"
+            )
+
+
 def _refuse_ambiguity(folder: Path, files: Collection[str]) -> None:
     """An ExchangeError where transformers and this program, or two readers of the files, could take other weights.
 

@@ -1,0 +1,78 @@
+"""Pictures of what changed, as PNG files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from prism_mcore.analyze.tables import Row
+from prism_mcore.analyze.weights import CHANGED, THRESHOLDS
+
+
+def draw_modules(path: Path, lines: Sequence[Row], models: Sequence[str]) -> None:
+    """Share of weights changed by more than 1%, of themselves and of their tensor's RMS, by module, for every model."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
+    for ax, column, title in (
+        (axes[0], "pooled_changed_1pct", "changed by more than 1% of themselves"),
+        (axes[1], "pooled_changed_rms_1pct", "changed by more than 1% of their tensor's RMS"),
+    ):
+        _bars(ax, lines, models, column)
+        ax.set_title(title, fontsize=10)
+    axes[0].set_ylabel("share of weights")
+    axes[0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def _bars(axes: Any, lines: Sequence[Row], models: Sequence[str], column: str) -> None:
+    names = list(dict.fromkeys(line["name"] for line in lines if line["level"] in ("total", "module")))
+    width = 0.8 / len(models)
+    for number, model in enumerate(models):
+        found = {line["name"]: line[column] for line in lines if line["model"] == model}
+        places = np.arange(len(names)) + (number - (len(models) - 1) / 2) * width
+        axes.bar(places, [found[name] for name in names], width, label=model)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.grid(alpha=0.3, axis="y")
+
+
+def draw_thresholds(path: Path, lines: Sequence[Row], models: Sequence[str]) -> None:
+    """Share of all weights that changed by more than each threshold."""
+    figure, axes = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
+    for model in models:
+        (total,) = (line for line in lines if line["model"] == model and line["level"] == "total")
+        axes.plot([100 * p for p in THRESHOLDS], [total[f"pooled_{name}"] for name in CHANGED], "o-", label=model)
+    axes.axvspan(0.390625, 0.78125, color="grey", alpha=0.2, label="one step of bf16")
+    axes.set(xscale="log", xlabel="change of a weight above, % of itself", ylabel="share of weights", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_layers(path: Path, rows: Sequence[Row]) -> None:
+    """relative_l2 of every module class in every layer, as a map; mean of a class's tensors in a layer."""
+    inside = [row for row in rows if row["layer"] is not None]
+    classes = list(dict.fromkeys(row["module_class"] for row in inside))
+    layers = 1 + max((row["layer"] for row in inside), default=0)
+    sums, counts = np.zeros((len(classes), layers)), np.zeros((len(classes), layers))
+    for row in inside:
+        place = classes.index(row["module_class"]), row["layer"]
+        sums[place] += row["relative_l2"]
+        counts[place] += 1
+    figure, axes = plt.subplots(figsize=(12, 0.4 * len(classes) + 1.5), layout="constrained")
+    with np.errstate(invalid="ignore"):
+        image = axes.imshow(sums / counts, aspect="auto", interpolation="nearest", cmap="viridis")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set_xlabel("layer")
+    figure.colorbar(image, label="||new - old|| / ||old||")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    part = path.with_name(f".tmp_{path.name}")
+    figure.savefig(part, dpi=120, format="png")
+    plt.close(figure)
+    part.replace(path)
