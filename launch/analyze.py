@@ -1,6 +1,8 @@
 """What changed between models: `python launch/analyze.py weights OLD NEW [NEW ...] --out DIR`.
 
-Models are Hugging Face directories, checkpoints or runs of one architecture. Tables are CSV and parquet, pictures PNG.
+    torchrun [...] launch/analyze.py similarity MODEL MODEL [...] --prompts FILE --out DIR [parallel.tp=2 ...]
+
+Tables are CSV and parquet, pictures PNG. COMMAND --help says what each takes.
 """
 
 from prism_mcore import program
@@ -10,13 +12,16 @@ program.begin(resumes=False)  # before the seconds of imports
 import argparse
 from pathlib import Path
 
+from prism_mcore.analyze.settings import AnalyzeSettings
+from prism_mcore.config import help_text, load
 from prism_mcore.console import say
-from prism_mcore.exit_codes import BAD_SETTINGS, DONE
-from prism_mcore.launching import complain, leave
+from prism_mcore.exit_codes import BAD_SETTINGS, DONE, FAILED
+from prism_mcore.launching import PROGRAMS, choose_cuda_queues, complain, leave, planned_ranks, print_notes
 
 
 def main() -> int:
-    options = _parser().parse_args()
+    options, rest = _parser().parse_known_args()
+    options.overrides = rest
     try:
         if options.out.exists() and not options.out.is_dir():
             raise ValueError(f"--out {options.out} is a file; needed: a folder, which need not exist")
@@ -27,11 +32,32 @@ def main() -> int:
 
 def weights(options: argparse.Namespace) -> int:
     """How far, how many, in which direction."""
+    if options.overrides:
+        raise ValueError(f"{options.overrides[0]} is nothing that weights takes; --help")
     from prism_mcore.analyze.change import analyze_weights, shown
 
     written = analyze_weights(options.old, options.new, options.out, control=options.control, master=options.master)
     shown(written)
     say(f"{options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}")
+    return DONE
+
+
+def similarity(options: argparse.Namespace) -> int:
+    """How alike models see the same prompts, layer by layer (CKA)."""
+    if strange := [word for word in options.overrides if word.startswith("-") or "=" not in word]:
+        raise ValueError(f"{strange[0]} is neither an option nor section.name=value; --help")
+    settings = load(AnalyzeSettings, None, options.overrides, others=PROGRAMS)
+    choose_cuda_queues(settings.parallel)
+    from prism_mcore.analyze.similarity import analyze_similarity, ask  # torch and megatron-core take seconds
+    from prism_mcore.meeting import LostRank
+
+    world_size = planned_ranks(settings.parallel, dry_run=False)
+    asked, notes = ask(options.models, options.floor, options.prompts, settings, world_size)
+    print_notes(notes)
+    try:
+        analyze_similarity(asked, options.out, settings)
+    except LostRank as error:
+        return complain(error, FAILED)
     return DONE
 
 
@@ -53,6 +79,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--master", action="store_true", help="of checkpoints, the optimizer's fp32 weights")
     command.set_defaults(run=weights)
+    command = commands.add_parser(
+        "similarity",
+        help=similarity.__doc__,
+        usage="torchrun [...] launch/analyze.py similarity MODEL MODEL [...] --prompts FILE [--prompts FILE ...]"
+        " [--floor MODEL MODEL] --out DIR [section.name=value ...]",
+        description=SIMILARITY,
+        epilog=f"settings, as section.name=value with YAML values, after --out:\n\n{help_text(AnalyzeSettings)}",
+    )
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="Hugging Face directories; every pair")
+    command.add_argument(
+        "--prompts", type=Path, action="append", required=True, metavar="FILE", help="JSONL: `prompt` or `tokens`"
+    )
+    command.add_argument(
+        "--floor", type=Path, nargs=2, default=[], metavar="MODEL", help="two that differ in their seed alone"
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for tables and the picture")
+    command.set_defaults(run=similarity)
     return parser
 
 
@@ -66,6 +110,15 @@ WEIGHTS = """How far, how many, in which direction: what training did to the wei
   cosines.csv      of the updates to each pair of models
   weights.json     what was compared, and each run's summed learning rate where it is known
   modules.png  thresholds.png  layers.png
+"""
+
+SIMILARITY = """How alike models see the same prompts, layer by layer: linear CKA of hidden states, mean over a prompt.
+
+  similarity.csv   a line for each pair, prompt file and layer: cka, its 95% interval over prompts (low, high),
+                   mean_of_halves (over draws of half of the prompts, as PRISM reports it), and noise_floor, whether the
+                   pair is that of --floor; layer 0 is the embedding, the last is after the final norm. Of models of
+                   other depths each layer of the first meets the one at the same share of the second's (second_layer)
+  similarity.parquet  .png, .json (what was compared), .yaml (the settings)
 """
 
 

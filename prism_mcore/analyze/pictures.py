@@ -71,6 +71,27 @@ def draw_layers(path: Path, rows: Sequence[Row]) -> None:
     _save(figure, path)
 
 
+def draw_similarity(path: Path, rows: Sequence[Row]) -> None:
+    """CKA over layers with its interval, a panel for each prompt file; the noise floor is dashed."""
+    files = list(dict.fromkeys(row["prompts"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(files), figsize=(1.5 + 4.5 * len(files), 4.5), layout="constrained", sharey=True, squeeze=False
+    )
+    for ax, file in zip(axes[0], files, strict=True):
+        for pair in dict.fromkeys((row["first"], row["second"], row["noise_floor"]) for row in rows):
+            own = [r for r in rows if (r["first"], r["second"], r["noise_floor"]) == pair and r["prompts"] == file]
+            layers = [row["layer"] for row in own]
+            label = f"{pair[0]} / {pair[1]}" + (" (two seeds)" if pair[2] else "")
+            (line,) = ax.plot(layers, [row["cka"] for row in own], "--" if pair[2] else "-", label=label)
+            low, high = ([row[edge] for row in own] for edge in ("low", "high"))
+            ax.fill_between(layers, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+        ax.set(title=file, xlabel="layer")
+        ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel("linear CKA")
+    axes[0][0].legend(fontsize=8)
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     part = path.with_name(f".tmp_{path.name}")
     figure.savefig(part, dpi=120, format="png")
