@@ -5,10 +5,12 @@ Names are global: they carry the sub-layer's index in the whole model and know n
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
-from prism_mcore.model.spec import ModelSpec
+from prism_mcore.model.spec import LAYER_NAMES, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,19 @@ def large_matrices(spec: ModelSpec, kind: str, tp: int) -> dict[str, tuple[float
             matrix = name.split(".")[0].removesuffix("_bc")
             shapes[matrix] = (cut[0] + shapes.get(matrix, (0, 0))[0], cut[1])
     return shapes
+
+
+def names_matching(spec: ModelSpec, patterns: Iterable[str]) -> set[str]:
+    """Parameters of types of sub-layers (`attention`), or whose names match a pattern; KeyError where one has none."""
+    chosen: set[str] = set()
+    names = {name: name.split(".") for name in parameters(spec)}
+    types = {name: LAYER_NAMES[spec.pattern[int(p[1])]] for name, p in names.items() if p[0] == "layers"}
+    for pattern in patterns:
+        found = {name for name in names if types.get(name) == pattern or fnmatchcase(name, pattern)}
+        if not found:
+            raise KeyError(pattern)
+        chosen |= found
+    return chosen
 
 
 def padded_vocabulary(spec: ModelSpec, tp: int) -> int:

@@ -1,5 +1,7 @@
 """Can these settings work? Mid-training's check, and what RL's shares with it; pure, before any process group."""
 
+from math import prod
+
 from prism_mcore.config import Findings
 from prism_mcore.data.settings import normalised_shares
 from prism_mcore.model.checks import (
@@ -12,7 +14,8 @@ from prism_mcore.model.checks import (
     check_recompute,
     nearest_multiples,
 )
-from prism_mcore.model.spec import ModelSpec
+from prism_mcore.model.parameters import names_matching, parameters
+from prism_mcore.model.spec import LAYER_NAMES, ModelSpec
 from prism_mcore.train.settings import LoopSettings, MidtrainSettings
 
 
@@ -28,6 +31,7 @@ def check(settings: MidtrainSettings, spec: ModelSpec, world_size: int) -> list[
     if dp is not None:
         _check_batches(settings, dp, found)
     _check_sequences(settings, spec, found)
+    _check_only(settings, spec, found)
     _check_sources(settings, found)
     return found.conclude()
 
@@ -89,6 +93,22 @@ def _check_sequences(settings: MidtrainSettings, spec: ModelSpec, found: Finding
         )
     check_fp8_tokens(name, tokens, settings, found)
     check_positions("data.seq_len", seq_len, spec, found)
+
+
+def _check_only(settings: MidtrainSettings, spec: ModelSpec, found: Findings) -> None:
+    try:
+        chosen = names_matching(spec, settings.train.only)
+    except KeyError as error:
+        kinds = sorted({LAYER_NAMES[kind] for kind in spec.pattern})
+        found.problems.append(
+            f"train.only: the model has no parameter {error.args[0]}; there are {', '.join(kinds)}, and names such as"
+            f" {', '.join(list(parameters(spec))[:3])}"
+        )
+        return
+    if settings.train.only:
+        table = parameters(spec)
+        count, whole = (sum(prod(table[name].shape) for name in names) for names in (chosen, table))
+        found.notes.append(f"train.only trains {count:,} of {whole:,} parameters ({count / whole:.1%})")
 
 
 def _check_sources(settings: MidtrainSettings, found: Findings) -> None:

@@ -53,6 +53,7 @@ def fixed_settings(settings: MidtrainSettings) -> dict[str, Any]:
     return {
         "run.seed": settings.run.seed,
         "train.global_batch": settings.train.global_batch,
+        "train.only": settings.train.only,
         "data.seq_len": settings.data.seq_len,
         "data.packing": settings.data.packing,
         "data.document_mask": settings.data.document_mask,
@@ -64,7 +65,7 @@ def build(settings: MidtrainSettings, groups: Groups, device: torch.device) -> M
     """Open the data, then build what every run has."""
     spec = resolve_spec(settings.model)
     loader, history = open_data(settings, spec, groups)
-    every = build_run(settings, spec, groups, device, seq_len=settings.data.seq_len)
+    every = build_run(settings, spec, groups, device, seq_len=settings.data.seq_len, only=settings.train.only)
     return MidtrainRun(**vars(every), loader=loader, history=history)
 
 

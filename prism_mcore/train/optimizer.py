@@ -1,6 +1,6 @@
 """AdamW through megatron-core's distributed optimizer: fp32 masters and moments, sharded over data-parallel ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -133,12 +133,24 @@ def _groups(settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
     The last is a group of its own because the distributed optimizer puts fp32 parameters of a group before bf16 ones
     and then looks them up by their old places (0.16.1, `model_param_group_index_map`): checkpoints would mix them up.
     """
+    frozen = ParamPredicate("frozen", lambda param: getattr(param, "frozen", False))
     vector = ParamPredicate("vector", lambda param: param.dim() == 1)
     fp32_vector = ParamPredicate("fp32 vector", lambda param: param.dim() == 1 and param.dtype == torch.float32)
     return {
+        ParamKey(predicate=frozen): ParamGroupOverride(wd_mult=0.0),
         ParamKey(predicate=vector): ParamGroupOverride(wd_mult=0.0),
         ParamKey(predicate=fp32_vector): ParamGroupOverride(max_lr=settings.lr),  # any difference makes a group
     }
+
+
+def freeze(chunks: list[HybridModel], trained: Collection[str]) -> None:
+    """Keep parameters of other names as they are: without gradient, moment and decay AdamW changes no bit of them.
+
+    They stay in the optimizer, so that checkpoints are those of any run.
+    """
+    for chunk in chunks:
+        for name, tensor, _ in chunk.table():
+            tensor.frozen = name not in trained
 
 
 def squared_gradient_norm(optimizer: MegatronOptimizer, groups: Groups, device: torch.device) -> Tensor:
@@ -214,6 +226,8 @@ def finalize_gradients(chunks, num_tokens=None, **kwargs) -> None:
     finalize_model_grads(chunks, None, **kwargs)
     if num_tokens is not None:
         _divide_by_tokens(chunks, num_tokens)
+    for parameter in (p for chunk in chunks for p in chunk.parameters() if getattr(p, "frozen", False)):
+        parameter.main_grad.zero_()
     partial_grads = [p.main_grad for chunk in chunks for p in chunk.parameters() if getattr(p, "sum_over_tp", False)]
     tp = chunks[0].tp_group
     if partial_grads and tp.size() > 1:

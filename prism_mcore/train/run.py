@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import count
@@ -30,12 +30,13 @@ from prism_mcore.data.history import History
 from prism_mcore.exit_codes import STOPPED_BY_GUARD
 from prism_mcore.model.build import chunks_of
 from prism_mcore.model.hybrid import HybridModel
+from prism_mcore.model.parameters import names_matching
 from prism_mcore.model.rope import RopeSettings, write_positions
 from prism_mcore.model.settings import SOURCE
 from prism_mcore.model.spec import ModelSpec
 from prism_mcore.parallel import Groups, init_groups
 from prism_mcore.train.guards import Guard, GuardStop, Suspects, worst_sequences
-from prism_mcore.train.optimizer import build_optimizer, finish_parameter_gather, wrap
+from prism_mcore.train.optimizer import build_optimizer, finish_parameter_gather, freeze, wrap
 from prism_mcore.train.schedule import learning_rate
 from prism_mcore.train.settings import LoopSettings, OptimizerSettings
 
@@ -154,12 +155,15 @@ def build_run(
     *,
     seq_len: int,
     suspects: Suspects = worst_sequences,
+    only: Collection[str] = (),
 ) -> Run:
     """This rank's part of the model, with its initial weights where there is nothing to resume, and its optimizer.
 
-    seq_len: tokens of a sequence, for which `parallel.split=auto` evens the stages.
+    seq_len: tokens of a sequence, for which `parallel.split=auto` evens the stages. only: as train.only.
     """
     chunks = chunks_of(settings, spec, groups, device, seq_len=seq_len, recompute=settings.train.recompute)
+    if only:
+        freeze(chunks, names_matching(spec, only))
     checkpoints = Checkpoints(settings.run_dir / "checkpoints", settings.checkpoint, groups)
     require_shared(checkpoints.folder, groups)
     resume_from = newest_undamaged(checkpoints.folder) if settings.checkpoint.resume else None

@@ -42,6 +42,11 @@ class TrainSettings(StepSettings):
     """Steps, batches and validation."""
 
     global_batch: int = Field(default=8, ge=1, description="Sequences per step, over all ranks")
+    only: list[str] = Field(
+        default=[],
+        description="Parameters to train, the others stay as they are: types of sub-layers (attention), or patterns of"
+        " names (layers.*.mixer.qkv.*); empty trains all",
+    )
     validate_batches: int = Field(default=8, ge=1, description="Global batches of each domain in one validation")
 
 

@@ -107,6 +107,10 @@ REFUSED = {
         (["kernels.ssd_scan=tritn"], {}),
         "kernels.ssd_scan=tritn: ssd_scan has no such backend (did you mean",
     ),
+    "nothing to train": (
+        (["train.only=[attenton]"], {}),
+        "train.only: the model has no parameter attenton; there are attention, mamba, mlp, and names such as",
+    ),
     "no name": ((["run.name=''"], {}), "run.name is empty; give run.name=NAME, or a recipe"),
     "sources": ((["data.sources=[]"], {}), "data.sources is empty"),
 }

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import RankError, run_ranks
-from tiny.models import CONFIGS
+from tiny.models import CONFIGS, SPECS
 from tiny.runs import assert_same_state, records, settings_of, state_of
 
 from prism_mcore import platform
@@ -22,6 +22,7 @@ from prism_mcore.checkpoint.index import read_index
 from prism_mcore.checkpoint.save import _Writer
 from prism_mcore.data.token_file import TokenFileWriter
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
+from prism_mcore.model.parameters import names_matching
 from prism_mcore.model.rope import RopeSettings
 from prism_mcore.model.settings import SOURCE
 from prism_mcore.model.spec import read_spec
@@ -393,6 +394,32 @@ def test_a_killed_rank_ends_the_run_and_the_last_checkpoint_is_good(corpus, tmp_
     assert set(error.value.reports) == {0, 1}  # the other rank noticed
     assert run_ranks(2, train, wanted)[0][0] == DONE
     assert [m["step"] for m in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def states_before_and_after(groups, settings):
+    run = loop.build(settings, groups, torch.device("cpu"))
+    before, _ = state_of(run)
+    loop.train(run)
+    return before, state_of(run)[0]
+
+
+@pytest.mark.parametrize("degrees", [{}, {"pp": 2}, {"tp": 2}], ids=["dp2", "pp2", "tp2"])
+def test_only_what_is_named_is_trained(corpus, tmp_path, degrees):
+    """A tied embedding, on two stages, too, stays as it is to the last bit, in masters that are cast to bf16."""
+    train = {"steps": 3, "only": ["attention", "layers.*.mixer.A_log"]}
+    precision = {"dtype": "bf16"}
+    wanted = settings(corpus, tmp_path, "granite hybrid", train=train, parallel=degrees, precision=precision)
+    moved, stayed = set(), set()
+    for before, after in run_ranks(2, states_before_and_after, wanted, **degrees):
+        for name, tensor in before.items():
+            (stayed if torch.equal(tensor, after[name]) else moved).add(name)
+    assert moved == names_matching(SPECS["granite hybrid"], train["only"]) and len(stayed) > len(moved)
+
+
+def test_what_is_trained_does_not_change_in_the_middle(corpus, tmp_path):
+    run_ranks(1, train, settings(corpus, tmp_path), 2)
+    with pytest.raises(RankError, match=r"train.only"):
+        run_ranks(1, train, settings(corpus, tmp_path, train={"steps": 6, "only": ["mlp"]}))
 
 
 def test_what_a_run_keeps_for_exports_says_its_positions(corpus, tmp_path):
