@@ -54,6 +54,25 @@ def test_a_recipe_of_the_paper_has_its_tokens_and_shares(recipe):
     assert sum(chat) == pytest.approx(0.10 if recipe.stem.endswith("-m") else 0.05)
 
 
+LONG = sorted((RECIPES / "long-context").glob("*.yaml"))
+
+
+def test_the_ablation_of_the_context_has_seven_models_of_two_lengths():
+    assert len(LONG) == 14 + 2
+
+
+@pytest.mark.parametrize("recipe", LONG, ids=lambda path: path.stem)
+def test_a_recipe_of_long_context_fits_its_gpus(recipe):
+    settings = load(MidtrainSettings, recipe)
+    spec, restores = resolve_spec(settings.model), recipe.stem.startswith("lc-")
+    gpus = 144 if restores else 128
+    check(settings, spec, gpus)
+    assert settings.run.name == recipe.stem
+    tokens = settings.train.steps * settings.train.global_batch * settings.data.seq_len
+    assert tokens == (4_718_592_000 if restores else 26_214_400_000)
+    assert max(stage.total for stage in memory_of(settings, spec, gpus)) < 72e9
+
+
 CHAT = ("wildchat-1m-gpt4", "tulu-3-personas", "ultrachat-200k")
 
 
