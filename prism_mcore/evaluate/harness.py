@@ -26,6 +26,7 @@ from prism_mcore import platform
 from prism_mcore.console import progress_bar, show
 from prism_mcore.convert.online import agreed, model_from_hf
 from prism_mcore.evaluate.continuations import Score, score_continuations
+from prism_mcore.evaluate.runner import named_failures
 from prism_mcore.evaluate.settings import EvaluateSettings, HarnessSettings
 from prism_mcore.generate import unfinished
 from prism_mcore.generate.engine import Engine
@@ -160,7 +161,8 @@ class EngineLM(TemplateLM):
     ) -> list[Answer]:
         """Answers to all items, on every rank."""
         mine = range(self.groups.dp_rank, len(items), self.groups.dp_size)
-        with progress_bar(what, len(mine), shown=self.groups.rank == 0) as advance:
+        shown = self.groups.rank == 0
+        with named_failures(self.groups), progress_bar(what, len(mine), shown=shown) as advance:
             answers = work([items[place] for place in mine], advance)
         self.meeting.join()  # replicas take unequally long
         everyone: list[Any] = [None] * self.groups.world_size

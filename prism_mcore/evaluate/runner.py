@@ -1,8 +1,8 @@
 """An evaluation's generations: every task in turn on one model, samples kept as they finish."""
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,17 @@ def generate(hf: Path, out: Path, settings: EvaluateSettings, jobs: Sequence[Job
     return model if groups.rank == 0 else ""
 
 
+@contextmanager
+def named_failures(groups: Groups) -> Iterator[None]:
+    """Say what fails on one replica alone: the first rank, which says the rest, has no part in it."""
+    try:
+        yield
+    except (ValueError, FloatingPointError) as error:
+        if groups.rank > 0 and groups.tp_rank == 0:
+            say(f"error: rank {groups.rank}: {error}", stderr=True)
+        raise
+
+
 def _take_over(job: Job, model: str) -> set[Place]:
     """Put what every rank wrote into one file; the places of what can be used."""
     case = job.case(model)
@@ -78,6 +89,7 @@ def _generate(job: Job, done: set[Place], engine: Engine, model: str, groups: Gr
     writing = groups.tp_rank == 0
     assert job.tokenizer is not None
     with (
+        named_failures(groups),
         kept.Writer(job.out, groups.rank, job.case(model)) if writing else nullcontext() as writer,
         progress_bar(job.task.title, total, shown=groups.rank == 0) as advance,
     ):

@@ -34,14 +34,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def evaluate(ranks, folder, out, *more, tasks="gpqa"):
+def evaluate(ranks, folder, out, *more, tasks="gpqa", works=True):
     start = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     files = ["--hf", folder / "hf", "--tasks", tasks, "--out", out]
     where = [f"evaluate.problems={folder / 'problems'}", "evaluate.partial=true"]
     command = [sys.executable, *start, "launch/evaluate.py", *files, *where, *HOW, *more]
     done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert (done.returncode == 0) == works, done.stderr
+    return done.stdout if works else done
 
 
 def samples(out):
@@ -139,6 +139,18 @@ def test_a_rescore_needs_a_result_and_changes_grading_alone(tmp_path, capsys, mo
     (tmp_path / "settings.yaml").write_text("{}")
     assert run_here(monkeypatch, "--rescore", "--out", tmp_path, "sampling.seed=3") == 2
     assert "--rescore sampling.seed=3: needed: settings of grading" in capsys.readouterr().err
+
+
+def test_what_fails_on_one_replica_is_said(folder, tmp_path):
+    """Memory for a short prompt, not for the long one, which the second replica has."""
+    lines = [
+        {"prompt": "w1", "answer": "A", "reward": "choice"},
+        {"prompt": "w2 " * 300, "answer": "A", "reward": "choice"},
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    how = ["evaluate.prompt=plain", "generate.cache_gb=0.00012"]
+    done = evaluate(2, folder, tmp_path / "out", *how, tasks=tmp_path / "mine.jsonl", works=False)
+    assert done.returncode != 0 and "error: rank 1: generate.cache_gb: 0.00012 GB" in done.stderr
 
 
 def test_lm_eval_is_asked_for_where_it_is_missing(folder, tmp_path, capsys, monkeypatch):
