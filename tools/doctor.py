@@ -19,6 +19,7 @@ from rich.text import Text
 from prism_kernels.backends import SelectedBackend, missing_module, select, why_not
 from prism_kernels.table import BACKENDS, OPS
 from prism_mcore.console import say, show, styled
+from prism_mcore.rewards.sandbox import Sandbox, SandboxError
 
 # distribution -> what it is for
 REQUIRED = {
@@ -48,6 +49,7 @@ OPTIONAL = {
     "apex": ("FusedAdam where Transformer Engine is absent", "our kernel"),
     "math-verify": ("math rewards", "they are refused"),
     "reasoning-gym": ("demo tasks", "they are refused"),
+    "pyseccomp": ("the sandbox of the code reward", "it is refused"),
 }
 # distribution -> the backend that calls it
 BACKEND_OF = {
@@ -68,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         say(f"doctor: {error}", stderr=True)
         return 2
-    for table in (_devices(), _packages(), _backends(device), _ops(selected, device)):
+    for table in (_devices(), _packages(), _sandbox(), _backends(device), _ops(selected, device)):
         show(table)
     missing = [name for name in REQUIRED if _version(name) is None]
     if missing:
@@ -112,6 +114,18 @@ def _packages() -> Table:
         table.add_row(name, _version(name) or styled("missing", "red"), purpose, "nothing works")
     for name, (purpose, without) in OPTIONAL.items():
         table.add_row(name, _optional_version(name), purpose, without)
+    return table
+
+
+def _sandbox() -> Table:
+    """What holds programs that a model wrote: each recipe is opened, and tried from inside."""
+    table = Table("recipe", "here", title="Sandbox for programs (the code reward takes the first that holds)")
+    for recipe in ("bubblewrap", "landlock"):
+        try:
+            Sandbox(recipe=recipe).close()
+            table.add_row(recipe, "holds")
+        except SandboxError as error:
+            table.add_row(recipe, styled(error, "yellow"))
     return table
 
 

@@ -91,3 +91,11 @@ def test_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         doctor.main(["--help"])
     assert "--device" in capsys.readouterr().out
+
+
+def test_the_sandbox_is_tried_and_what_does_not_hold_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")  # where no bubblewrap is
+    assert doctor.main(["--device", "cpu"]) == 0
+    table = rows(capsys.readouterr().out)
+    assert "no sandbox holds on this machine; install bubblewrap" in " ".join(table["bubblewrap"])
+    assert table["landlock"] == ["holds"] or "install bubblewrap" in " ".join(table["landlock"])
