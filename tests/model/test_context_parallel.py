@@ -194,3 +194,27 @@ def test_no_other_document_moves_a_bit(name):
     reached = 32 if name == "window" else 54  # through one chunk more, or all that the document has a part of
     assert moved[reached - 8 : reached].any()
     assert not moved[:4].any() and not moved[55:].any()  # token 4's label is masked, 54's too
+
+
+def in_bf16(groups, name, kernels):
+    """Loss, and the gradients of the first attention's projection, of both ranks together."""
+    layers = list(range(len(SPECS[name].pattern)))
+    ops = Ops(kernels, torch.device("cpu"))
+    (model,) = build_chunks(SPECS[name], [layers], groups, ops, dtype=torch.bfloat16, device=torch.device("cpu"))
+    model.initialise(7)
+    batch = packed_batch(documents(SPECS[name], HARD["over more than two chunks"], 0), 64)
+    loss = model(batch.shard(groups.cp_size, groups.cp_rank) if groups.cp_size > 1 else batch)[0]
+    loss.backward()
+    weight = next(w for n, w in model.named_parameters() if n.endswith("qkv.weight"))
+    both = torch.cat([loss.detach().view(1).float(), weight.grad.float().flatten()])
+    dist.all_reduce(both, group=groups.cp)
+    return both
+
+
+@pytest.mark.parametrize("name", ["window", "hybrid"])
+def test_tritons_kernels_do_the_same(name):
+    """They keep the keys and values that backward gathers again."""
+    kernels = dict.fromkeys(("attention", "ssd_scan", "causal_conv1d"), "triton")
+    exact, plain = (run_ranks(n, in_bf16, name, {}, cp=n)[0] for n in (1, 2))
+    ours = run_ranks(2, in_bf16, name, kernels, cp=2)[0]
+    assert (ours - exact).norm() <= 2 * (plain - exact).norm() + 0.01 * exact.norm()
