@@ -36,7 +36,7 @@ def pooled_states(
     pooled = torch.empty(len(prompts), len(starts) + 1, model.spec.hidden_size)
     device = next(model.parameters()).device
     with model.whole_sequences():
-        for places in _passes(prompts, pass_tokens):
+        for places in passes(prompts, pass_tokens):
             before_pass(len(places))
             batch = packed([prompts[place] for place in places])
             lengths = batch.document_lengths.tolist()
@@ -65,7 +65,7 @@ def _mean(x: Tensor, lengths: list[int]) -> Tensor:
     return torch.stack([part.mean(0, dtype=torch.float32) for part in x.squeeze(1).split(lengths)])
 
 
-def _passes(prompts: Sequence[Tokens], pass_tokens: int) -> Iterator[list[int]]:
+def passes(prompts: Sequence[Tokens], pass_tokens: int) -> Iterator[list[int]]:
     """Places of prompts that run together, those of like length next to each other."""
     batch: list[int] = []
     taken = 0
