@@ -94,7 +94,7 @@ def test_help(capsys):
 
 
 def test_the_sandbox_is_tried_and_what_does_not_hold_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")  # where no bubblewrap is
+    monkeypatch.setattr("prism_mcore.rewards.sandbox.host.shutil.which", lambda *_, **__: None)  # no bubblewrap
     assert doctor.main(["--device", "cpu"]) == 0
     table = rows(capsys.readouterr().out)
     assert "no sandbox holds on this machine; install bubblewrap" in " ".join(table["bubblewrap"])
