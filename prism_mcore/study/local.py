@@ -85,7 +85,12 @@ def run_all(nodes: Mapping[str, Node], recipe: Path, overrides: Sequence[str], w
 
     driver = _Driver(nodes, recipe, overrides, workers)
     before = {number: signal.signal(number, driver.stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    settings = {"dep_file": str(folder / ".doit.json"), "backend": "json", "reporter": _Reporter, "continue": True}
+    settings = {
+        "dep_file": str(folder / ".doit.json"),
+        "backend": "json",
+        "reporter": _Reporter(sys.stdout, driver),
+        "continue": True,
+    }
     settings |= {"num_process": workers, "par_type": "thread", "verbosity": 0}
     (folder / ".doit.json").unlink(missing_ok=True)  # what is done the records say; doit's own is of no use if killed
     streams = sys.stdout, sys.stderr
@@ -149,10 +154,9 @@ class _Driver:
 class _Reporter:
     """A line when a node starts and when it ends."""
 
-    desc = "lines of a study"
-
-    def __init__(self, outstream: Any, options: Any):
-        self.out, self.begun = outstream, {}  # type: ignore[var-annotated]
+    def __init__(self, out: Any, driver: _Driver):
+        self.out, self.driver = out, driver
+        self.begun: dict[str, float] = {}
 
     def initialize(self, tasks: Any, selected: Any) -> None:
         self.total, self.count = len(tasks), 0
@@ -171,7 +175,8 @@ class _Reporter:
 
     def add_failure(self, task: Any, fail: Any) -> None:
         self.count += 1
-        self._line(f"[{self.count}/{self.total}] {task.name.removeprefix('node-')}: {_state(fail)}")
+        if not self.driver.stopped:  # what was not begun then is no failure
+            self._line(f"[{self.count}/{self.total}] {task.name.removeprefix('node-')}: {_state(fail)}")
 
     def skip_uptodate(self, task: Any) -> None:
         self.count += 1
