@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from prism_mcore.config import SettingsError, dump, load
+from prism_mcore.config import ProgramSettings, SettingsError, load
 from prism_mcore.evaluate.settings import EvaluateSettings
 from prism_mcore.model.settings import resolve_spec
 from prism_mcore.rl.checks import check as check_rl
@@ -51,7 +51,7 @@ class Node:
     label: str  # what it has in common with its siblings: the arm, evaluation or analysis
     model: str = ""
     seed: int | None = None
-    recipe: str = ""  # resolved, so that a changed base is a changed recipe
+    recipe: str = ""  # resolved, what differs from the defaults: a changed base is a changed recipe
     settings: TrainingSettings | None = field(default=None, compare=False)
 
     @property
@@ -87,7 +87,14 @@ def build(study: StudyProgram, recipe: Path) -> dict[str, Node]:
     argv = ("launch/study.py", "--recipe", str(recipe), "report")
     needs = tuple(nodes)
     nodes[REPORT] = Node(
-        REPORT, "report", folder, (Command(argv),), needs, (folder / "out" / "report.json",), REPORT, recipe=dump(study)
+        REPORT,
+        "report",
+        folder,
+        (Command(argv),),
+        needs,
+        (folder / "out" / "report.json",),
+        REPORT,
+        recipe=differing(study),
     )
     return nodes
 
@@ -154,7 +161,7 @@ class _Builder:
         outputs = (folder / "hf", folder / "metrics.jsonl")
         return Node(
             node_name, arm.program, folder, commands, needs, outputs, name, model, seed,
-            dump(resolved), resolved,
+            differing(resolved), resolved,
         )  # fmt: skip
 
     def _merge(self, arm: Arm, name: str, node_name: str, model: str, seed: int) -> Node:
@@ -241,6 +248,11 @@ def resolve(program: type[Any], recipes: Sequence[Path], settings: Sequence[str]
         raise SettingsError(f"{what}: {error}") from error
     finally:
         shutil.rmtree(folder)
+
+
+def differing(settings: ProgramSettings) -> str:
+    """What differs from the defaults: a later version's new setting makes no finished run another one."""
+    return yaml.safe_dump(settings.model_dump(mode="json", exclude_defaults=True), width=1000)
 
 
 def write_joined(path: Path, recipes: Sequence[Path]) -> Path:
