@@ -133,13 +133,16 @@ def _print_plan(
     jobs: list["Job"],
     lengths: list[int],
 ) -> int:
-    from prism_mcore.convert.identity import identity
     from prism_mcore.evaluate.plan import plan_evaluation
     from prism_mcore.generate import unfinished
     from prism_mcore.plan.report import print_plan
 
     there = any(unfinished.files(job.out) for job in jobs)
-    model = identity(arguments.hf) if there else ""
+    model = ""
+    if there:
+        from prism_mcore.convert.identity import identity  # torch takes seconds
+
+        model = identity(arguments.hf)
     done = [len(set(job.places) & set(job.earlier(job.case(model)))) if there else 0 for job in jobs]
     print_plan(run.settings, notes, plan_evaluation(run.settings, run.spec, jobs, done, lengths))
     return DONE

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny.models import HYBRID
+from tiny.prompt_files import write_prompts
 
 from prism_mcore.exit_codes import BAD_SETTINGS, DONE
 from prism_mcore.launching import PROGRAMS
@@ -34,6 +35,7 @@ def inputs(tmp_path_factory):
     """A model's shape without weights, and what each program wants beside it."""
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "config.json").write_text(json.dumps(HYBRID))
+    write_prompts(folder)  # and the tokenizer, which questions need
     (folder / "tokens.json").write_text("[[1, 2, 3], [4, 5, 6]]")
     (folder / "prompts.jsonl").write_text('{"tokens": [1, 2]}\n')
     model = [f"model.spec={folder / 'config.json'}", "run.name=run", f"run.dir={folder}"]
@@ -43,6 +45,7 @@ def inputs(tmp_path_factory):
         "rl.py": [*model, "rl={prompts: [{path: p.jsonl}], context: 24}", "sampling={max_tokens: 10, samples: 2}"],
         "score.py": [*hf, "--tokens", folder / "tokens.json"],
         "generate.py": [*hf, "--prompts", folder / "prompts.jsonl"],
+        "evaluate.py": [*hf, "--tasks", "own-choice", "sampling.max_tokens=4"],
     }
 
 
