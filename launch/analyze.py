@@ -1,5 +1,6 @@
 """What changed between models: `python launch/analyze.py weights OLD NEW [NEW ...] --out DIR`.
 
+    python launch/analyze.py behaviour ANSWERS [...] --out DIR
     torchrun [...] launch/analyze.py similarity MODEL MODEL [...] --prompts FILE --out DIR [parallel.tp=2 ...]
 
 Tables are CSV and parquet, pictures PNG. COMMAND --help says what each takes.
@@ -61,6 +62,24 @@ def similarity(options: argparse.Namespace) -> int:
     return DONE
 
 
+def behaviour(options: argparse.Namespace) -> int:
+    """How models answer: pass rate, length, and how sure they are, of right and wrong answers."""
+    if options.overrides:
+        raise ValueError(f"{options.overrides[0]} is nothing that behaviour takes; --help")
+    from rich.table import Table
+
+    from prism_mcore.analyze.behaviour import analyze_behaviour
+    from prism_mcore.analyze.change import labels
+    from prism_mcore.console import plain, show
+
+    lines = analyze_behaviour(options.answers, labels(options.answers), options.out)
+    table = Table(*lines[0])
+    for line in lines:
+        table.add_row(*("" if x is None else f"{x:.4g}" if isinstance(x, float) else plain(x) for x in line.values()))
+    show(table)
+    return DONE
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -97,6 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for tables and the picture")
     command.set_defaults(run=similarity)
+    command = commands.add_parser("behaviour", help=behaviour.__doc__, description=BEHAVIOUR)
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.add_argument("answers", type=Path, nargs="+", metavar="ANSWERS", help="of a model each")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the tables and the picture")
+    command.set_defaults(run=behaviour)
     return parser
 
 
@@ -119,6 +143,15 @@ SIMILARITY = """How alike models see the same prompts, layer by layer: linear CK
                    pair is that of --floor; layer 0 is the embedding, the last is after the final norm. Of models of
                    other depths each layer of the first meets the one at the same share of the second's (second_layer)
   similarity.parquet  .png, .json (what was compared), .yaml (the settings)
+"""
+
+BEHAVIOUR = """How models answer. ANSWERS is an evaluation's folder (launch/evaluate.py --out), a run's folder or its
+rollouts of a step, or responses of launch/generate.py that tools/grade.py graded.
+
+  behaviour.csv    a line for each model and task: answers, pass_rate, cut (share that had no more room), length_mean,
+                   _median, _right, _wrong (tokens), nll, nll_right, nll_wrong: mean over answers of the mean negative
+                   log-probability of their tokens at sampling, nats
+  behaviour.parquet  .png
 """
 
 

@@ -92,6 +92,25 @@ def draw_similarity(path: Path, rows: Sequence[Row]) -> None:
     _save(figure, path)
 
 
+def draw_behaviour(path: Path, answers: dict[str, Any]) -> None:
+    """Lengths of right and wrong answers, and how surprising their tokens are, of every model."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for axis, value, label in (
+        (axes[0], lambda answer: answer.tokens, "tokens of an answer"),
+        (axes[1], lambda answer: None if answer.logprob is None else -answer.logprob, "nats per token"),
+    ):
+        found, names = [], []
+        for model, of_model in answers.items():
+            for right in (True, False):
+                values = [value(answer) for answer in of_model if answer.correct == right]
+                found.append([one for one in values if one is not None])
+                names.append(f"{model}: {'right' if right else 'wrong'}")
+        axis.boxplot(found, orientation="horizontal", tick_labels=names, showfliers=False)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     part = path.with_name(f".tmp_{path.name}")
     figure.savefig(part, dpi=120, format="png")
