@@ -11,6 +11,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ import torch.distributed as dist
 
 from prism_mcore.agree import gather_failures
 from prism_mcore.checkpoint.durable import FileRecord, damage, read_object, write_manifest
+from prism_mcore.json_lines import JsonLines
 
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, FORMAT_VERSION)  # 1 is read by old_format.py
 STATE = "state.json"
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
+VALIDATION_FILE = "validation.jsonl"  # of the run, beside the folder of its checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,23 @@ def step_name(step: int) -> str:
 def complete_steps(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted(path for path in folder.glob("step_" + "[0-9]" * 8) if path.is_dir())
+
+
+def best_of(steps: Sequence[Path], validation: Path, metric: str) -> Path | None:
+    """Of these checkpoints the one with the best validation; None where none has one.
+
+    metric: min: or max: and a key of the records of `validation`, JSON lines with a `step`; "" is none.
+    """
+    which, _, key = metric.partition(":")
+    if not metric or not validation.is_file():
+        return None
+    try:
+        values = {record["step"]: record[key] for _, _, record in JsonLines(validation) if record.get(key) is not None}
+    except (ValueError, KeyError, OSError) as error:  # no reason to lose a save
+        log.warning("checkpoint.keep_best: %s cannot be read: %s", validation, error)
+        return None
+    found = [(values[step], path) for path in steps if (step := int(path.name.removeprefix("step_"))) in values]
+    return (min if which == "min" else max)(found)[1] if found else None
 
 
 def latest(folder: Path) -> Path | None:

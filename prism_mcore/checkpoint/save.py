@@ -23,8 +23,11 @@ from prism_mcore.agree import all_ranks, deadline, end_process, gather_failures
 from prism_mcore.checkpoint.durable import FileRecord, sync_folder, write_atomically
 from prism_mcore.checkpoint.files import Workers
 from prism_mcore.checkpoint.folder import (
+    BEST,
     LATEST,
+    VALIDATION_FILE,
     CheckpointError,
+    best_of,
     complete,
     complete_steps,
     state_text,
@@ -72,7 +75,7 @@ class Checkpoints:
         """
         self.wait()
         with deadline(self.settings.save_deadline_s, f"saving {self.folder / step_name(step)}", DEADLINE):
-            save = _Save(self.folder, step, self.groups, self.settings.keep, self._meeting)
+            save = _Save(self.folder, step, self.groups, self.settings, self._meeting)
             save.plan(chunks, optimizer, state, more or {}, copy=self.settings.async_save)
             if self.settings.async_save:
                 save.start()
@@ -99,8 +102,8 @@ class Checkpoints:
 class _Save:
     """One save, in three parts: `plan` (all ranks together), `write` (each alone), `finish` (all ranks together)."""
 
-    def __init__(self, folder: Path, step: int, groups: Groups, keep: int, meeting: Meeting):
-        self.folder, self.step, self.groups, self.keep, self.meeting = folder, step, groups, keep, meeting
+    def __init__(self, folder: Path, step: int, groups: Groups, settings: CheckpointSettings, meeting: Meeting):
+        self.folder, self.step, self.groups, self.settings, self.meeting = folder, step, groups, settings, meeting
         self.path = folder / step_name(step)
         self.temporary = folder / f".tmp_{step_name(step)}"
         self.begun = time.monotonic()
@@ -175,9 +178,14 @@ class _Save:
         self._remove_old()
 
     def _remove_old(self) -> None:
-        older = [path for path in complete_steps(self.folder) if path < self.path]
-        for path in older[: max(0, len(older) + 1 - self.keep)] if self.keep else []:
-            _discard(path)
+        keep, steps = self.settings.keep, complete_steps(self.folder)
+        best = best_of(steps, self.folder.parent / VALIDATION_FILE, self.settings.keep_best)
+        if best is not None:
+            write_atomically(self.folder / BEST, best.name)
+        older = [path for path in steps if path < self.path]
+        for path in older[: max(0, len(older) + 1 - keep)] if keep else []:
+            if path != best:
+                _discard(path)
 
     @contextlib.contextmanager
     def _agreed(self) -> Iterator[None]:

@@ -12,6 +12,11 @@ class CheckpointSettings(Section):
         default=0, ge=0, description="Steps between checkpoints; one at the end in any case; 0 is only that one"
     )
     keep: int = Field(default=3, ge=0, description="Newest checkpoints to keep; 0 keeps all")
+    keep_best: str = Field(
+        default="",
+        description="Keep the checkpoint with the best validation, too: min: or max: and a key of validation.jsonl,"
+        " such as min:validation/loss/math; `checkpoints/best` names it",
+    )
     resume: bool = Field(
         default=True, description="Go on from the newest undamaged checkpoint of the run, where there is one"
     )

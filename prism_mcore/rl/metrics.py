@@ -46,9 +46,7 @@ class RLMetrics:
         self.unfinished = lambda: sum(r.finish == UNFINISHED for g in run.unfinished for r in g.rollouts)
         self._step_times: deque[float] = deque(maxlen=20)
         files = (STEPS_FILE, VALIDATION_FILE)
-        self.records = Records(
-            settings.run_dir, files, start, tensorboard=settings.log.tensorboard, rank=run.groups.rank
-        )
+        self.records = Records(settings, files, start, rank=run.groups.rank)
 
     def __enter__(self) -> Self:
         return self

@@ -17,6 +17,7 @@ from prism_mcore.model.checks import (
 from prism_mcore.model.parameters import names_matching, parameters
 from prism_mcore.model.spec import LAYER_NAMES, ModelSpec
 from prism_mcore.train.settings import LoopSettings, MidtrainSettings
+from prism_mcore.train.sinks import missing
 
 
 def check(settings: MidtrainSettings, spec: ModelSpec, world_size: int) -> list[str]:
@@ -45,7 +46,22 @@ def check_loop(settings: LoopSettings, spec: ModelSpec, world_size: int, found: 
     check_recompute(settings.train.recompute, spec, found)
     _check_schedule(settings, found)
     _check_reduction(settings, found)
+    _check_records(settings, found)
     return dp
+
+
+def _check_records(settings: LoopSettings, found: Findings) -> None:
+    for name in missing(settings.log):
+        found.problems.append(f"log.{name}={getattr(settings.log, name)}: {name} is not installed; pip install {name}")
+    best = settings.checkpoint.keep_best
+    which, colon, metric = best.partition(":")
+    if best and not (which in ("min", "max") and colon and metric.startswith("validation/")):
+        found.problems.append(
+            f"checkpoint.keep_best={best}: needed: min: or max: and a key of validation.jsonl, such as"
+            " min:validation/loss/math or max:validation/reward/correct"
+        )
+    elif best and not settings.train.validate_every:
+        found.problems.append(f"checkpoint.keep_best={best} needs validations; set train.validate_every")
 
 
 def _check_schedule(settings: LoopSettings, found: Findings) -> None:

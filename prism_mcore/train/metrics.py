@@ -17,32 +17,37 @@ import numpy as np
 import torch
 
 from prism_mcore.agree import all_ranks
+from prism_mcore.checkpoint.folder import VALIDATION_FILE
 from prism_mcore.console import say
 from prism_mcore.model.flops import flops_of_documents
 from prism_mcore.plan.throughput import peak_flops
+from prism_mcore.train.sinks import Sink, open_sinks
 
 if TYPE_CHECKING:
     from prism_mcore.batch import PackedBatch
     from prism_mcore.train.midtrain import MidtrainRun
+    from prism_mcore.train.settings import LoopSettings
     from prism_mcore.train.step import StepStats
 
-STEPS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
+STEPS_FILE = "metrics.jsonl"
 
 log = logging.getLogger(__name__)
 
 
 class Records:
-    """JSON lines and tensorboard in a run's folder; on rank 0, and quietly nothing elsewhere.
+    """JSON lines and tensorboard in a run's folder, and other services; on rank 0, and quietly nothing elsewhere.
 
     start: the step resumed from; what the files have beyond it is dropped.
     """
 
-    def __init__(self, folder: Path, files: Sequence[str], start: int, *, tensorboard: bool, rank: int):
+    def __init__(self, settings: LoopSettings, files: Sequence[str], start: int, *, rank: int):
         self._files: dict[str, TextIO] = {}
+        self._sinks: list[Sink] = []
         self._last: dict[str, int] = {}  # the step of each file's last record when it was opened
         self._tensorboard: Any = None
         if rank == 0:
-            self._open(folder, files, start, tensorboard)
+            self._open(settings.run_dir, files, start, settings.log.tensorboard)
+            self._sinks = open_sinks(settings)
 
     def _open(self, folder: Path, files: Sequence[str], start: int, tensorboard: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,12 +75,16 @@ class Records:
             for key, value in record.items():
                 if key != "step":
                     self._tensorboard.add_scalar(key, value, record["step"])
+        for sink in self._sinks:
+            sink.log({key: value for key, value in finite.items() if value is not None}, step=record["step"])
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        for sink in self._sinks:
+            sink.finish()
 
 
 class StepClock:
@@ -119,9 +128,7 @@ class Metrics:
         self.domains = run.loader.domains
         self._step_times: deque[float] = deque(maxlen=20)
         files = (STEPS_FILE, VALIDATION_FILE)
-        self.records = Records(
-            settings.run_dir, files, start, tensorboard=settings.log.tensorboard, rank=run.groups.rank
-        )
+        self.records = Records(settings, files, start, rank=run.groups.rank)
         self.clock = StepClock()
 
     def __enter__(self) -> Self:

@@ -104,6 +104,10 @@ class LogSettings(Section):
 
     every: int = Field(default=1, ge=1, description="Steps between console lines")
     tensorboard: bool = Field(default=True, description="Write tensorboard files into the run's folder")
+    wandb: str = Field(
+        default="", description="Weights & Biases project that gets the same records; its own variables say how"
+    )
+    trackio: str = Field(default="", description="Trackio project that gets the same records")
 
 
 class LoopSettings(ProgramSettings):

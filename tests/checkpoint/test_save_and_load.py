@@ -13,6 +13,7 @@ import torch
 from ranks import RankError, run_ranks
 
 from prism_mcore.checkpoint.durable import damage
+from prism_mcore.checkpoint.folder import best_of
 from prism_mcore.train.settings import CheckpointSettings
 
 STEPS = 3
@@ -135,8 +136,8 @@ def test_an_asynchronous_save_holds_the_weights_of_its_step(tmp_path):
     assert [log for log, _, _ in straight] == [log for log, _, _ in resumed]
 
 
-def save_steps(groups, folder, steps, keep=3):
-    toy, checkpoints = open_toy(groups, folder, keep=keep)
+def save_steps(groups, folder, steps, keep=3, keep_best=""):
+    toy, checkpoints = open_toy(groups, folder, keep=keep, keep_best=keep_best)
     for step in steps:
         toy.step(step)
         checkpoints.save(step, toy.chunks, toy.optimizer, {"loss_so_far": step})
@@ -349,3 +350,19 @@ def test_weights_alone_start_a_new_run(two_checkpoints, tmp_path):
     truncate(broken / "__0_0.safetensors")
     with pytest.raises(RankError, match=r"cannot start from .*__0_0.safetensors has"):
         run_ranks(1, start_from_weights, broken)
+
+
+def test_the_best_by_a_validation_is_kept_beside_the_newest(tmp_path):
+    values = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: 2.5}
+    lines = [json.dumps({"step": step, "validation/loss/math": value}) for step, value in values.items()]
+    (tmp_path / "validation.jsonl").write_text("\n".join(lines) + "\n")
+    folder = tmp_path / "checkpoints"
+    run_ranks(1, save_steps, folder, [1, 2, 3, 4, 5], 2, "min:validation/loss/math")
+    assert names(folder) == ["best", "latest", "step_00000002", "step_00000004", "step_00000005"]
+    assert (folder / "best").read_text() == "step_00000002" and (folder / "latest").read_text() == "step_00000005"
+    run_ranks(1, save_steps, tmp_path / "most" / "checkpoints", [1, 2], 1, "max:validation/loss/math")
+    assert names(tmp_path / "most" / "checkpoints") == ["latest", "step_00000002"]  # no validation, no best
+    steps = [folder / f"step_0000000{step}" for step in (2, 4, 5)]
+    assert best_of(steps, tmp_path / "validation.jsonl", "max:validation/loss/math") == steps[2]
+    (tmp_path / "validation.jsonl").write_text("{")
+    assert best_of(steps, tmp_path / "validation.jsonl", "max:validation/loss/math") is None
