@@ -55,6 +55,11 @@ FEATURES = [
     Feature("expandable segments", environment={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
     Feature("one hardware queue", environment={"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
     Feature("bf16 gradients on the wire", ["optimizer.grad_reduce=bf16"], gpus=2),
+    Feature(
+        "masters of bf16 and a remainder",
+        ["optimizer.masters=remainder", "kernels.adamw=triton"],
+        ["kernels.adamw=triton"],
+    ),
     Feature("buckets of 10 million", ["optimizer.bucket_size=10000000"], gpus=2),
     Feature("tensor parallelism of 2", ["parallel.tp=2", "parallel.sequence_parallel=true"], gpus=2),
 ]

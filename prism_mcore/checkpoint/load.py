@@ -52,7 +52,7 @@ def load(
         with StoredTensors(path, on_read=on_read) as stored:
             described = describe_model(chunks, groups)
             _fill_model(stored, described)
-            for parameter, mine, state in own_state(optimizer):
+            for parameter, mine, state in own_state(optimizer, write=True):
                 for name, tensor in state.items():
                     _fill(stored, described, f"{OPTIMIZER}{name}.", Owned(parameter, mine, tensor))
             for prefix, each in (more or {}).items():

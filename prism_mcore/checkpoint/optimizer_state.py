@@ -7,10 +7,13 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
 
+from prism_kernels.adamw.remainder import RemainderAdamW
+
 
 def own_ranges(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, range, Tensor]]:
-    """(parameter, this rank's elements of it flattened, their fp32 master) of all that this rank updates.
+    """(parameter, this rank's elements of it flattened, their master) of all that this rank updates.
 
+    A master is fp32, or the bf16 weight itself where the rest of it is a remainder in the optimizer's state.
     From megatron-core's distributed optimizer, which knows its ranges as `gbuf_ranges`.
     """
     distributed = _only(optimizer)
@@ -23,14 +26,21 @@ def own_ranges(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, range, Te
                     yield parameter, range(ranges["param"].start, ranges["param"].end), master
 
 
-def own_state(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, range, dict[str, Tensor]]]:
+def own_state(optimizer: MegatronOptimizer, write: bool = False) -> Iterator[tuple[Tensor, range, dict[str, Tensor]]]:
     """(parameter, this rank's elements, {"param": master, "exp_avg": ..., "exp_avg_sq": ...}), each fp32 [elements].
 
-    Zero moments where no step was taken yet. What is written to these tensors is the optimizer's.
+    Zero moments where no step was taken yet. With `write`, what is written to these tensors before the next is asked
+    for is the optimizer's, however it keeps its masters.
     """
     initialise_state(optimizer)
     inner = _only(optimizer).optimizer
     for parameter, mine, master in own_ranges(optimizer):
+        if isinstance(inner, RemainderAdamW) and master.dtype == torch.bfloat16:
+            state = inner.unpacked(master)
+            yield parameter, mine, state
+            if write:
+                inner.pack(master, state)
+            continue
         moments = {name: inner.state[master][name].view(-1) for name in ("exp_avg", "exp_avg_sq")}
         yield parameter, mine, {"param": master.detach().view(-1), **moments}
 

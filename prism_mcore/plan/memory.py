@@ -57,11 +57,12 @@ def plan_memory(
     micro_batch: int = 1,
     micro_batches: int = 1,
     recompute: Collection[str] = (),
+    masters: str = "fp32",
 ) -> list[StageMemory]:
     """The memory of one rank of each pipeline stage while it trains; needs checked settings.
 
     seq_len: tokens of a sequence. micro_batch: sequences of a forward pass. micro_batches: forward passes of a rank in
-    a step. recompute: names of sub-layer types as in train.recompute.
+    a step. recompute: names of sub-layer types as in train.recompute. masters: as optimizer.masters.
     """
     parallel, tokens = settings.parallel, micro_batch * seq_len // settings.parallel.cp
     split = split_layers(spec, parallel.pp, parallel.vpp, seq_len, parallel.split)
@@ -80,8 +81,8 @@ def plan_memory(
                 parameters=half + full,
                 weights=2 * half + 4 * full,
                 gradients=4 * (half + full),
-                # fp32 parameters are their own masters
-                optimizer=math.ceil((12 * half + 8 * full) / shards),
+                # fp32 parameters are their own masters; of a remainder the first half is the weight
+                optimizer=math.ceil(((12 if masters == "fp32" else 10) * half + 8 * full) / shards),
                 activations=math.ceil(tokens * _activations(settings, spec, stage, layers, micro_batches, recompute)),
                 loss=_loss(settings, spec, tokens) if stage == parallel.pp - 1 else 0,
                 saved=math.ceil((14 * half + 12 * full) / shards),

@@ -19,6 +19,7 @@ def check(settings: RLSettings, spec: ModelSpec, world_size: int) -> list[str]:
     _check_context(settings, spec, found)
     _check_rollouts(settings, found)
     _check_fp8(settings, found)
+    _check_reference(settings, found)
     check_stop_ids(settings.sampling, spec, found)
     return found.conclude()
 
@@ -40,6 +41,14 @@ def _check_fp8(settings: RLSettings, found: Findings) -> None:
         found.problems.append(
             "rl.parity=exact and precision.fp8=blockwise: exact promises the bits of the model's own precision; use"
             " rl.parity=tolerance, which measures the gap, or precision.fp8=off"
+        )
+
+
+def _check_reference(settings: RLSettings, found: Findings) -> None:
+    if settings.rl.kl_coefficient and settings.optimizer.masters == "remainder":
+        found.problems.append(
+            f"rl.kl_coefficient={settings.rl.kl_coefficient} and optimizer.masters=remainder: the reference is scored"
+            " in the model's own buffers, which then hold half of every master; use optimizer.masters=fp32"
         )
 
 

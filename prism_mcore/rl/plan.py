@@ -24,7 +24,13 @@ def memory_of(settings: RLSettings, spec: ModelSpec, world_size: int) -> list[St
     """The memory of one rank while it updates; one micro-batch is in flight at a time."""
     rl, train = settings.rl, settings.train
     return plan_memory(
-        settings, spec, world_size, seq_len=rl.context, micro_batch=train.micro_batch, recompute=train.recompute
+        settings,
+        spec,
+        world_size,
+        seq_len=rl.context,
+        micro_batch=train.micro_batch,
+        recompute=train.recompute,
+        masters=settings.optimizer.masters,
     )
 
 

@@ -47,6 +47,7 @@ def check_loop(settings: LoopSettings, spec: ModelSpec, world_size: int, found: 
     _check_schedule(settings, found)
     _check_reduction(settings, found)
     _check_records(settings, found)
+    _check_masters(settings, found)
     return dp
 
 
@@ -79,6 +80,20 @@ def _check_reduction(settings: LoopSettings, found: Findings) -> None:
         found.problems.append(
             f"optimizer.grad_reduce=bf16 needs parallel.optimizer_instances=1, got {instances}: replicas add their"
             " shards in one more reduction, which would round again; use 1, or optimizer.grad_reduce=fp32"
+        )
+
+
+def _check_masters(settings: LoopSettings, found: Findings) -> None:
+    if settings.optimizer.masters == "fp32":
+        return
+    if settings.precision.dtype != "bf16":
+        found.problems.append(
+            f"optimizer.masters=remainder needs precision.dtype=bf16, got {settings.precision.dtype}: an fp32 weight is"
+            " its own master; use optimizer.masters=fp32"
+        )
+    if (backend := settings.kernels.get("adamw")) in ("te", "apex"):
+        found.problems.append(
+            f"optimizer.masters=remainder is our own AdamW's, got kernels.adamw={backend}; use triton, or torch"
         )
 
 

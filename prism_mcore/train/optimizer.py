@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
+from prism_kernels.adamw.remainder import RemainderAdamW
 from prism_mcore.config import SettingsError
 from prism_mcore.megatron_patches import restore_gradient_reduction
 from prism_mcore.model.hybrid import HybridModel
@@ -90,10 +92,34 @@ def build_optimizer(
         pg_collection=groups.collection,
     )
     model: HybridModel = chunks[0].module
+    remainder = settings.masters == "remainder" and config.bf16
     for part in optimizer.chained_optimizers:
         if part.optimizer is not None:  # this rank holds a share of the parameters
-            part.optimizer = _adamw(model.context.ops.backends["adamw"].name, part.optimizer)
+            backend = model.context.ops.backends["adamw"].name
+            part.optimizer = _with_remainders(backend, part) if remainder else _adamw(backend, part.optimizer)
     return optimizer
+
+
+def _with_remainders(backend: str, part: Any) -> RemainderAdamW:
+    """AdamW over a part's bf16 weights themselves, whose fp32 masters are let go.
+
+    The distributed optimizer copies masters to weights after a step: torch copies nothing onto itself.
+    """
+    if backend in ("te", "apex"):
+        raise SettingsError(
+            f"optimizer.masters=remainder is our own AdamW's, got kernels.adamw={backend}; use triton, or torch"
+        )
+    masters: dict[int, Any] = {}
+    for models, weights, halves in zip(
+        part.model_float16_groups, part.shard_float16_groups, part.shard_fp32_from_float16_groups, strict=True
+    ):
+        masters |= {id(master): weight for master, weight in zip(halves, weights, strict=True)}
+        halves[:] = weights
+        for model, weight in zip(models, weights, strict=True):
+            model.main_param = weight
+    for group in part.optimizer.param_groups:
+        group["params"] = [masters.get(id(param), param) for param in group["params"]]
+    return RemainderAdamW(part.optimizer.param_groups, backend)
 
 
 def _adamw(backend: str, theirs: torch.optim.Optimizer) -> torch.optim.Optimizer:

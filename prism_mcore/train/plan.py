@@ -65,4 +65,5 @@ def memory_of(settings: MidtrainSettings, spec: ModelSpec, world_size: int) -> l
         micro_batch=settings.train.micro_batch,
         micro_batches=settings.num_micro_batches(world_size),
         recompute=settings.train.recompute,
+        masters=settings.optimizer.masters,
     )

@@ -102,6 +102,8 @@ def test_sizes_follow_from_precision_and_layout():
     count = 8_030_261_248
     (one,) = plan_memory(settings(), spec, 1, seq_len=seq_len)
     assert (one.weights, one.gradients, one.optimizer) == (2 * count, 4 * count, 12 * count)
+    (halved,) = plan_memory(settings(), spec, 1, seq_len=seq_len, masters="remainder")
+    assert (halved.optimizer, halved.saved) == (10 * count, one.saved)
     (sharded,) = plan_memory(settings(), spec, 16, seq_len=seq_len)
     assert sharded.optimizer == 12 * count / 16
     layout = {"optimizer_instances": 4}

@@ -462,6 +462,10 @@ def test_how_a_run_ends_that_cannot_go_on(files, tmp_path):
         ({"rl": {"context": 100}, "spec": "dense"}, "rl.context=100 is longer than the model's 64 positions"),
         ({"rl": {"updates": 3}}, "rl.prompts_per_step=4 cannot be dealt over rl.updates=3; try 3 or 6"),
         ({"rl": {"prompts": []}}, "rl.prompts is empty"),
+        (
+            {"precision": {"dtype": "bf16"}, "rl": {"kl_coefficient": 0.1}, "optimizer": {"masters": "remainder"}},
+            "rl.kl_coefficient=0.1 and optimizer.masters=remainder: the reference is scored in the model's own",
+        ),
         ({"sampling": {"samples": 1}}, "needs at least 2"),
         ({"sampling": {"temperature": 0}}, "sampling.temperature=0 gives a group of equal rollouts"),
         ({"sampling": {"stop_ids": [3, 999]}}, "sampling.stop_ids holds 999; needed: ids from 0 to"),

@@ -102,6 +102,14 @@ REFUSED = {
         (["optimizer.grad_reduce=bf16", "parallel.optimizer_instances=2"], {"ranks": 4}),
         "optimizer.grad_reduce=bf16 needs parallel.optimizer_instances=1, got 2",
     ),
+    "remainders of fp32": (
+        (["optimizer.masters=remainder", "precision.dtype=fp32"], {}),
+        "optimizer.masters=remainder needs precision.dtype=bf16, got fp32",
+    ),
+    "remainders by another": (
+        (["optimizer.masters=remainder", "kernels.adamw=apex"], {}),
+        "optimizer.masters=remainder is our own AdamW's, got kernels.adamw=apex",
+    ),
     "an op": ((["kernels.ssd_scann=triton"], {}), "kernels.ssd_scann: no such op (did you mean kernels.ssd_scan?)"),
     "a backend": (
         (["kernels.ssd_scan=tritn"], {}),

@@ -19,6 +19,7 @@ from tiny.runs import assert_same_state, records, settings_of, state_of
 from prism_mcore import platform
 from prism_mcore.checkpoint.durable import write_manifest
 from prism_mcore.checkpoint.index import read_index
+from prism_mcore.checkpoint.optimizer_state import own_state
 from prism_mcore.checkpoint.save import _Writer
 from prism_mcore.data.token_file import TokenFileWriter
 from prism_mcore.exit_codes import DONE, STOPPED_BY_GUARD, STOPPED_BY_SIGNAL
@@ -177,6 +178,42 @@ def test_an_interleaved_pipeline_updates_bf16_and_fp32_weights_as_a_plain_one(co
         run_ranks(2, train, settings(corpus, runs, parallel=degrees, precision={"dtype": "bf16"}), **degrees)
         curves.append(curve(runs))
     assert curves[1] == [pytest.approx(step, rel=1e-3) for step in curves[0]]
+
+
+def masters_after(groups, settings, until=None):
+    """Weights, and every fp32 master and moment that this rank updates, however they are kept."""
+    run = loop.build(settings, groups, torch.device("cpu"))
+    if until is not None:
+        stop_after(run, until)
+    loop.train(run)
+    owned = [[tensor.clone() for tensor in state.values()] for _, _, state in own_state(run.optimizer)]
+    kept = {str(tensor.dtype) for state in kept_state(run) for tensor in state.values() if tensor.dim()}
+    return [*state_of(run)[0].values(), *(tensor for each in owned for tensor in each)], kept
+
+
+def kept_state(run):
+    return run.optimizer.chained_optimizers[0].optimizer.state.values()
+
+
+@pytest.mark.parametrize("layout", [None, "dp2", "tp2+sp"])
+def test_masters_as_remainders_train_and_resume_as_fp32_masters_to_the_bit(corpus, tmp_path, layout):
+    """Three steps with either, and three more with the other, from the same kind of checkpoint."""
+    world_size, degrees = LAYOUTS.get(layout, (1, {}))
+    results = []
+    for name, halves in (("fp32", ["fp32"]), ("halved", ["remainder", "remainder"]), ("both", ["fp32", "remainder"])):
+        (runs := tmp_path / name).mkdir()
+        for number, masters in enumerate(halves, start=1):
+            optimizer_settings = {"lr": 3e-3, "warmup_steps": 2, "masters": masters}
+            wanted = settings(corpus, runs, parallel=degrees, precision={"dtype": "bf16"}, optimizer=optimizer_settings)
+            stop = 3 if number < len(halves) else None
+            ranks = run_ranks(world_size, masters_after, wanted, stop, **degrees)
+        results.append((ranks, curve(runs), read_index(runs / "run/checkpoints/step_00000006")))
+    (want, want_curve, want_index), *others = results
+    for got, got_curve, got_index in others:
+        assert got_curve == want_curve and got_index == want_index
+        for (mine, kept), (theirs, _) in zip(got, want, strict=True):
+            assert "torch.int16" in kept and len(mine) == len(theirs)
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.parametrize("spec", ["hybrid", "granite hybrid"])

@@ -53,12 +53,14 @@ def adamw_kernel(
     eps,
     grad_scale,
     COPY: tl.constexpr,
+    REMAINDER: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program i updates block index[i] of tensor owner[i]. offsets [5, n]: of weights, gradients, moments and copies.
 
-    decay = 1 - lr * weight_decay, step_size = lr / (1 - beta1**step). ALIGNED: see `_kind`.
+    decay = 1 - lr * weight_decay, step_size = lr / (1 - beta1**step). ALIGNED: see `_kind`. REMAINDER: a weight is the
+    bits of its copy, 16 zeros behind them, plus an int16, as `remainder.py` has it; copies are then given as int16.
     """
     program = tl.program_id(0)
     tensor = tl.load(owner + program)
@@ -69,19 +71,35 @@ def adamw_kernel(
     grads = place(first_grad, offsets + num_tensors, tensor, ALIGNED) + element
     exp_avgs = place(first_exp_avg, offsets + 2 * num_tensors, tensor, ALIGNED) + element
     exp_avg_sqs = place(first_exp_avg_sq, offsets + 3 * num_tensors, tensor, ALIGNED) + element
-    weight = tl.load(weights, mask=here)
+    copies = place(first_copy, offsets + 4 * num_tensors, tensor, ALIGNED) + element
     exp_avg = tl.load(exp_avgs, mask=here)
     exp_avg_sq = tl.load(exp_avg_sqs, mask=here)
+    if REMAINDER:
+        bits = (tl.load(copies, mask=here).to(tl.int32) << 16) + tl.load(weights, mask=here).to(tl.int32)
+        bits += tl.where(exp_avg_sq.to(tl.int32, bitcast=True) < 0, 0x10000, 0)  # the upper of two halves
+        weight = bits.to(tl.float32, bitcast=True)
+        exp_avg_sq = tl.abs(exp_avg_sq)
+    else:
+        weight = tl.load(weights, mask=here)
     grad = tl.load(grads, mask=here).to(tl.float32) * grad_scale
     exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
     weight = weight * decay - step_size * exp_avg / (tl.sqrt(exp_avg_sq) * inverse_root_correction2 + eps)
-    tl.store(weights, weight, mask=here)
     tl.store(exp_avgs, exp_avg, mask=here)
+    if REMAINDER:
+        bits = weight.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest even
+        rest = bits - (rounded << 16)
+        squared = exp_avg_sq.to(tl.int32, bitcast=True)
+        squared = tl.where(rest == 0x8000, squared | -0x80000000, squared)
+        exp_avg_sq = squared.to(tl.float32, bitcast=True)
+        tl.store(weights, rest.to(tl.int16), mask=here)
+        tl.store(copies, rounded.to(tl.int16), mask=here)
+    else:
+        tl.store(weights, weight, mask=here)
+        if COPY:
+            tl.store(copies, weight.to(first_copy.dtype.element_ty), mask=here)
     tl.store(exp_avg_sqs, exp_avg_sq, mask=here)
-    if COPY:
-        copies = place(first_copy, offsets + 4 * num_tensors, tensor, ALIGNED) + element
-        tl.store(copies, weight.to(first_copy.dtype.element_ty), mask=here)
 
 
 @functools.lru_cache(maxsize=16)
@@ -114,13 +132,17 @@ def adamw(
     """One step of AdamW (arXiv 1711.05101, as torch.optim.AdamW), in place; copies receive the new parameters rounded.
 
     params, exp_avgs, exp_avg_sqs: n fp32 tensors; grads: n of fp32, bf16 or fp16, multiplied by grad_scale (clipping);
-    copies: n bf16 or fp16 tensors or Nones. All contiguous. step counts from 1.
+    copies: n bf16 or fp16 tensors or Nones. All contiguous. step counts from 1. A param may be an int16 remainder of
+    its bf16 copy (`remainder.py`): the two are its fp32 value.
     """
     launches = defaultdict(list)
     for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, copies, strict=True):
         if tensors[0].numel():
             launches[_kind(*tensors)].append(tensors)
-    for (has_copy, aligned), members in [(kind[2:], rows) for kind, rows in launches.items()]:
+    for (has_copy, aligned), members in [(kind[3:], rows) for kind, rows in launches.items()]:
+        remainder = members[0][0].dtype == torch.int16
+        if remainder:
+            members = [(*row[:4], None if row[4] is None else row[4].view(torch.int16)) for row in members]
         # A tensor that gets no copy stands in for its own: never written.
         columns = [
             [row[0] if x is None else x for x, row in zip(column, members, strict=True)]
@@ -147,6 +169,7 @@ def adamw(
             eps,
             grad_scale,
             COPY=has_copy,
+            REMAINDER=remainder,
             ALIGNED=aligned,
             BLOCK=BLOCK,
             num_warps=4,
@@ -155,12 +178,17 @@ def adamw(
 
 def _kind(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, copy: Tensor | None
-) -> tuple[torch.dtype, torch.dtype, bool, bool]:
-    """What the tensors of one launch have in common: (gradient's dtype, copy's, is there a copy?, aligned?).
+) -> tuple[torch.dtype, torch.dtype, torch.dtype, bool, bool]:
+    """What the tensors of one launch have in common: (param's dtype, gradient's, copy's, is there a copy?, aligned?).
 
     Aligned: all start at a multiple of 16 bytes and hold a multiple of 8 elements, which makes every access 16 bytes.
     """
+    remainder = param.dtype == torch.int16
+    if remainder and (copy is None or copy.dtype != torch.bfloat16):
+        raise Uncovered("a remainder (int16) needs a bfloat16 copy")
     for name, x in (("param", param), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if x is param and remainder:
+            continue
         if x.dtype != torch.float32:
             raise Uncovered(f"{name} is {str(x.dtype).removeprefix('torch.')}: needs float32")
     given = [x for x in (param, grad, exp_avg, exp_avg_sq, copy) if x is not None]
@@ -168,7 +196,7 @@ def _kind(
     if not all(x.is_contiguous() for x in given):
         raise Uncovered("a tensor is not contiguous")
     aligned = param.numel() % 8 == 0 and all(x.data_ptr() % 16 == 0 for x in given)
-    return grad.dtype, given[-1].dtype, copy is not None, aligned
+    return param.dtype, grad.dtype, given[-1].dtype, copy is not None, aligned
 
 
 class FusedAdamW(torch.optim.AdamW):
