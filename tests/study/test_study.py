@@ -83,7 +83,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_numbers(finished, tmp_pa
         processes = psutil.Process(driver.pid).children(recursive=True) if driver.poll() is None else []
         if kind == "node" and processes:
             processes[-1].kill()
-            assert driver.wait(60) == FAILED
+            assert driver.wait(60) in (FAILED, DONE)  # done where that process had nothing left to do
         else:
             driver.send_signal(signal.SIGKILL if kind == "driver" else signal.SIGTERM)
             driver.wait(60)
