@@ -41,7 +41,7 @@ demo: setup
 
 # The GPU is hidden: ranks in tests talk over gloo, and kernels run in Triton's interpreter (benchmarks/gpu_suite.sh: there).
 # Two processes where no test starts ranks that would fight for two cores, then the rest one after another.
-APART := benchmarks data kernels plan rewards tools
+APART := benchmarks data kernels plan rewards study tools
 test: setup
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 $(APART:%=tests/%)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest $(APART:%=--ignore=tests/%)
