@@ -26,9 +26,10 @@ def missing(settings: LogSettings) -> list[str]:
 
 def open_sinks(settings: LoopSettings) -> list[Sink]:
     """The services of `log.wandb` and `log.trackio`, under the run's name: a run that resumes goes on there."""
-    log, run = settings.log, settings.run
-    found: list[Sink] = []
-    shown = settings.model_dump(mode="json")
+    log, found = settings.log, list[Sink]()
+    if not (log.wandb or log.trackio):
+        return found
+    run, shown = settings.run, settings.model_dump(mode="json")
     if log.wandb:
         wandb = importlib.import_module("wandb")
         where = Path(settings.run_dir)
