@@ -36,7 +36,7 @@ run_tests() {
     local pytest=("$PYTHON" -m pytest -p no:cacheprovider -vv -rfE --tb=short "${parallel[@]}")
     timeout -s INT -k 30 420 "${pytest[@]}" --junitxml "$RESULTS/gpu_tests.xml" \
         tests/kernels/*/test_triton.py tests/kernels/norm/test_gated.py tests/kernels/scan/test_step.py \
-        tests/kernels/fp8_linear/test_fp8_linear.py
+        tests/kernels/fp8_linear/test_fp8_linear.py tests/kernels/adamw/test_remainder.py
     local status=$?
     # The other tests marked gpu need megatron-core as well.
     if "$PYTHON" -c 'import megatron.core' 2>/dev/null; then
