@@ -67,6 +67,11 @@ def _check_rollouts(settings: RLSettings, found: Findings) -> None:
             f"rl.token_budget={rl.token_budget} and rl.dynamic_sampling={rl.dynamic_sampling}: drawing until enough"
             " groups are done would wait for the long responses that the budget is there to leave; set one of them to 0"
         )
+    if rl.dynamic_sampling and rl.updates > 1:
+        problems.append(
+            f"rl.dynamic_sampling={rl.dynamic_sampling} and rl.updates={rl.updates}: draws may end with fewer groups"
+            " than can be dealt over several updates; set rl.updates=1"
+        )
     if 0 < rl.dual_clip <= 1:
         problems.append(f"rl.dual_clip={rl.dual_clip}: needed: more than 1, or 0 for none")
     if rl.dual_clip and rl.clip != "ppo":

@@ -30,6 +30,13 @@ def test_the_papers_preset_is_what_the_defaults_and_its_recipe_say():
     assert recipe.rl.preset == "paper"
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_takes_the_papers_place_in_its_recipes(name):
+    for recipe in ("rl-granite-3.3-8b.yaml", "rl-8-gpus.yaml"):
+        settings = load(RLSettings, ROOT / "launch/recipes" / recipe, [f"rl.preset={name}"])
+        assert {key: getattr(settings.rl, key) for key in PRESETS[name]} == PRESETS[name]
+
+
 def test_what_contradicts_a_preset_is_refused_by_name():
     overrides = ["run.name=x", "rl.preset=dapo", "rl.clip_high=0.2", "rl.kl_coefficient=0"]
     with pytest.raises(SettingsError) as error:
