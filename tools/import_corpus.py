@@ -50,6 +50,9 @@ def write(name: str, files: list[str], out: Path, questions: Path | None = None)
         with temporary.open("w", encoding="utf-8") as stream:
             found = kept(corpus, files, _questions(questions), counts)
             (_write_sample if corpus.group else _write_all)(found, stream, counts)
+        if not counts["documents"]:
+            left = ", ".join(f"{number:,} {reason}" for reason, number in counts.items() if number)
+            raise CorpusError(f"none of the rows is kept ({left or 'there is none'})")
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)

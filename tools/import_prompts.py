@@ -20,6 +20,7 @@ from typing import Any
 from prism_mcore.console import say
 from prism_mcore.data.corpus import CorpusError, expand
 from prism_mcore.data.published import rows
+from prism_mcore.json_lines import parse_object
 from prism_mcore.rewards import check_record
 from prism_mcore.rl.published import LAYOUTS, NotUsable, layout_of
 
@@ -36,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.out.is_dir() or not options.out.resolve().parent.is_dir():
             raise ValueError(f"--out {options.out}: needed: a file in a folder that is there")
+        if options.limit is not None and options.limit < 1:
+            raise ValueError(f"--limit {options.limit}: needed: at least 1")
         counts = write(options.files, options.out, options.layout, options.limit)
     except (ValueError, OSError) as error:  # CorpusError is a ValueError
         say(f"import_prompts: {error}", stderr=True)
@@ -83,9 +86,9 @@ def records(files: list[str], layout: str | None, counts: Counter[str]) -> Itera
             except NotUsable as reason:
                 counts[str(reason)] += 1
                 continue
-            except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            except ValueError as error:
                 raise CorpusError(f"{where}: {error}") from error
-            digest = hashlib.blake2b(record["prompt"].encode("utf-8", "surrogatepass"), digest_size=12).digest()
+            digest = hashlib.blake2b(record["prompt"].encode(), digest_size=12).digest()
             if digest in seen:
                 counts["the same prompt is there already"] += 1
                 continue
@@ -94,9 +97,13 @@ def records(files: list[str], layout: str | None, counts: Counter[str]) -> Itera
 
 
 def made(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a row. Raises NotUsable where its reward would not take it."""
-    record = LAYOUTS[name].make(row)
+    """The record of a row. Raises NotUsable for values of another kind and where its reward would not take it."""
     try:
+        record = LAYOUTS[name].make(row)
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise NotUsable(f"a value of another kind than {name} has there ({type(error).__name__})") from error
+    try:
+        parse_object(json.dumps(record))  # what is within its columns' JSON can be written, too
         check_record(record)
     except ValueError as error:
         raise NotUsable(f"the reward {record['reward']} does not take it: {str(error).split(';')[0][:60]}") from error

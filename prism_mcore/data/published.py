@@ -4,13 +4,13 @@ Columns are those of the data sets' pages on Hugging Face; filters and joining a
 and answers are joined by one newline, chats stay turns, which tokenising writes as `User: ` and `Assistant: `.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from prism_mcore.data.corpus import CorpusError, read_chunks
+from prism_mcore.json_lines import parse_object
 
 Row = Mapping[str, Any]
 Record = dict[str, Any]  # {"text": ...} or {"messages": [...]}
@@ -152,12 +152,9 @@ def rows(path: str) -> Iterator[tuple[str, Row]]:
             assert isinstance(line, bytes)
             if line.strip():
                 try:
-                    row = json.loads(line)
+                    yield f"{path}, line {number}", parse_object(line)
                 except ValueError as error:
-                    raise CorpusError(f"{path}, line {number}: not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise CorpusError(f"{path}, line {number}: a JSON {type(row).__name__}, not an object")
-                yield f"{path}, line {number}", row
+                    raise CorpusError(f"{path}, line {number}: {error}") from error
 
 
 def _parquet_rows(path: str) -> Iterator[tuple[str, Row]]:

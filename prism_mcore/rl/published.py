@@ -6,11 +6,14 @@ that has not the columns of its layout is an error.
 
 import ast
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+from prism_mcore.rewards.format import boxed, final_answer
 
 Row = Mapping[str, Any]
 Record = dict[str, Any]
@@ -48,7 +51,7 @@ def _json(value: Any, what: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise NotUsable(f"{what} is no JSON") from error
 
 
@@ -61,7 +64,8 @@ def _text(row: Row, column: str) -> str:
 def _math(prompt: str, answers: Any) -> Record:
     """A question with one answer; several mean the same question in several ways, of which the first is taken."""
     answer = answers[0] if isinstance(answers, list) and answers else answers
-    if not isinstance(answer, str | int | float) or isinstance(answer, bool) or not str(answer).strip():
+    number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
+    if not number and not (isinstance(answer, str) and answer.strip()):
         raise NotUsable("no answer")
     return {"prompt": prompt, "answer": str(answer).strip(), "reward": "math"}
 
@@ -79,8 +83,10 @@ def program_tests(found: Any, name: str | None = None) -> dict[str, Any]:
     """
     found = _json(found, "tests")
     if isinstance(found, Mapping) and "inputs" in found:
-        pairs = list(zip(found["inputs"], found["outputs"], strict=False))
-        return _tests(pairs, found.get("fn_name") or name)
+        inputs, outputs = found["inputs"], found.get("outputs")
+        if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
+            raise NotUsable("not an output for each input")
+        return _tests(list(zip(inputs, outputs, strict=True)), found.get("fn_name") or name)
     if isinstance(found, list) and found and all(isinstance(case, str) for case in found):
         return _assertions(found)
     if not isinstance(found, list) or not found or not all(isinstance(case, Mapping) for case in found):
@@ -92,19 +98,28 @@ def program_tests(found: Any, name: str | None = None) -> dict[str, Any]:
     called = next(iter(names)) or name if kinds & {"function_call", "functional"} and len(names) == 1 else None
     if kinds & {"function_call", "functional"} and not called:
         raise NotUsable("a function without a name")
-    by_line = kinds == {"functional"}  # LiveCodeBench: one argument a line, each a literal
-    pairs = [(_lines(case["input"]) if by_line else case["input"], case["output"]) for case in found]
-    return _tests(pairs, called)
+    if not all("input" in case and "output" in case for case in found):
+        raise NotUsable("a test without input or output")
+    if kinds == {"functional"}:  # LiveCodeBench: one argument a line, each a literal, as is what is returned
+        calls = [{"args": _lines(case["input"]), "expected": _literal(case["output"])} for case in found]
+        return _function(called, calls)
+    return _tests([(case["input"], case["output"]) for case in found], called)
 
 
 def _tests(pairs: list[tuple[Any, Any]], name: str | None) -> dict[str, Any]:
+    """Of a function where there is a name. APPS, TACO and their kin put each value that is returned into a list."""
     if not pairs:
         raise NotUsable("no tests")
     if name is None:
         cases = [{"input": _joined(given), "output": _joined(wanted)} for given, wanted in pairs]
         return {"type": "stdin", "cases": cases}
-    calls = [{"args": _arguments(given), "expected": _expected(wanted)} for given, wanted in pairs]
-    return {"type": "function", "name": str(name).split(".")[-1], "cases": calls}
+    wrapped = all(isinstance(wanted, list) and len(wanted) == 1 for _, wanted in pairs)
+    calls = [{"args": _arguments(given), "expected": wanted[0] if wrapped else wanted} for given, wanted in pairs]
+    return _function(name, calls)
+
+
+def _function(name: Any, cases: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "function", "name": str(name).split(".")[-1], "cases": cases}
 
 
 def _joined(value: Any) -> str:
@@ -133,12 +148,6 @@ def _arguments(given: Any) -> list[Any]:
     if not isinstance(given, list):
         raise NotUsable("arguments that are no list")
     return given
-
-
-def _expected(wanted: Any) -> Any:
-    """APPS and TACO put what a function returns into a list of one."""
-    wanted = _literal(wanted)
-    return wanted[0] if isinstance(wanted, list) and len(wanted) == 1 else wanted
 
 
 def _assertions(lines: list[str]) -> dict[str, Any]:
@@ -214,8 +223,7 @@ def _opencodeinstruct(row: Row) -> Record:
     return _code(_text(row, "input"), row["unit_tests"])
 
 
-_LETTER = re.compile(r"\(?([A-J])\)?[.:]?", re.IGNORECASE)
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_LETTER = re.compile(r"\(?([A-J])\)?[.:]?")
 
 
 def _nemotron_stem(row: Row) -> Record:
@@ -227,13 +235,12 @@ def _nemotron_stem(row: Row) -> Record:
         raise NotUsable("not one question and its answer")
     metadata = _json(row.get("metadata") or {}, "metadata")
     answer = metadata.get("expected_answer") if isinstance(metadata, Mapping) else None
-    boxes = _BOXED.findall(turns[1]["content"].rpartition("</think>")[2])
-    answer = answer if answer else (boxes[-1] if boxes else None)
-    if answer is None:
-        raise NotUsable("no answer")
-    if letter := _LETTER.fullmatch(str(answer).strip()):
-        return {"prompt": turns[0]["content"], "answer": letter[1].upper(), "reward": "choice"}
-    return _math(turns[0]["content"], answer)
+    question, answer = _text(turns[0], "content"), answer or boxed(final_answer(_text(turns[1], "content")))
+    letter = _LETTER.fullmatch(str(answer).strip())
+    # A letter may also be a quantity or a unit: it is a choice where the question lists it.
+    if letter and re.search(rf"^\W*{letter[1]}\s*[).:]", question, re.MULTILINE):
+        return {"prompt": question, "answer": letter[1], "reward": "choice"}
+    return _math(question, answer)
 
 
 def _livecodebench(row: Row) -> Record:
@@ -241,7 +248,7 @@ def _livecodebench(row: Row) -> Record:
     private = row.get("private_test_cases") or "[]"
     try:
         tests = tests + json.loads(private)
-    except ValueError as error:  # their archive is a pickle, which is not read
+    except (ValueError, RecursionError) as error:  # their archive is a pickle, which is not read
         raise NotUsable("private tests that are no JSON: import the data set's decoded release") from error
     name = _json(row.get("metadata") or "{}", "metadata").get("func_name")
     return _code(_text(row, "question_content"), tests, name, row.get("starter_code") or "")

@@ -149,3 +149,10 @@ def test_a_row_of_another_layout_is_refused_by_its_place(tmp_path, name, row, me
     done = run(name, tmp_path / "out.jsonl", write(tmp_path / "a.jsonl", [row]))
     assert done.returncode == 2 and message in done.stderr and "line 1" in done.stderr
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("content", ["", '{"id": "1", "text": "a", "edu_int_score": 1}\n', '{"text": "\\ud800"}\n'])
+def test_a_corpus_of_no_document_is_none(content, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(content)
+    assert import_corpus.main(["dclm-edu", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 2
+    assert "import_corpus: " in capsys.readouterr().err and not list(tmp_path.glob("out*"))

@@ -123,16 +123,22 @@ ROWS = {
                 "uuid": str(n),
                 "category": category,
                 "messages": [
-                    turn("user", f"Question {n}?"),
+                    turn("user", f"Question {n}?" + "\n(A) u\n(C) v" * (n == 0)),
                     turn("assistant", f"<think>...</think> It is \\boxed{{{a}}}."),
                 ],
                 "metadata": metadata,
             }
             for n, (category, a, metadata) in enumerate(
-                [("stem", "C", "{}"), ("stem", "x", '{"expected_answer": "12"}'), ("math", "1", "{}")]
+                [
+                    ("stem", "C", "{}"),
+                    ("stem", "x", '{"expected_answer": "12"}'),
+                    ("math", "1", "{}"),
+                    ("stem", "\\frac{1}{2}", "{}"),
+                    ("stem", "B", "{}"),  # a magnetic field: nothing is listed
+                ]
             )
         ],
-        [("choice", "C"), ("math", "12")],
+        [("choice", "C"), ("math", "12"), ("math", "\\frac{1}{2}"), ("math", "B")],
         {"another category than stem": 1},
     ),
     "livecodebench": (
@@ -205,6 +211,39 @@ def test_what_is_no_prompt_set_is_refused_and_nothing_is_written(content, argume
     out = tmp_path / "out.jsonl"
     assert import_prompts.main([str(tmp_path / "rows.jsonl"), "--out", str(out), *arguments]) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.glob("out*"))
+
+
+def test_what_a_function_returns_is_unwrapped_where_a_set_wraps_it():
+    """A list of one that is really returned stays one: LiveCodeBench wraps nothing, and APPS wraps all or none."""
+    functional = {"testtype": "functional", "metadata": {"func_name": "f"}}
+    lcb = program_tests([{"input": "[1]", "output": "[3]", **functional}])
+    assert lcb["cases"] == [{"args": [[1]], "expected": [3]}]
+    apps = program_tests({"fn_name": "f", "inputs": [[1], [2]], "outputs": [[3], ["4"]]})
+    assert [case["expected"] for case in apps["cases"]] == [3, "4"]
+    bare = program_tests({"fn_name": "f", "inputs": [[1], [2]], "outputs": [[3], [4, 5]]})
+    assert [case["expected"] for case in bare["cases"]] == [[3], [4, 5]]
+    for tests in ({"inputs": ["1", "2"], "outputs": ["1"]}, {"inputs": "12", "outputs": "34"}, [{"input": "1"}]):
+        with pytest.raises(NotUsable):
+            program_tests(tests)
+
+
+def test_values_of_another_kind_are_left_out_and_what_json_has_not_is_refused(tmp_path, capsys):
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows = [
+        {"task_type": "verifiable_math", "prompt": "a", "verification_info": "[1]"},
+        {"task_type": None, "prompt": "b", "verification_info": "{}"},
+        {"task_type": "verifiable_math", "prompt": "c", "verification_info": '{"ground_truth": NaN}'},
+        {"task_type": "verifiable_math", "prompt": "d", "verification_info": '{"ground_truth": "\\ud800"}'},
+        {"task_type": "verifiable_math", "prompt": "e", "verification_info": '{"ground_truth": 7}'},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert import_prompts.main([str(path), "--out", str(out)]) == 0
+    assert [json.loads(line)["prompt"] for line in out.read_text().splitlines()] == ["e"]
+    assert "left out: 1: a value of another kind than intellect-2 has there (AttributeError)" in capsys.readouterr().out
+    for bad in ('{"problem": "\\ud800", "answer": "1", "solution": ""}', "[" * 100_000):
+        path.write_text(bad + "\n")
+        assert import_prompts.main([str(path), "--out", str(out)]) == 2
+        assert "rows.jsonl, line 1" in capsys.readouterr().err
 
 
 def test_tests_that_cannot_be_told_apart_are_not_guessed():
