@@ -271,7 +271,10 @@ def _describe(error: Any) -> str:
     name = ".".join(part for part in map(str, error["loc"]) if part.isidentifier() or part.isdigit())
     if error["type"] == "missing":
         return f"{name} is not set; needed: a value in the recipe or {name}=... on the command line"
-    return f"{name}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    message = error["msg"].removeprefix("Value error, ")
+    # What a section's own rule says names its settings: all that the section holds would bury it.
+    got = "" if error["type"] == "value_error" and isinstance(error["input"], dict) else f"={error['input']!r}"
+    return f"{name}{got}: {message[0].lower()}{message[1:]}"
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------

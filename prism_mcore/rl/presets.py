@@ -8,7 +8,8 @@ from typing import Any
 Preset = dict[str, Any]
 
 PRESETS: dict[str, Preset] = {
-    # PRISM, arXiv 2603.17074, Table 21 and appendix D: this project's defaults.
+    # PRISM, arXiv 2603.17074, Table 21 and appendix D: this project's defaults. Whether the reference moves and groups
+    # without spread stay is in its recipes, parts/rl.yaml.
     "paper": {
         "advantage": "grpo",
         "ratio": "token",
@@ -88,7 +89,8 @@ PRESETS: dict[str, Preset] = {
         "kl_in": "reward",
         "kl_coefficient": 0.03,
     },
-    # REINFORCE++, arXiv 2501.03262, §3: k1 in the reward, advantages over the batch; coefficient 0.01 (OpenRLHF's).
+    # REINFORCE++, arXiv 2501.03262, §3: k1 in the reward, here of the whole response; advantages over the batch;
+    # coefficient 0.01 (OpenRLHF's).
     "reinforce_pp": {
         "advantage": "reinforce_pp",
         "ratio": "token",
@@ -124,7 +126,9 @@ def with_preset(given: dict[str, Any]) -> dict[str, Any]:
         if key in given and not _same(given[key], value)
     ]
     if others:
-        raise ValueError(f"preset={name} contradicts {', '.join(others)}; leave out the one or the other")
+        raise ValueError(
+            f"preset={name} contradicts {', '.join(others)}; give what the preset has, or leave one of them out"
+        )
     return {**PRESETS[name], **given}
 
 
