@@ -37,7 +37,7 @@ def token_ratio(log_ratio: Tensor, responses: "Responses") -> Tensor:
 
 def sequence_ratio(log_ratio: Tensor, responses: "Responses") -> Tensor:
     """(pi(response) / pi_old(response))^(1 / length), the same at each token. Source: GSPO, arXiv 2507.18071, eq. 7."""
-    return responses.mean(log_ratio).exp()
+    return responses.mean(log_ratio, responses.mask).exp()
 
 
 RATIOS: dict[str, Callable[[Tensor, "Responses"], Tensor]] = {"token": token_ratio, "sequence": sequence_ratio}
@@ -48,15 +48,15 @@ class Responses:
     """Which tokens make up each response of a micro-batch."""
 
     mask: Tensor  # [t] bool: is the label a response token in the loss?
+    on_policy: Tensor  # [t] bool: sampled with the weights that the update starts from
     documents: Tensor  # [t] int64
     count: int  # D
 
-    def mean(self, values: Tensor) -> Tensor:
-        """[t] -> [t]: the mean over the response that each token belongs to; 0 outside."""
-        inside = torch.where(self.mask, values, 0.0)
-        sums = values.new_zeros(self.count).index_add(0, self.documents, inside)
-        lengths = values.new_zeros(self.count).index_add(0, self.documents, self.mask.to(values.dtype))
-        return (sums / lengths.clamp(min=1)).index_select(0, self.documents) * self.mask
+    def mean(self, values: Tensor, counted: Tensor) -> Tensor:
+        """[t] -> [t]: the mean over those `counted` [t] of the response that each token belongs to; 0 without any."""
+        sums = values.new_zeros(self.count).index_add(0, self.documents, torch.where(counted, values, 0.0))
+        lengths = values.new_zeros(self.count).index_add(0, self.documents, counted.to(values.dtype))
+        return (sums / lengths.clamp(min=1)).index_select(0, self.documents)
 
 
 # --- the surrogate ----------------------------------------------------------------------------------------------------
@@ -103,7 +103,9 @@ def truncate(weights: Tensor, responses: Responses, settings: PolicySettings) ->
 
     Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
     """
-    return weights.clamp(max=settings.tis_cap) if settings.tis_cap else torch.ones_like(weights)
+    if not settings.tis_cap:
+        return torch.ones_like(weights)
+    return torch.where(responses.on_policy, weights.clamp(max=settings.tis_cap), weights)
 
 
 def icepop(weights: Tensor, responses: Responses, settings: PolicySettings) -> Tensor:
@@ -118,10 +120,11 @@ def icepop(weights: Tensor, responses: Responses, settings: PolicySettings) -> T
 def sequence_mask(weights: Tensor, responses: Responses, settings: PolicySettings) -> Tensor:
     """`truncate`, and 0 for whole responses whose geometric mean of c lies outside of [mask_low, mask_high].
 
+    The mean is of tokens that c is known of: not of those that older weights sampled.
     Source: Liu et al. 2025, "When speed kills stability: demystifying RL collapse from the training-inference
     mismatch".
     """
-    mean = responses.mean(weights.log()).exp()
+    mean = responses.mean(weights.log(), responses.mask & responses.on_policy).exp()
     inside = (mean >= settings.mask_low) & (mean <= settings.mask_high)
     return torch.where(inside, truncate(weights, responses, settings), 0.0)
 
@@ -185,11 +188,12 @@ def policy_loss(
     assert batch.loss_mask is not None
     advantages, sampled = batch.advantages.flatten(), batch.sampler_logprobs.flatten()
     on_policy, weights = batch.on_policy.flatten(), batch.weights.flatten()
-    responses = Responses(batch.loss_mask.flatten(), batch.seq_idx.flatten().long(), len(batch.rollout_ids))
+    documents = batch.seq_idx.flatten().long()
+    responses = Responses(batch.loss_mask.flatten(), on_policy, documents, len(batch.rollout_ids))
     now = logprobs.detach()
     ratio = RATIOS[settings.ratio](logprobs - torch.where(on_policy, now, sampled), responses)
     importance = torch.where(on_policy, (now - sampled).exp(), 1.0)
-    corrected = torch.where(on_policy, CORRECTIONS[settings.correction](importance, responses, settings), 1.0)
+    corrected = CORRECTIONS[settings.correction](importance, responses, settings)
     loss = -corrected * CLIPS[settings.clip](ratio, logprobs, advantages, settings)
     kl = torch.zeros_like(now)
     if batch.reference_logprobs is not None:
@@ -198,7 +202,7 @@ def policy_loss(
     if settings.entropy_coefficient:
         loss = loss + settings.entropy_coefficient * (now + entropy) * logprobs
     loss = loss * weights
-    fixed = ratio.detach()
+    fixed, clips = ratio.detach(), settings.clip != "none"
     return loss.sum(), LossTerms(
         loss=loss.detach(),
         ratio=fixed,
@@ -206,8 +210,8 @@ def policy_loss(
         means={
             "entropy": entropy,
             "kl": kl.detach(),
-            "clip/low": (advantages < 0) & (fixed < 1 - settings.clip_low),
-            "clip/high": (advantages > 0) & (fixed > 1 + settings.clip_high),
+            "clip/low": clips & (advantages < 0) & (fixed < 1 - settings.clip_low),
+            "clip/high": clips & (advantages > 0) & (fixed > 1 + settings.clip_high),
             "importance/mean": corrected,
             "importance/capped": (corrected < importance) & (settings.correction != "truncate" or settings.tis_cap > 0),
             "stale": ~on_policy,

@@ -219,6 +219,22 @@ def test_corrections_mask_tokens_or_responses_on_which_sampler_and_training_disa
     assert gradient == [0.0] * 3
 
 
+def test_a_response_is_masked_whole_and_judged_by_the_tokens_that_its_weights_sampled():
+    settings = PolicySettings(**NO_KL, correction="sequence", mask_high=2.0, clip_high=9.0)
+    group = group_of(rollout([9, 9], 1.0, logprobs=[-1.0, -1.0]), rollout([3], 0.0))
+    for step, masked in (
+        (1.0, True),
+        (0.5, False),
+    ):  # e is above 2, its root is not; with the stale token's 1 both pass
+        one = samples_of([group], settings)[0]
+        rollout_ = replace(one.rollout, versions=np.array([0, 1], np.int32))
+        batch = pack([replace(one, rollout=rollout_, advantage=1.0)], version=1, temperature=1.0)
+        logprobs = torch.tensor([-7.0, -1.0, -1.0 + step], requires_grad=True)
+        loss, _ = policy_loss(logprobs, torch.zeros(3), batch, settings)
+        loss.backward()
+        assert (not logprobs.grad.any()) == masked
+
+
 def test_the_entropy_bonus_is_the_entropys_gradient_on_average():
     """Over the four tokens of a softmax: sum_a pi(a) (log pi(a) + H) grad log pi(a) is minus the gradient of H."""
     logits = torch.tensor([0.3, -1.0, 0.5, 0.1], dtype=torch.float64, requires_grad=True)
