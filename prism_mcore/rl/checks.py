@@ -67,6 +67,11 @@ def _check_rollouts(settings: RLSettings, found: Findings) -> None:
             f"rl.token_budget={rl.token_budget} and rl.dynamic_sampling={rl.dynamic_sampling}: drawing until enough"
             " groups are done would wait for the long responses that the budget is there to leave; set one of them to 0"
         )
+    if rl.drop_zero_spread and ((rl.kl_in == "reward" and rl.kl_coefficient) or rl.overlong == "soft"):
+        notes.append(
+            "rl.drop_zero_spread: what rl.kl_in=reward and rl.overlong=soft add to rewards makes them differ in groups"
+            " that are all right or all wrong, too; few are left out"
+        )
     if rl.dynamic_sampling and rl.updates > 1:
         problems.append(
             f"rl.dynamic_sampling={rl.dynamic_sampling} and rl.updates={rl.updates}: draws may end with fewer groups"

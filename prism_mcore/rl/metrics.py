@@ -42,8 +42,7 @@ class RLMetrics:
         self.steps, self.every, self.show = settings.train.steps, settings.log.every, settings.rl.show
         self.run_dir, self.settings, self.clock = settings.run_dir, settings.rl, clock
         self.rollouts, self.decode = run.rollouts, run.rollouts.text
-        self.drawn = lambda: run.drawn
-        self.unfinished = lambda: sum(r.finish == UNFINISHED for g in run.unfinished for r in g.rollouts)
+        self.run = run
         self._step_times: deque[float] = deque(maxlen=20)
         files = (STEPS_FILE, VALIDATION_FILE)
         self.records = Records(settings, files, start, rank=run.groups.rank)
@@ -79,8 +78,8 @@ class RLMetrics:
             "lr": lr,
             "tokens": tokens,
             **rollout_metrics(groups),
-            "rollout/unfinished": self.unfinished(),
-            "groups/drawn": self.drawn(),
+            "rollout/unfinished": sum(r.finish == UNFINISHED for g in self.run.unfinished for r in g.rollouts),
+            "groups/drawn": self.run.drawn,
             "generation/tokens_per_s": self.rollouts.generated / self.rollouts.generation_s,
             "generation/idle_share": self.rollouts.idle_share,
             "time/step_s": step_s,

@@ -1,6 +1,6 @@
 """What the loop adds to rewards: a punishment of responses that are nearly too long, and the KL to the reference."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from prism_mcore.batch import Rollout, RolloutGroup
@@ -18,18 +18,24 @@ def overlong_penalty(length: int, longest: int, buffer: int) -> float:
 
 def with_overlong_penalty(groups: Sequence[RolloutGroup], longest: int, buffer: int) -> list[RolloutGroup]:
     """The groups with a part `overlong` in every valid rollout's rewards."""
-    return [_with(group, "overlong", lambda r: overlong_penalty(len(r.tokens), longest, buffer)) for group in groups]
+    return _with(
+        groups, "overlong", [overlong_penalty(len(r.tokens), longest, buffer) for g in groups for r in g.rollouts]
+    )
 
 
 def with_kl(groups: Sequence[RolloutGroup], sums: Sequence[float], beta: float) -> list[RolloutGroup]:
     """The groups with a part `kl` in every valid rollout's rewards: -beta times the response's KL, in their order."""
-    of_rollout = {id(rollout): kl for rollout, kl in zip((r for g in groups for r in g.rollouts), sums, strict=True)}
-    return [_with(group, "kl", lambda r: -beta * of_rollout[id(r)]) for group in groups]
+    return _with(groups, "kl", [-beta * kl for kl in sums])
 
 
-def _with(group: RolloutGroup, part: str, value: Callable[[Rollout], float]) -> RolloutGroup:
-    rollouts = [
-        replace(rollout, rewards={**rollout.rewards, part: value(rollout)}) if rollout.valid else rollout
-        for rollout in group.rollouts
+def _with(groups: Sequence[RolloutGroup], part: str, values: Sequence[float]) -> list[RolloutGroup]:
+    """values: of each rollout, group after group."""
+    left = iter(values)
+    return [
+        replace(group, rollouts=tuple(_more(rollout, part, next(left)) for rollout in group.rollouts))
+        for group in groups
     ]
-    return replace(group, rollouts=tuple(rollouts))
+
+
+def _more(rollout: Rollout, part: str, value: float) -> Rollout:
+    return replace(rollout, rewards={**rollout.rewards, part: value}) if rollout.valid else rollout

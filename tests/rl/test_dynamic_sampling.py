@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from tiny.prompt_files import write_prompts
-from tiny.runs import records, settings_of, state_of
+from tiny.runs import assert_same_state, records, settings_of, state_of
 
 from prism_mcore.exit_codes import DONE
 from prism_mcore.model.settings import resolve_spec
@@ -89,7 +89,8 @@ def test_two_and_two_steps_ask_what_four_do(files, tmp_path):
     want = run_ranks(2, train, settings(files, tmp_path / "whole", **DYNAMIC))
     run_ranks(2, train, settings(files, tmp_path / "parts", **DYNAMIC, train={"steps": 2}))
     got = run_ranks(2, train, settings(files, tmp_path / "parts", **DYNAMIC))
-    for (before, _, asked), (after, _, same) in zip(want, got, strict=True):
+    for (before, state, asked), (after, resumed, same) in zip(want, got, strict=True):
+        assert_same_state(state, resumed)
         assert asked == same
         assert [g.prompt.index for gs in before[2:] for g in gs] == [g.prompt.index for gs in after for g in gs]
         assert len(after) == 2 and [r.tokens for g in before[3] for r in g.rollouts] == [
