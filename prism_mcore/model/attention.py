@@ -109,4 +109,4 @@ class Attention(nn.Module):
         if isinstance(self.attention, TransformerEngineAttention):
             return self.attention(q, k, v, boundaries, boundaries if keys is None else keys)
         scale, window = self.spec.attention_scale, self.spec.sliding_window
-        return self.attention(q, k, v, boundaries, scale, window, *(() if keys is None else (keys,)))
+        return self.attention(q, k, v, boundaries, scale, window, *(() if keys in (None, boundaries) else (keys,)))
